@@ -1,0 +1,174 @@
+"""Which implementations exist, what each supports, and which one `auto` takes and why.
+
+An implementation is a module with
+
+- `FEATURES`: what it supports, a mapping from a requirement's name to the container of allowed values
+  (a requirement that it does not name is not limited),
+- `unavailable()`: None, or one line that says what is missing on this machine,
+- a function with the op's name that takes the arguments of the op's `reference` function.
+
+Modules are imported when a backend is first considered, so importing the package touches neither a GPU nor
+a compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("dgemma_accel")
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "DGEMMA_ACCEL_BACKEND"
+
+# Implementations by op. An op that lacks a backend has no entry for it.
+MODULES: dict[str, dict[str, str]] = {
+    "row_stats": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.row_stats_cpp",
+        "triton": "dgemma_accel.triton_kernels.row_stats",
+        "cuda": "dgemma_accel.native.row_stats_cuda",
+    },
+    "commit": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.commit_cpp",
+        "triton": "dgemma_accel.triton_kernels.commit",
+        "cuda": "dgemma_accel.native.commit_cuda",
+    },
+    "block_attention": {
+        "reference": "dgemma_accel.backends_reference",
+        "triton": "dgemma_accel.triton_kernels.block_attention",
+        "cuda": "dgemma_accel.native.block_attention_cuda",
+    },
+}
+
+# The order in which `auto` tries, by device type; an op may override it for an architecture.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    op: str
+    backend: str
+    run: Callable
+    module: ModuleType | None
+
+    def missing(self, requirements: Mapping[str, object]) -> list[str]:
+        """One line for each requirement that the implementation does not meet."""
+        features = getattr(self.module, "FEATURES", {})
+        lines = []
+        for name, value in requirements.items():
+            allowed = features.get(name)
+            if allowed is not None and value not in allowed:
+                lines.append(f"{name}: required {_show(value)}, supported {_show(allowed)}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and the reason for it."""
+
+    implementation: Implementation
+    reason: str
+
+
+def _show(value: object) -> str:
+    if isinstance(value, (set, frozenset, tuple, list)):
+        return "{" + ", ".join(sorted(_show(item) for item in value)) + "}"
+    return str(value).removeprefix("torch.")
+
+
+@functools.cache
+def load(op: str, backend: str) -> tuple[Implementation | None, str | None]:
+    """The implementation and None, or None and why there is none on this machine."""
+    path = MODULES[op].get(backend)
+    if path is None:
+        return None, f"{op} has no {backend} implementation"
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        return None, f"{path} cannot be imported: {error}"
+    reason = module.unavailable()
+    if reason is not None:
+        return None, reason
+    return Implementation(op, backend, getattr(module, op), module), None
+
+
+def requested(backend: str) -> str:
+    """The backend asked for by argument, or by environment when the argument is "auto"."""
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def choose(op: str, backend: str, requirements: Mapping[str, object]) -> Choice:
+    """The implementation that a call takes.
+
+    Args:
+        op: name of the op.
+        backend: "auto" or a backend's name.
+        requirements: what the call needs; "device" ("cpu", "cuda") is always among them.
+
+    Raises:
+        BackendError: a named backend is missing here or does not support the call; the message says what is
+            required, what is supported and what is missing.
+    """
+    backend = requested(backend)
+    if backend != "auto":
+        implementation, reason = load(op, backend)
+        missing = [reason] if implementation is None else implementation.missing(requirements)
+        if missing:
+            raise BackendError(f"{op}: backend {backend!r} cannot run this call: " + "; ".join(missing))
+        return Choice(implementation, "asked for")
+
+    passed_over = []
+    for name in auto_order(op, str(requirements["device"])):
+        implementation, reason = load(op, name)
+        missing = [reason] if implementation is None else implementation.missing(requirements)
+        if not missing:
+            return Choice(implementation, "; ".join(passed_over) or "first choice on this device")
+        passed_over.append(f"not {name}: {'; '.join(missing)}")
+    raise BackendError(f"{op}: no backend can run this call: " + "; ".join(passed_over))
+
+
+def auto_order(op: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries for an op on a device type, best first."""
+    return AUTO_ORDER.get(device, ("reference",))
+
+
+_logged: set[tuple[str, str, str]] = set()
+
+
+def pick(op: str, backend: str, requirements: Mapping[str, object]) -> Callable:
+    """`choose`, saying once per op and device what `auto` took and why."""
+    choice = choose(op, backend, requirements)
+    key = (op, str(requirements["device"]), choice.implementation.backend)
+    if backend == "auto" and key not in _logged:
+        _logged.add(key)
+        fell_back = choice.implementation.backend == "reference"
+        logger.log(
+            logging.WARNING if fell_back and requirements["device"] == "cuda" else logging.INFO,
+            "%s on %s: backend %s (%s)", op, requirements["device"], choice.implementation.backend, choice.reason,
+        )
+    return choice.implementation.run
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device, None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

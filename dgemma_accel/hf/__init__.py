@@ -1,0 +1,8 @@
+"""The drop-in for transformers' `DiffusionGemmaForBlockDiffusion`.
+
+transformers is imported on the first call, never at import of the package: the ops work without it.
+"""
+
+from .accelerate import accelerate, accelerated, restore
+
+__all__ = ["accelerate", "accelerated", "restore"]

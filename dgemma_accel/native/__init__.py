@@ -1,0 +1,1 @@
+"""Glue between tensors and the compiled extension `dgemma_accel._C`."""

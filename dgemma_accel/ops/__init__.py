@@ -1,0 +1,1 @@
+"""The public ops: argument checks, registration as torch.ops.dgemma.<op>, dispatch to a backend."""

@@ -1,0 +1,153 @@
+"""`block_attention`: a block of queries over a read-only prefix and its own keys, without copying the prefix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import compute_capability, pick
+from . import checks
+
+
+@torch.library.custom_op("dgemma::block_attention", mutates_args=())
+def _block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    prefix_start: Tensor | None,
+    prefix_end: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    length = 0 if prefix_key is None else prefix_key.shape[2]
+    checks.values_in("prefix_start", prefix_start, 0, length, force=check)
+    checks.values_in("prefix_end", prefix_end, 0, length, force=check)
+    run = pick("block_attention", backend, _requirements(query))
+    return run(
+        query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal
+    )
+
+
+@_block_attention.register_fake
+def _(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, check, backend):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _requirements(query: Tensor) -> dict[str, object]:
+    needs: dict[str, object] = {
+        "device": query.device.type,
+        "dtype": query.dtype,
+        "head_dim": query.shape[-1],
+    }
+    capability = compute_capability(query.device)
+    if capability is not None:
+        needs["compute_capability"] = capability
+    return needs
+
+
+def _check_heads(name: str, tensor: Tensor, query: Tensor, kv_heads: int, length: int | None) -> None:
+    checks.is_tensor(name, tensor)
+    checks.has_dtype(name, tensor, (query.dtype,))
+    checks.on_device(name, tensor, query.device, "query")
+    if tensor.ndim != 4:
+        raise ValueError(f"{name}: shape must be [B, Hkv, length, D], got {tuple(tensor.shape)}")
+    expected = (query.shape[0], kv_heads, tensor.shape[2] if length is None else length, query.shape[3])
+    checks.has_shape(name, tensor, expected, "[B, Hkv, length, D]")
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    *,
+    prefix_start: Tensor | None = None,
+    prefix_end: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    causal: bool = False,
+    return_lse: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of C block queries over [prefix[start_b:end_b] ; block], fp32 softmax and accumulation.
+
+    Every query sees the whole prefix range. Inside the block it sees every key, or with `causal` keys up
+    to its own position. Slots of the prefix outside [start_b, end_b) are never read. start_b >= end_b
+    is an empty prefix.
+
+    Args:
+        query: [B, Hq, C, D] bf16, fp16 or fp32.
+        key, value: [B, Hkv, C, D], same dtype and device; Hq must be a multiple of Hkv.
+        prefix_key, prefix_value: [B, Hkv, L, D], both or neither; any strides with a unit last one.
+        prefix_start, prefix_end: [B] int32 slots, 0 <= value <= L; default 0 and L. On a GPU they are
+            clamped to the buffer, and checked only with `check=True`.
+        scale: factor on the scores, default D ** -0.5 (DiffusionGemma uses 1.0).
+        softcap: scores s become c * tanh(s / c); c > 0, or None.
+        causal: causal inside the block (the encoder's commit pass).
+        return_lse: also return the log-sum-exp of the scores.
+        check: read prefix_start and prefix_end on the device too. Waits for the device.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        [B, Hq, C, D] in the query's dtype; with `return_lse` also [B, Hq, C] fp32 (natural logarithm).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value.
+        backends.BackendError: the backend named cannot run this call.
+
+    Source: DiffusionGemmaDecoderTextAttention of transformers' modeling_diffusion_gemma.py.
+    """
+    checks.is_tensor("query", query)
+    checks.has_dtype("query", query, checks.FLOAT_DTYPES)
+    if query.ndim != 4:
+        raise ValueError(f"query: shape must be [B, Hq, C, D], got {tuple(query.shape)}")
+    if 0 in query.shape:
+        raise ValueError(f"query: no dimension may be 0, got shape {tuple(query.shape)}")
+    checks.is_tensor("key", key)
+    if key.ndim != 4 or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key: shape must be [B, Hkv, C, D] with Hkv dividing Hq = {query.shape[1]}, got {tuple(key.shape)}"
+        )
+    kv_heads = key.shape[1]
+    _check_heads("key", key, query, kv_heads, query.shape[2])
+    _check_heads("value", value, query, kv_heads, query.shape[2])
+    if (prefix_key is None) != (prefix_value is None):
+        raise ValueError("prefix_key and prefix_value: give both or neither")
+    if prefix_key is not None:
+        _check_heads("prefix_key", prefix_key, query, kv_heads, None)
+        _check_heads("prefix_value", prefix_value, query, kv_heads, prefix_key.shape[2])
+        prefix_key, prefix_value = _unit_last_stride(prefix_key), _unit_last_stride(prefix_value)
+    for name, bound in (("prefix_start", prefix_start), ("prefix_end", prefix_end)):
+        if bound is None:
+            continue
+        if prefix_key is None:
+            raise ValueError(f"{name}: given without a prefix")
+        checks.is_tensor(name, bound)
+        checks.has_dtype(name, bound, (torch.int32,))
+        checks.has_shape(name, bound, (query.shape[0],), "one slot per batch row")
+        checks.on_device(name, bound, query.device, "query")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: a number expected, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: must be finite, got {scale}")
+
+    output, lse = torch.ops.dgemma.block_attention(
+        _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value), prefix_key, prefix_value,
+        prefix_start, prefix_end, float(scale), checks.softcap_value(softcap), bool(causal), check, backend,
+    )
+    return (output, lse) if return_lse else output

@@ -1,0 +1,123 @@
+"""Argument checks shared by the ops. Every error names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INT64_MAX = 2**63 - 1
+
+
+def is_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a torch.Tensor expected, got {type(value).__name__}")
+    return value
+
+
+def has_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name}: dtype must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def has_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: shape must be {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}")
+
+
+def on_device(name: str, tensor: Tensor, device: torch.device, of: str) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: must be on {device} like {of}, got {tensor.device}")
+
+
+def number_or_rows(
+    name: str,
+    value: float | Tensor,
+    rows: tuple[int, ...],
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    low: float = 0.0,
+    low_open: bool = False,
+    high: float = math.inf,
+) -> Tensor:
+    """A parameter that is a number, a 0-d tensor or one value per row, as a 0-d or flat tensor.
+
+    A number becomes a 0-d CPU tensor, which a kernel reads without waiting for the device; numbers are
+    checked against [low, high] here and tensors where they are read (`check_values`).
+
+    Args:
+        rows: the shape that stands for "one value per row".
+    """
+    integer = not dtype.is_floating_point
+    if isinstance(value, Tensor):
+        allowed = (torch.int64, torch.int32) if integer else (*FLOAT_DTYPES, torch.float64)
+        has_dtype(name, value, allowed)
+        if value.ndim == 0:
+            if value.device.type != "cpu":
+                on_device(name, value, device, "the input")
+            return value.to(dtype)
+        if tuple(value.shape) != tuple(rows):
+            raise ValueError(f"{name}: a number, a 0-d tensor or shape {tuple(rows)} expected, got {tuple(value.shape)}")
+        on_device(name, value, device, "the input")
+        return value.to(dtype).reshape(-1).contiguous()
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}")
+    if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
+        bracket = "(" if low_open else "["
+        raise ValueError(f"{name}: must be finite and in {bracket}{low}, {high}], got {value}")
+    return torch.tensor(value, dtype=dtype)
+
+
+def softcap_value(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: a number or None expected, got {type(softcap).__name__}")
+    if not math.isfinite(softcap) or softcap <= 0:
+        raise ValueError(f"softcap: must be finite and > 0, got {softcap}")
+    return float(softcap)
+
+
+def seed_and_offset(seed: int | Tensor | None, offset: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as 0-d int64 tensors; a seed that is not given is drawn from torch's default generator."""
+    if seed is None:
+        seed = torch.randint(INT64_MAX, (), dtype=torch.int64)
+    return _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
+
+
+def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        has_dtype(name, value, (torch.int64,))
+        has_shape(name, value, (), "a 0-d tensor")
+        if value.device.type != "cpu":
+            on_device(name, value, device, "the input")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: an int or a 0-d int64 tensor expected, got {type(value).__name__}")
+    if not 0 <= value <= INT64_MAX:
+        raise ValueError(f"{name}: must be in [0, 2**63), got {value}")
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def values_in(
+    name: str, tensor: Tensor | None, low: float, high: float, *, low_open: bool = False, high_open: bool = False,
+    force: bool = False,
+) -> None:
+    """Raise ValueError unless every element lies in the range (NaN does not).
+
+    Reads the tensor, so on a GPU it runs only with `force` (the op's `check=True`).
+    """
+    if tensor is None or tensor.numel() == 0 or (tensor.device.type != "cpu" and not force):
+        return
+    above = tensor > low if low_open else tensor >= low
+    below = tensor < high if high_open else tensor <= high
+    inside = above & below
+    if not bool(inside.all()):
+        came = tensor[~inside].flatten()[0].item()
+        raise ValueError(
+            f"{name}: values must be in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}, got {came}"
+        )

@@ -1,0 +1,157 @@
+"""`row_stats`: argmax, one sample and the statistics of each row of logits, in one read of the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import compute_capability, pick
+from . import checks
+
+
+class RowStats(NamedTuple):
+    """Statistics of rows of logits; every field has the shape of the logits without the vocabulary.
+
+    argmax, sample: int64. entropy (nats), logsumexp, top1_prob, top2_prob, sample_prob: fp32.
+    See `row_stats` for what each one is.
+    """
+
+    argmax: Tensor
+    sample: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    top1_prob: Tensor
+    top2_prob: Tensor
+    sample_prob: Tensor
+
+
+@torch.library.custom_op("dgemma::row_stats", mutates_args=())
+def _row_stats(
+    logits: Tensor,
+    temperature: Tensor,
+    stats_temperature: Tensor | None,
+    uniform: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor,
+    softcap: float | None,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.values_in("temperature", temperature, 0.0, math.inf, high_open=True, force=check)
+    checks.values_in("stats_temperature", stats_temperature, 0.0, math.inf, low_open=True, high_open=True, force=check)
+    checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
+    run = pick("row_stats", backend, _requirements(logits))
+    return run(logits, temperature, stats_temperature, uniform, seed, offset, softcap)
+
+
+@_row_stats.register_fake
+def _(logits, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend):
+    shape = logits.shape[:-1]
+    integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
+    floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
+    return (*integers, *floats)
+
+
+def _requirements(logits: Tensor) -> dict[str, object]:
+    needs: dict[str, object] = {"device": logits.device.type, "dtype": logits.dtype, "vocab": logits.shape[-1]}
+    capability = compute_capability(logits.device)
+    if capability is not None:
+        needs["compute_capability"] = capability
+    return needs
+
+
+def rows_view(logits: Tensor) -> Tensor:
+    """Logits of any rank as [N0, N1, V] with a unit last stride; copies only if the strides leave no choice."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.ndim == 1:
+        return logits[None, None]
+    if logits.ndim == 2:
+        return logits[None]
+    return logits if logits.ndim == 3 else logits.flatten(0, -3)
+
+
+def row_stats(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    stats_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    uniform: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    check: bool = False,
+    backend: str = "auto",
+) -> RowStats:
+    """Argmax, one sample, entropy, logsumexp and probabilities of each row of logits.
+
+    With x = softcap * tanh(logits / softcap), or x = logits, in fp32:
+
+    - the sample is drawn from softmax(x / temperature) by inverting its cumulated distribution, in
+      vocabulary order, at the row's uniform; temperature 0 is greedy: the sample is the argmax;
+    - entropy (nats), logsumexp, top1_prob, top2_prob and sample_prob are those of
+      softmax(x / stats_temperature), which defaults to the temperature, or to 1 where that is 0;
+    - argmax is the lowest index that holds the maximum; a tie at the top gives top2_prob = top1_prob.
+
+    A row without a distribution (all -inf, or NaN or +inf anywhere) yields argmax = sample = 0, entropy = +inf,
+    logsumexp = NaN and probabilities 0; no rule of `commit` prefers such a row.
+
+    Args:
+        logits: [..., V] bf16, fp16 or fp32, -inf allowed. Any strides; a last stride other than 1 is copied.
+        temperature: >= 0; a number, a 0-d tensor or one value per row [...].
+        stats_temperature: > 0; the same forms, or None.
+        softcap: > 0, or None.
+        uniform: [...] fp32 in [0, 1), one per row; drawn from Philox(seed, offset, row) when None.
+        seed: int or 0-d int64 tensor; None draws one from torch's default generator, so that
+            `torch.manual_seed` makes a run repeatable.
+        offset: int or 0-d int64 tensor, e.g. the number of the step.
+        check: read values on the device too: raise for a row without a distribution and for
+            temperatures or uniforms out of range. Waits for the device.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        `RowStats`, every field of shape [...].
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value.
+        backends.BackendError: the backend named cannot run this call.
+
+    Source: steps 1.c.ii and 1.c.iii of transformers' generation_diffusion_gemma.py.
+    """
+    checks.is_tensor("logits", logits)
+    checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
+    if logits.ndim < 1:
+        raise ValueError("logits: shape must be [..., V], got a 0-d tensor")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"logits: the vocabulary must not be empty, got shape {tuple(logits.shape)}")
+    shape = tuple(logits.shape[:-1])
+    device = logits.device
+    temperature = checks.number_or_rows("temperature", temperature, shape, device)
+    if stats_temperature is not None:
+        stats_temperature = checks.number_or_rows("stats_temperature", stats_temperature, shape, device, low_open=True)
+    softcap = checks.softcap_value(softcap)
+    if uniform is not None:
+        checks.is_tensor("uniform", uniform)
+        checks.has_dtype("uniform", uniform, (torch.float32,))
+        checks.has_shape("uniform", uniform, shape, "one value per row")
+        checks.on_device("uniform", uniform, device, "logits")
+        uniform = uniform.reshape(-1).contiguous()
+        seed, offset = None, torch.tensor(0)
+    else:
+        seed, offset = checks.seed_and_offset(seed, offset, device)
+
+    out = torch.ops.dgemma.row_stats(
+        rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend
+    )
+    stats = RowStats(*(field.reshape(shape) for field in out))
+    if check:
+        broken = stats.logsumexp.isnan()
+        if bool(broken.any()):
+            first = tuple(broken.nonzero()[0].tolist())
+            raise ValueError(
+                f"logits: {int(broken.sum())} rows have no distribution (all -inf, or NaN or +inf), first at {first}"
+            )
+    return stats

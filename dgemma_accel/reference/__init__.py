@@ -1,0 +1,21 @@
+"""The specification: every op in plain PyTorch, on any device, in fp32 (fp64 when the input is fp64)."""
+
+from .block_attention import block_attention
+from .commit import commit
+from .experts import experts
+from .head_stats import head_stats
+from .philox import philox4x32, random_words, uniform_from_word
+from .row_stats import row_stats
+from .soft_embedding import soft_embedding
+
+__all__ = [
+    "block_attention",
+    "commit",
+    "experts",
+    "head_stats",
+    "philox4x32",
+    "random_words",
+    "row_stats",
+    "soft_embedding",
+    "uniform_from_word",
+]

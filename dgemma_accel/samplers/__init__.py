@@ -1,0 +1,41 @@
+"""Rules and writes of `commit`, and the named strategies built on them."""
+
+from .rules import (
+    Bernoulli,
+    CanvasState,
+    Edit,
+    EntropyBound,
+    Factor,
+    Keep,
+    Margin,
+    Measure,
+    Random,
+    Remask,
+    Renoise,
+    Rule,
+    RunBest,
+    Sequential,
+    StableAndConfident,
+    Threshold,
+    TopK,
+)
+
+__all__ = [
+    "Bernoulli",
+    "CanvasState",
+    "Edit",
+    "EntropyBound",
+    "Factor",
+    "Keep",
+    "Margin",
+    "Measure",
+    "Random",
+    "Remask",
+    "Renoise",
+    "Rule",
+    "RunBest",
+    "Sequential",
+    "StableAndConfident",
+    "Threshold",
+    "TopK",
+]

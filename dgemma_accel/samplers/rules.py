@@ -1,0 +1,398 @@
+"""Rules (which positions are committed), writes (what happens to the rest) and the stop criterion of `commit`.
+
+Every rule is a measure (how good a position is), a selection over the ranking by that measure, and a
+few numbers. `encode()` gives that triple; it is all that a kernel sees, so rules with the same measure and
+selection share one kernel. Numbers that may differ by row or change between steps without recompiling may
+be tensors: a scalar, a 0-d tensor or one value per batch row [B].
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Number = float | int | Tensor
+
+
+class Measure(enum.IntEnum):
+    """The score of a position; the highest score is rank 1 and ties go to the lower position."""
+
+    SAMPLE_PROB = 0  # probability of the proposed token
+    TOP1_PROB = 1  # probability of the most probable token
+    ENTROPY = 2  # minus the entropy
+    MARGIN = 3  # top-1 minus top-2 probability
+    RANDOM = 4  # a uniform draw (Philox word 3)
+    POSITION = 5  # minus the position
+
+
+class Select(enum.IntEnum):
+    """Which candidates are committed, given rank r = 1..n and score c of each."""
+
+    TOP_K = 0  # r <= k
+    THRESHOLD = 1  # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2))
+    FACTOR = 2  # longest prefix of ranks with c(r) >= 1 - value / (r + 1); rank 1 always
+    ENTROPY_BOUND = 3  # exclusive prefix sum of entropy <= value; INCLUSIVE: inclusive < value, at least 1
+    BERNOULLI = 4  # uniform draw (Philox word 3) < value, independently
+    HIERARCHY = 5  # r <= k, or c > value, or c > value2 and the best of its run of adjacent candidates
+    EDIT = 6  # mask tokens: THRESHOLD | STRICT; other candidates: sample differs and c > value2
+
+
+class Flag(enum.IntFlag):
+    NONE = 0
+    STRICT = 1
+    RELATIVE = 2
+    INCLUSIVE = 4
+    LAST_RANK_QUIRK = 8  # FACTOR: when the first rank to fail is the last one, commit it too
+    GUMBEL = 16  # TOP_K: score / value2 + Gumbel noise (Philox word 3)
+
+
+class Write(enum.IntEnum):
+    """What a candidate that is not committed receives."""
+
+    REMASK = 0
+    RENOISE = 1
+    KEEP = 2
+
+
+@dataclass(frozen=True)
+class EncodedRule:
+    measure: Measure
+    select: Select
+    flags: Flag = Flag.NONE
+    k: Number = 0
+    value: Number = 0.0
+    value2: Number = 0.0
+    mask_id: int = -1
+
+
+def check_number(name: str, value: Number, low: float, high: float = float("inf"), *, integer: bool = False) -> None:
+    """Raise ValueError unless a Python number lies in [low, high]; tensors are checked where they are read."""
+    if isinstance(value, Tensor):
+        if value.ndim > 1:
+            raise ValueError(f"{name}: a number, a 0-d tensor or one value per row [B] expected, got shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of the rules; `encode()` is what `commit` runs."""
+
+    def encode(self) -> EncodedRule:
+        raise NotImplementedError(f"{type(self).__name__} has to define encode()")
+
+
+@dataclass(frozen=True)
+class TopK(Rule):
+    """The k candidates of highest confidence.
+
+    `low_confidence` remasking of LLaDA (generate.py) and Fast-dLLM, `low_confidence_static` of SDAR. k larger
+    than the number of candidates commits all of them; k = 0 commits none.
+
+    Args:
+        k: >= 0, an int, 0-d tensor or [B].
+        measure: what confidence means; the probability of the proposed token by default.
+        gumbel_temperature: None, or tau > 0: rank score / tau + Gumbel noise (Dream's `alg_temp`).
+    """
+
+    k: Number
+    measure: Measure = Measure.SAMPLE_PROB
+    gumbel_temperature: Number | None = None
+
+    def __post_init__(self) -> None:
+        check_number("k", self.k, 0, integer=True)
+        if self.gumbel_temperature is not None:
+            check_number("gumbel_temperature", self.gumbel_temperature, 1e-30)
+
+    def encode(self) -> EncodedRule:
+        if self.gumbel_temperature is None:
+            return EncodedRule(self.measure, Select.TOP_K, k=self.k)
+        return EncodedRule(self.measure, Select.TOP_K, Flag.GUMBEL, k=self.k, value2=self.gumbel_temperature)
+
+
+@dataclass(frozen=True)
+class Random(Rule):
+    """k candidates chosen uniformly (LLaDA's `random` remasking). k as in `TopK`."""
+
+    k: Number
+
+    def __post_init__(self) -> None:
+        check_number("k", self.k, 0, integer=True)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(Measure.RANDOM, Select.TOP_K, k=self.k)
+
+
+@dataclass(frozen=True)
+class Margin(Rule):
+    """The k candidates of largest top-1 minus top-2 probability (Dream's `topk_margin`). k as in `TopK`."""
+
+    k: Number
+
+    def __post_init__(self) -> None:
+        check_number("k", self.k, 0, integer=True)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(Measure.MARGIN, Select.TOP_K, k=self.k)
+
+
+@dataclass(frozen=True)
+class Sequential(Rule):
+    """The first k candidates in reading order (SDAR's `sequential`). k as in `TopK`."""
+
+    k: Number
+
+    def __post_init__(self) -> None:
+        check_number("k", self.k, 0, integer=True)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(Measure.POSITION, Select.TOP_K, k=self.k)
+
+
+@dataclass(frozen=True)
+class Threshold(Rule):
+    """Every candidate of confidence >= tau, and the best `min_count` whatever their confidence.
+
+    Fast-dLLM's threshold is the default (rank 1 always). `strict` compares with > (SGLang's LowConfidence).
+    `slack` s replaces tau by min(tau, best confidence - s) (dInfer, s = 1e-5: near ties go together).
+    `min_count` = k_s with `strict` is SDAR's `low_confidence_dynamic`; `min_count` = m dInfer's minimal top-k.
+
+    Args:
+        tau: in [0, 1], a number, 0-d tensor or [B].
+        min_count: >= 0, an int, 0-d tensor or [B].
+    """
+
+    tau: Number
+    min_count: Number = 1
+    strict: bool = False
+    slack: Number | None = None
+    measure: Measure = Measure.SAMPLE_PROB
+
+    def __post_init__(self) -> None:
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("min_count", self.min_count, 0, integer=True)
+        if self.slack is not None:
+            check_number("slack", self.slack, 0.0)
+
+    def encode(self) -> EncodedRule:
+        flags = Flag.STRICT if self.strict else Flag.NONE
+        if self.slack is not None:
+            flags |= Flag.RELATIVE
+        slack = 0.0 if self.slack is None else self.slack
+        return EncodedRule(self.measure, Select.THRESHOLD, flags, k=self.min_count, value=self.tau, value2=slack)
+
+
+@dataclass(frozen=True)
+class Factor(Rule):
+    """The longest run of best ranks n with confidence c(n) >= 1 - f / (n + 1); rank 1 always (Fast-dLLM).
+
+    The published code commits everything when only the last rank fails; `last_rank_quirk=True` repeats that.
+
+    Args:
+        f: >= 0, a number, 0-d tensor or [B].
+    """
+
+    f: Number
+    last_rank_quirk: bool = False
+    measure: Measure = Measure.SAMPLE_PROB
+
+    def __post_init__(self) -> None:
+        check_number("f", self.f, 0.0)
+
+    def encode(self) -> EncodedRule:
+        flags = Flag.LAST_RANK_QUIRK if self.last_rank_quirk else Flag.NONE
+        return EncodedRule(self.measure, Select.FACTOR, flags, value=self.f)
+
+
+@dataclass(frozen=True)
+class EntropyBound(Rule):
+    """Candidates in order of rising entropy while the entropy of those before them sums to at most `bound`.
+
+    At least one is always committed. DiffusionGemma's sampler (arXiv 2505.24857): I(tokens) is at most the
+    exclusive sum. `inclusive=True` is SDAR's `entropy_bounded`: the inclusive sum stays below the bound,
+    clamped to at least one.
+
+    Args:
+        bound: >= 0 in nats, a number, 0-d tensor or [B].
+    """
+
+    bound: Number
+    inclusive: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("bound", self.bound, 0.0)
+
+    def encode(self) -> EncodedRule:
+        flags = Flag.INCLUSIVE if self.inclusive else Flag.NONE
+        return EncodedRule(Measure.ENTROPY, Select.ENTROPY_BOUND, flags, value=self.bound)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Rule):
+    """Each candidate independently with probability p (Dream's `origin`).
+
+    Args:
+        p: in [0, 1], a number, 0-d tensor or [B].
+    """
+
+    p: Number
+
+    def __post_init__(self) -> None:
+        check_number("p", self.p, 0.0, 1.0)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(Measure.RANDOM, Select.BERNOULLI, value=self.p)
+
+
+@dataclass(frozen=True)
+class RunBest(Rule):
+    """Every candidate above tau, the best of each run of adjacent candidates if above `low`, and the best
+    `min_count` overall (dInfer's hierarchical decoding).
+
+    Args:
+        tau, low: in [0, 1], a number, 0-d tensor or [B].
+        min_count: >= 0, an int, 0-d tensor or [B].
+    """
+
+    tau: Number
+    low: Number = 0.4
+    min_count: Number = 1
+
+    def __post_init__(self) -> None:
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("low", self.low, 0.0, 1.0)
+        check_number("min_count", self.min_count, 0, integer=True)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(
+            Measure.SAMPLE_PROB, Select.HIERARCHY, k=self.min_count, value=self.tau, value2=self.low
+        )
+
+
+@dataclass(frozen=True)
+class Edit(Rule):
+    """Mask tokens by strict threshold, other candidates where a confident proposal differs (SGLang JointThreshold).
+
+    A candidate that holds `mask_id` is committed if its confidence is > tau, or if it is among the best `min_count`
+    mask positions; any other candidate is rewritten if the proposal differs from its token and has
+    confidence > tau_edit. Leave the prompt out of `candidates`. Use with `Keep()`: mask tokens that are not
+    committed stay mask tokens.
+
+    Args:
+        tau, tau_edit: in [0, 1], a number, 0-d tensor or [B].
+        mask_id: the mask token.
+        min_count: >= 0, an int, 0-d tensor or [B].
+    """
+
+    tau: Number
+    tau_edit: Number
+    mask_id: int
+    min_count: Number = 1
+
+    def __post_init__(self) -> None:
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("tau_edit", self.tau_edit, 0.0, 1.0)
+        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
+        check_number("min_count", self.min_count, 0, integer=True)
+
+    def encode(self) -> EncodedRule:
+        return EncodedRule(
+            Measure.SAMPLE_PROB,
+            Select.EDIT,
+            Flag.STRICT,
+            k=self.min_count,
+            value=self.tau,
+            value2=self.tau_edit,
+            mask_id=self.mask_id,
+        )
+
+
+@dataclass(frozen=True)
+class Remask:
+    """A candidate that is not committed becomes `mask_id` (>= 0)."""
+
+    mask_id: int
+    kind: Write = field(default=Write.REMASK, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
+
+    @property
+    def argument(self) -> int:
+        return self.mask_id
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """A candidate that is not committed is drawn uniformly from [0, vocab_size) (Philox words 1 and 2)."""
+
+    vocab_size: int
+    kind: Write = field(default=Write.RENOISE, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_number("vocab_size", self.vocab_size, 1, 2**31 - 1, integer=True)
+
+    @property
+    def argument(self) -> int:
+        return self.vocab_size
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A candidate that is not committed keeps its token."""
+
+    kind: Write = field(default=Write.KEEP, init=False, repr=False)
+
+    @property
+    def argument(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class StableAndConfident:
+    """A row is finished when its argmax canvas equals the previous `stability` ones and its mean entropy is
+    below `confidence` nats (StableAndConfidentStoppingCriteria of transformers' diffusion_gemma).
+
+    Args:
+        stability: number of previous canvases, >= 0; 0 asks for confidence alone.
+        confidence: > 0, a number or a 0-d tensor.
+    """
+
+    stability: int = 1
+    confidence: Number = 0.005
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stability, Tensor):
+            raise TypeError("stability: an int expected, it is the length of the history")
+        check_number("stability", self.stability, 0, integer=True)
+        check_number("confidence", self.confidence, 1e-30)
+
+
+@dataclass(frozen=True)
+class CanvasState:
+    """What `commit` carries from step to step of one canvas.
+
+    draft: [B, C] int64, the latest argmax canvas (frozen in finished rows): what becomes text.
+    history: [S, B, C] int64, the S latest argmax canvases, oldest first; -1 before the first step.
+    finished: [B] bool; such a row's tokens and draft no longer change.
+    """
+
+    draft: Tensor
+    history: Tensor
+    finished: Tensor
+
+    @staticmethod
+    def start(canvas: Tensor, stop: StableAndConfident | None = None) -> CanvasState:
+        """The state before the first step of `canvas` [B, C]."""
+        depth = 0 if stop is None else stop.stability
+        return CanvasState(
+            draft=canvas,
+            history=canvas.new_full((depth, *canvas.shape), -1),
+            finished=torch.zeros(canvas.shape[0], dtype=torch.bool, device=canvas.device),
+        )

@@ -1,0 +1,1 @@
+"""Triton kernels; installed as `dgemma_accel.triton_kernels`."""
