@@ -1,0 +1,197 @@
+"""Error budgets: is a kernel's result as near the truth as its arithmetic allows?
+
+Truth is the reference in fp64. A floating result may be off by at most twice the error of the same computation
+in plain PyTorch at the kernel's precision, plus an ulp term. An integer may differ from the truth only
+where the two candidates are tied within the precision. Tests and the bench judge by these functions, and
+the tests show that zeros, a wrong temperature and a dropped tile fail them.
+
+Every check returns a list of violations, one line each; an empty list means within the budget.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import block_attention as attention_reference
+from . import commit as commit_reference
+from . import row_stats as row_stats_reference
+from .row_stats import apply_softcap
+
+FP32_EPSILON = torch.finfo(torch.float32).eps
+# A cumulated fp32 sum over tiles against the fp64 one: what a sample's uniform may be off by.
+CDF_SLACK = 8 * FP32_EPSILON
+
+
+def _rows(value, shape, dtype, device) -> Tensor:
+    value = torch.as_tensor(value, device=device).to(dtype)
+    return value.reshape(-1) if value.ndim else value.expand(shape.numel())
+
+
+def _within(name: str, actual: Tensor, truth: Tensor, plain: Tensor, ulp: Tensor | float) -> list[str]:
+    """|actual - truth| <= 2 max|plain - truth| + ulp, where an infinity or a NaN has to be met exactly."""
+    actual = actual.to(truth.device, torch.float64)
+    special = ~truth.isfinite()
+    if not torch.equal(actual[special].nan_to_num(12345.0), truth[special].nan_to_num(12345.0)):
+        return [f"{name}: infinities or NaN differ from the truth"]
+    error = torch.where(special, 0.0, actual - truth).abs()
+    plain_error = torch.where(special, 0.0, plain.double() - truth).abs().max() if truth.numel() else 0.0
+    allowed = 2 * plain_error + ulp
+    bad = ~(error <= allowed)
+    if not bool(bad.any()):
+        return []
+    allowed = torch.as_tensor(allowed, dtype=torch.float64, device=error.device).expand_as(error)
+    worst = int((error - allowed).nan_to_num(float("inf")).argmax())
+    return [
+        f"{name}: {int(bad.sum())} of {bad.numel()} values off by more than allowed, "
+        f"worst {error.flatten()[worst]:.3e} against {allowed.flatten()[worst]:.3e}"
+    ]
+
+
+def check_row_stats(
+    stats,
+    logits: Tensor,
+    *,
+    temperature=1.0,
+    stats_temperature=None,
+    softcap: float | None = None,
+    uniform: Tensor,
+) -> list[str]:
+    """Violations of the budget by a `RowStats` of `logits` [..., V] drawn at `uniform` [...].
+
+    The ulp terms: a logit x / T carries a rounding of eps * |x / T| in fp32, which entropy and
+    logsumexp inherit as it is and probabilities as a relative error.
+    """
+    vocab, shape = logits.shape[-1], logits.shape[:-1]
+    flat = logits.reshape(1, -1, vocab)
+    uniform = uniform.reshape(-1)
+    t = _rows(temperature, shape, torch.float32, logits.device)
+    ts = None if stats_temperature is None else _rows(stats_temperature, shape, torch.float32, logits.device)
+    zero = torch.tensor(0)
+    truth = row_stats_reference(flat.double(), t, ts, uniform, None, zero, softcap)
+    plain = row_stats_reference(flat.float(), t, ts, uniform, None, zero, softcap)
+    names = ("argmax", "sample", "entropy", "logsumexp", "top1_prob", "top2_prob", "sample_prob")
+    truth = {name: value.reshape(-1) for name, value in zip(names, truth)}
+    plain = {name: value.reshape(-1) for name, value in zip(names, plain)}
+    actual = {name: getattr(stats, name).reshape(-1).to(logits.device) for name in names}
+
+    problems = []
+    for name in ("argmax", "sample"):
+        outside = (actual[name] < 0) | (actual[name] >= vocab)
+        if bool(outside.any()):
+            problems.append(f"{name}: {int(outside.sum())} values outside [0, {vocab})")
+    if problems:
+        return problems
+
+    x = apply_softcap(flat.double(), softcap)[0]
+    greedy = t == 0
+    sampling = torch.where(greedy, 1.0, t).double()
+    stats_t = (sampling if ts is None else ts).double()
+    finite = torch.where(x.isfinite(), x, 0.0).abs().amax(-1)
+    rounding = FP32_EPSILON * (finite / stats_t + 1)
+    valid = truth["logsumexp"].isfinite()
+
+    problems += _within("entropy", actual["entropy"], truth["entropy"], plain["entropy"], 4 * rounding)
+    problems += _within("logsumexp", actual["logsumexp"], truth["logsumexp"], plain["logsumexp"], 4 * rounding)
+    for name in ("top1_prob", "top2_prob"):
+        ulp = 8 * rounding * truth[name]
+        problems += _within(name, actual[name], truth[name], plain[name], ulp)
+    # The probability that goes with the sample that was drawn, which may be a tie of the truth's.
+    p = torch.exp(x / stats_t[:, None] - truth["logsumexp"][:, None])
+    own = torch.where(valid, p.gather(-1, actual["sample"][:, None])[:, 0], 0.0)
+    plain_own = own + (plain["sample_prob"] - truth["sample_prob"]) * (plain["sample"] == truth["sample"])
+    problems += _within("sample_prob", actual["sample_prob"], own, plain_own, 8 * rounding * own)
+
+    # Two indices are tied where their logits differ by less than the spacing of fp32 there.
+    top = torch.where(valid, x.gather(-1, truth["argmax"][:, None])[:, 0], 0.0)
+    chosen = torch.where(valid, x.gather(-1, actual["argmax"][:, None])[:, 0], 0.0)
+    different = actual["argmax"] != truth["argmax"]
+    wrong = different & ~(top - chosen <= 4 * FP32_EPSILON * (top.abs() + 1e-30))
+    if bool(wrong.any()):
+        problems.append(f"argmax: {int(wrong.sum())} rows differ from the truth without a tie")
+
+    problems += _check_samples(actual, x, uniform.double(), sampling, greedy, valid, finite)
+    return problems
+
+
+def _check_samples(actual, x, uniform, sampling, greedy, valid, finite) -> list[str]:
+    q = torch.softmax(torch.where(valid[:, None], x, 0.0) / sampling[:, None], -1)
+    cdf = q.cumsum(-1)
+    sample = actual["sample"][:, None]
+    upper = cdf.gather(-1, sample)[:, 0]
+    mass = q.gather(-1, sample)[:, 0]
+    slack = CDF_SLACK + 2 * FP32_EPSILON * finite / sampling
+    drawn = (uniform >= upper - mass - slack) & (uniform <= upper + slack) & (mass > 0)
+    right = torch.where(greedy, actual["sample"] == actual["argmax"], drawn)
+    right = torch.where(valid, right, (actual["sample"] == 0) & (actual["argmax"] == 0))
+    if bool(right.all()):
+        return []
+    return [f"sample: {int((~right).sum())} of {right.numel()} rows are not the inverse of the CDF at their uniform"]
+
+
+def check_block_attention(output: Tensor, lse: Tensor | None, *arguments) -> list[str]:
+    """Violations of the budget by the result of `block_attention`.
+
+    Args:
+        output, lse: what the op returned (lse may be None).
+        arguments: the arguments of `reference.block_attention`, in its order.
+    """
+    tensors = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    truth, truth_lse = attention_reference(*tensors)
+    dtype = arguments[0].dtype
+    plain, plain_lse = _plain_attention(*arguments)
+    spacing = torch.finfo(dtype).eps
+    problems = []
+    if output.dtype != dtype:
+        problems.append(f"output: dtype {output.dtype} instead of {dtype}")
+    # One rounding of the output itself is half a spacing; the rest of the budget is plain PyTorch's error.
+    problems += _within("output", output, truth, plain, spacing * truth.abs() + spacing * 1e-2)
+    if lse is not None:
+        ulp = 8 * FP32_EPSILON * (truth_lse.abs() + 1)
+        problems += _within("lse", lse, truth_lse, plain_lse, ulp)
+    return problems
+
+
+def _plain_attention(q, k, v, prefix_k, prefix_v, start, end, scale, softcap, causal) -> tuple[Tensor, Tensor]:
+    """What a user writes in PyTorch at the tensors' own dtype: concatenate, repeat, matmul, softmax, matmul."""
+    batch, query_heads, length, _ = q.shape
+    group = query_heads // k.shape[1]
+    prefix_length = 0 if prefix_k is None else prefix_k.shape[2]
+    output = torch.empty_like(q)
+    lse = torch.empty(batch, query_heads, length, dtype=torch.float32, device=q.device)
+    for b in range(batch):
+        first = 0 if start is None else int(start[b])
+        last = max(first, prefix_length if end is None else int(end[b]))
+        keys, values = k[b], v[b]
+        if prefix_k is not None:
+            keys = torch.cat([prefix_k[b, :, first:last], keys], 1)
+            values = torch.cat([prefix_v[b, :, first:last], values], 1)
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        scores = (q[b] @ keys.transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+            prefix_part = torch.zeros(length, scores.shape[-1] - length, dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(torch.cat([prefix_part, hidden], -1), float("-inf"))
+        lse[b] = torch.logsumexp(scores.float(), -1)
+        output[b] = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
+    return output, lse
+
+
+def check_commit(result: tuple[Tensor, ...], *arguments) -> list[str]:
+    """Violations by the six tensors of `commit`: they have to equal the reference's.
+
+    Args:
+        result: (tokens, committed, num_committed, draft, history, finished).
+        arguments: the arguments of `reference.commit`, in its order.
+    """
+    names = ("tokens", "committed", "num_committed", "draft", "history", "finished")
+    problems = []
+    for name, actual, expected in zip(names, result, commit_reference(*arguments)):
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            came, wanted = (tuple(actual.shape), actual.dtype), (tuple(expected.shape), expected.dtype)
+            problems.append(f"{name}: shape and dtype {came} instead of {wanted}")
+        elif not torch.equal(actual, expected):
+            problems.append(f"{name}: {int((actual != expected).sum())} of {expected.numel()} values differ")
+    return problems
