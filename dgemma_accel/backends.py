@@ -164,7 +164,11 @@ def pick(op: str, backend: str, requirements: Mapping[str, object]) -> Callable:
         fell_back = choice.implementation.backend == "reference"
         logger.log(
             logging.WARNING if fell_back and requirements["device"] == "cuda" else logging.INFO,
-            "%s on %s: backend %s (%s)", op, requirements["device"], choice.implementation.backend, choice.reason,
+            "%s on %s: backend %s (%s)",
+            op,
+            requirements["device"],
+            choice.implementation.backend,
+            choice.reason,
         )
     return choice.implementation.run
 

@@ -11,7 +11,12 @@ import pytest
 
 from dgemma_accel import backends
 
-DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
+DEVICES = {
+    "reference": "cpu",
+    "cpp": "cpu",
+    "triton": "cuda" if torch.cuda.is_available() else "cpu",
+    "cuda": "cuda",
+}
 
 
 def backend_params(op: str) -> list:

@@ -30,14 +30,27 @@ def _block_attention(
     checks.values_in("prefix_start", prefix_start, 0, length, force=check)
     checks.values_in("prefix_end", prefix_end, 0, length, force=check)
     run = pick("block_attention", backend, _requirements(query))
-    return run(
-        query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal
-    )
+    return run(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal)
 
 
 @_block_attention.register_fake
-def _(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, check, backend):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    prefix_start,
+    prefix_end,
+    scale,
+    softcap,
+    causal,
+    check,
+    backend,
+):
+    batch, heads, length, head_dim = query.shape
+    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 def _requirements(query: Tensor) -> dict[str, object]:
@@ -102,7 +115,8 @@ def block_attention(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [B, Hq, C, D] in the query's dtype; with `return_lse` also [B, Hq, C] fp32 (natural logarithm).
+        [B, Hq, C, D] in the query's dtype, a view of [B, C, Hq, D] storage, so that transposing it for
+        the output projection costs nothing; with `return_lse` also [B, Hq, C] fp32 (natural logarithm).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value.
@@ -147,7 +161,17 @@ def block_attention(
         raise ValueError(f"scale: must be finite, got {scale}")
 
     output, lse = torch.ops.dgemma.block_attention(
-        _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value), prefix_key, prefix_value,
-        prefix_start, prefix_end, float(scale), checks.softcap_value(softcap), bool(causal), check, backend,
+        _unit_last_stride(query),
+        _unit_last_stride(key),
+        _unit_last_stride(value),
+        prefix_key,
+        prefix_value,
+        prefix_start,
+        prefix_end,
+        float(scale),
+        checks.softcap_value(softcap),
+        bool(causal),
+        check,
+        backend,
     )
     return (output, lse) if return_lse else output

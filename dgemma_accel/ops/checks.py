@@ -20,7 +20,9 @@ def is_tensor(name: str, value: object) -> Tensor:
 def has_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name}: dtype must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name}: dtype must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def has_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -61,11 +63,15 @@ def number_or_rows(
                 on_device(name, value, device, "the input")
             return value.to(dtype)
         if tuple(value.shape) != tuple(rows):
-            raise ValueError(f"{name}: a number, a 0-d tensor or shape {tuple(rows)} expected, got {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: a number, a 0-d tensor or shape {tuple(rows)} expected, got {tuple(value.shape)}"
+            )
         on_device(name, value, device, "the input")
         return value.to(dtype).reshape(-1).contiguous()
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
+        )
     if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}: must be finite and in {bracket}{low}, {high}], got {value}")
@@ -82,7 +88,9 @@ def softcap_value(softcap: float | None) -> float | None:
     return float(softcap)
 
 
-def seed_and_offset(seed: int | Tensor | None, offset: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def seed_and_offset(
+    seed: int | Tensor | None, offset: int | Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Both as 0-d int64 tensors; a seed that is not given is drawn from torch's default generator."""
     if seed is None:
         seed = torch.randint(INT64_MAX, (), dtype=torch.int64)
@@ -104,7 +112,13 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tenso
 
 
 def values_in(
-    name: str, tensor: Tensor | None, low: float, high: float, *, low_open: bool = False, high_open: bool = False,
+    name: str,
+    tensor: Tensor | None,
+    low: float,
+    high: float,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
     force: bool = False,
 ) -> None:
     """Raise ValueError unless every element lies in the range (NaN does not).

@@ -61,16 +61,59 @@ def _commit(
     checks.values_in("value2", value2, 0.0, float("inf"), low_open=low_open, force=check)
     run = pick("commit", backend, _requirements(tokens))
     return run(
-        tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob, candidates, measure, select, flags,
-        k, value, value2, mask_id, write, write_argument, seed, offset, draft, history, finished, confidence,
+        tokens,
+        argmax,
+        sample,
+        entropy,
+        sample_prob,
+        top1_prob,
+        top2_prob,
+        candidates,
+        measure,
+        select,
+        flags,
+        k,
+        value,
+        value2,
+        mask_id,
+        write,
+        write_argument,
+        seed,
+        offset,
+        draft,
+        history,
+        finished,
+        confidence,
     )
 
 
 @_commit.register_fake
 def _(
-    tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob, candidates, measure, select, flags,
-    k, value, value2, mask_id, write, write_argument, seed, offset, draft, history, finished, confidence,
-    check, backend,
+    tokens,
+    argmax,
+    sample,
+    entropy,
+    sample_prob,
+    top1_prob,
+    top2_prob,
+    candidates,
+    measure,
+    select,
+    flags,
+    k,
+    value,
+    value2,
+    mask_id,
+    write,
+    write_argument,
+    seed,
+    offset,
+    draft,
+    history,
+    finished,
+    confidence,
+    check,
+    backend,
 ):
     def like(tensor):
         return tokens.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
@@ -166,7 +209,9 @@ def commit(
     shape, device = tuple(tokens.shape), tokens.device
     for name, field in stats._asdict().items():
         checks.is_tensor(f"stats.{name}", field)
-        checks.has_dtype(f"stats.{name}", field, (torch.int64,) if name in ("argmax", "sample") else (torch.float32,))
+        checks.has_dtype(
+            f"stats.{name}", field, (torch.int64,) if name in ("argmax", "sample") else (torch.float32,)
+        )
         checks.has_shape(f"stats.{name}", field, shape, "as tokens")
         checks.on_device(f"stats.{name}", field, device, "tokens")
     if candidates is not None:
@@ -185,11 +230,31 @@ def commit(
     if stop is not None:
         confidence = checks.number_or_rows("stop.confidence", stop.confidence, (), device, low_open=True)
     tokens_out, committed, count, draft, history, finished = torch.ops.dgemma.commit(
-        tokens, stats.argmax, stats.sample, stats.entropy, stats.sample_prob, stats.top1_prob, stats.top2_prob,
-        candidates, int(encoded.measure), int(encoded.select), int(encoded.flags), encoded.k, encoded.value,
-        encoded.value2, encoded.mask_id, int(write.kind), write.argument, seed, offset,
-        None if state is None else state.draft, None if state is None else state.history,
-        None if state is None else state.finished, confidence, check, backend,
+        tokens,
+        stats.argmax,
+        stats.sample,
+        stats.entropy,
+        stats.sample_prob,
+        stats.top1_prob,
+        stats.top2_prob,
+        candidates,
+        int(encoded.measure),
+        int(encoded.select),
+        int(encoded.flags),
+        encoded.k,
+        encoded.value,
+        encoded.value2,
+        encoded.mask_id,
+        int(write.kind),
+        write.argument,
+        seed,
+        offset,
+        None if state is None else state.draft,
+        None if state is None else state.history,
+        None if state is None else state.finished,
+        confidence,
+        check,
+        backend,
     )
     next_state = None if state is None else CanvasState(draft, history, finished)
     return CommitResult(tokens_out, committed, count, next_state)

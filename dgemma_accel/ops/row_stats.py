@@ -41,7 +41,9 @@ def _row_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.values_in("temperature", temperature, 0.0, math.inf, high_open=True, force=check)
-    checks.values_in("stats_temperature", stats_temperature, 0.0, math.inf, low_open=True, high_open=True, force=check)
+    checks.values_in(
+        "stats_temperature", stats_temperature, 0.0, math.inf, low_open=True, high_open=True, force=check
+    )
     checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
     run = pick("row_stats", backend, _requirements(logits))
     return run(logits, temperature, stats_temperature, uniform, seed, offset, softcap)
@@ -56,7 +58,11 @@ def _(logits, temperature, stats_temperature, uniform, seed, offset, softcap, ch
 
 
 def _requirements(logits: Tensor) -> dict[str, object]:
-    needs: dict[str, object] = {"device": logits.device.type, "dtype": logits.dtype, "vocab": logits.shape[-1]}
+    needs: dict[str, object] = {
+        "device": logits.device.type,
+        "dtype": logits.dtype,
+        "vocab": logits.shape[-1],
+    }
     capability = compute_capability(logits.device)
     if capability is not None:
         needs["compute_capability"] = capability
@@ -131,7 +137,9 @@ def row_stats(
     device = logits.device
     temperature = checks.number_or_rows("temperature", temperature, shape, device)
     if stats_temperature is not None:
-        stats_temperature = checks.number_or_rows("stats_temperature", stats_temperature, shape, device, low_open=True)
+        stats_temperature = checks.number_or_rows(
+            "stats_temperature", stats_temperature, shape, device, low_open=True
+        )
     softcap = checks.softcap_value(softcap)
     if uniform is not None:
         checks.is_tensor("uniform", uniform)

@@ -37,8 +37,8 @@ def block_attention(
         causal: mask inside the block only.
 
     Returns:
-        (output [B, Hq, C, D] in the query's dtype, lse [B, Hq, C] fp32: natural log of the sum of
-        exponentials of the scores).
+        (output [B, Hq, C, D] in the query's dtype, stored as [B, C, Hq, D]; lse [B, Hq, C] fp32: natural
+        logarithm of the sum of exponentials of the scores).
 
     Source: DiffusionGemmaDecoderTextAttention and eager_attention_forward of transformers'
     modeling_diffusion_gemma.py (bidirectional), DiffusionGemmaEncoderTextAttention (causal).
@@ -55,11 +55,12 @@ def block_attention(
     if causal:
         visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
 
-    output = torch.empty_like(query)
+    # The storage order [B, C, Hq, D] is what the output projection reads.
+    output = query.new_empty(batch, length, query_heads, head_dim).transpose(1, 2)
     lse = torch.empty(batch, query_heads, length, dtype=dtype, device=query.device)
     for b, (start, end) in enumerate(zip(starts, ends)):
         # [Hkv, group, C, D] against [Hkv, 1, K, D]: the heads of a group share keys without repeating them.
-        q = query[b].to(dtype).view(kv_heads, group * length, head_dim)
+        q = query[b].to(dtype).reshape(kv_heads, group * length, head_dim)
         block_scores = _scores(q, key[b].to(dtype), scale, softcap)
         if visible is not None:
             block_scores = block_scores.masked_fill(~visible.repeat(group, 1), float("-inf"))
@@ -69,7 +70,7 @@ def block_attention(
             prefix_scores = _scores(q, prefix_key[b, :, start:end].to(dtype), scale, softcap)
             scores = torch.cat([prefix_scores, block_scores], dim=-1)
         row_lse = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - row_lse[..., None])
+        weights = torch.softmax(scores, -1)
         result = weights[..., end - start :] @ values if end > start else weights @ values
         if end > start:
             result = result + weights[..., : end - start] @ prefix_value[b, :, start:end].to(dtype)

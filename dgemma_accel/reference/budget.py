@@ -92,7 +92,9 @@ def check_row_stats(
     valid = truth["logsumexp"].isfinite()
 
     problems += _within("entropy", actual["entropy"], truth["entropy"], plain["entropy"], 4 * rounding)
-    problems += _within("logsumexp", actual["logsumexp"], truth["logsumexp"], plain["logsumexp"], 4 * rounding)
+    problems += _within(
+        "logsumexp", actual["logsumexp"], truth["logsumexp"], plain["logsumexp"], 4 * rounding
+    )
     for name in ("top1_prob", "top2_prob"):
         ulp = 8 * rounding * truth[name]
         problems += _within(name, actual[name], truth[name], plain[name], ulp)
@@ -126,7 +128,9 @@ def _check_samples(actual, x, uniform, sampling, greedy, valid, finite) -> list[
     right = torch.where(valid, right, (actual["sample"] == 0) & (actual["argmax"] == 0))
     if bool(right.all()):
         return []
-    return [f"sample: {int((~right).sum())} of {right.numel()} rows are not the inverse of the CDF at their uniform"]
+    return [
+        f"sample: {int((~right).sum())} of {right.numel()} rows are not the inverse of the CDF at their uniform"
+    ]
 
 
 def check_block_attention(output: Tensor, lse: Tensor | None, *arguments) -> list[str]:
@@ -152,7 +156,9 @@ def check_block_attention(output: Tensor, lse: Tensor | None, *arguments) -> lis
     return problems
 
 
-def _plain_attention(q, k, v, prefix_k, prefix_v, start, end, scale, softcap, causal) -> tuple[Tensor, Tensor]:
+def _plain_attention(
+    q, k, v, prefix_k, prefix_v, start, end, scale, softcap, causal
+) -> tuple[Tensor, Tensor]:
     """What a user writes in PyTorch at the tensors' own dtype: concatenate, repeat, matmul, softmax, matmul."""
     batch, query_heads, length, _ = q.shape
     group = query_heads // k.shape[1]

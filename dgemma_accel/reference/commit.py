@@ -28,7 +28,9 @@ def _gumbel(word: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _score(measure: int, sample_prob: Tensor, top1_prob: Tensor, top2_prob: Tensor, entropy: Tensor, draw: Tensor):
+def _score(
+    measure: int, sample_prob: Tensor, top1_prob: Tensor, top2_prob: Tensor, entropy: Tensor, draw: Tensor
+):
     if measure == Measure.SAMPLE_PROB:
         return sample_prob
     if measure == Measure.TOP1_PROB:
@@ -204,5 +206,5 @@ def commit(
         stable = (history == new_draft).all(-1).all(0)
         confident = entropy.double().mean(-1) < confidence.to(device, torch.float32)
         new_finished |= stable & confident
-    new_history = torch.cat([history, new_draft[None]])[1:] if history.shape[0] else history.clone()
+    new_history = torch.cat([history[1:], new_draft[None]]) if history.shape[0] else history.clone()
     return new_tokens, committed, num_committed, new_draft, new_history, new_finished

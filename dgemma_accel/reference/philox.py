@@ -75,7 +75,12 @@ def random_words(seed: Tensor, offset: Tensor, rows: Tensor) -> tuple[Tensor, ..
     seed = seed.to(rows.device, torch.int64)
     offset = offset.to(rows.device, torch.int64)
     zero = torch.zeros_like(rows)
-    counter = (rows & MASK32, (rows >> 32) & MASK32, (offset & MASK32) + zero, ((offset >> 32) & MASK32) + zero)
+    counter = (
+        rows & MASK32,
+        (rows >> 32) & MASK32,
+        (offset & MASK32) + zero,
+        ((offset >> 32) & MASK32) + zero,
+    )
     return philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
 
 

@@ -32,7 +32,9 @@ class Select(enum.IntEnum):
     """Which candidates are committed, given rank r = 1..n and score c of each."""
 
     TOP_K = 0  # r <= k
-    THRESHOLD = 1  # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2))
+    THRESHOLD = (
+        1  # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2))
+    )
     FACTOR = 2  # longest prefix of ranks with c(r) >= 1 - value / (r + 1); rank 1 always
     ENTROPY_BOUND = 3  # exclusive prefix sum of entropy <= value; INCLUSIVE: inclusive < value, at least 1
     BERNOULLI = 4  # uniform draw (Philox word 3) < value, independently
@@ -68,14 +70,20 @@ class EncodedRule:
     mask_id: int = -1
 
 
-def check_number(name: str, value: Number, low: float, high: float = float("inf"), *, integer: bool = False) -> None:
+def check_number(
+    name: str, value: Number, low: float, high: float = float("inf"), *, integer: bool = False
+) -> None:
     """Raise ValueError unless a Python number lies in [low, high]; tensors are checked where they are read."""
     if isinstance(value, Tensor):
         if value.ndim > 1:
-            raise ValueError(f"{name}: a number, a 0-d tensor or one value per row [B] expected, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: a number, a 0-d tensor or one value per row [B] expected, got shape {tuple(value.shape)}"
+            )
         return
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
+        )
     if not low <= value <= high:
         raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
 
@@ -185,7 +193,9 @@ class Threshold(Rule):
         if self.slack is not None:
             flags |= Flag.RELATIVE
         slack = 0.0 if self.slack is None else self.slack
-        return EncodedRule(self.measure, Select.THRESHOLD, flags, k=self.min_count, value=self.tau, value2=slack)
+        return EncodedRule(
+            self.measure, Select.THRESHOLD, flags, k=self.min_count, value=self.tau, value2=slack
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"""row_stats: every backend against fp64 truth within the error budget, on odd shapes and poisoned inputs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dgemma_accel
+from dgemma_accel.backends import BackendError, load
+from dgemma_accel.reference.budget import check_row_stats
+from dgemma_accel.reference.philox import WORD_SAMPLE, random_words, uniform_from_word
+
+OP = "row_stats"
+
+
+def make_logits(rows, vocab, dtype=torch.float32, peak=0.0, scale=3.0, device="cpu"):
+    """Noise rows; with `peak`, every other row has one settled token."""
+    logits = torch.randn(rows, vocab, device=device) * scale
+    if peak:
+        index = torch.randint(vocab, (rows,), device=device)
+        logits[::2] += torch.nn.functional.one_hot(index, vocab)[::2] * peak
+    return logits.to(dtype)
+
+
+def run(logits, backend, **kwargs):
+    uniform = kwargs.pop("uniform", None)
+    if uniform is None:
+        uniform = torch.rand(logits.shape[:-1], device=logits.device)
+    stats = dgemma_accel.row_stats(logits, uniform=uniform, backend=backend, **kwargs)
+    return stats, check_row_stats(stats, logits, uniform=uniform, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 31, 257, 4096, 5003])
+def test_within_budget(backend, device, dtype, vocab):
+    for kwargs in (
+        {},
+        {"temperature": 0.45, "softcap": 30.0},
+        {"temperature": 0.7, "stats_temperature": 1.0},
+    ):
+        for peak in (0.0, 40.0):
+            logits = make_logits(6, vocab, dtype, peak, device=device)
+            _, problems = run(logits, backend, **kwargs)
+            assert not problems, (kwargs, peak, problems)
+
+
+@pytest.mark.parametrize("vocab", [20_011, 70_001])
+def test_vocabularies_of_many_tiles(backend, device, vocab):
+    _, problems = run(
+        make_logits(3, vocab, torch.bfloat16, 25.0, device=device), backend, temperature=0.6, softcap=30.0
+    )
+    assert not problems
+
+
+def test_shapes_and_views(backend, device):
+    wide = make_logits(2 * 7, 600, device=device).view(2, 7, 600)
+    for logits in (
+        wide[0, 0],
+        wide[0],
+        wide,
+        wide[:, 1:, 3:500],
+        wide[:, ::2],
+        wide.transpose(0, 1),
+        wide[None],
+    ):
+        stats, problems = run(logits, backend, temperature=0.8)
+        assert stats.argmax.shape == logits.shape[:-1]
+        assert not problems
+    poisoned = torch.full((2, 7, 640), math.nan, device=device)
+    poisoned[:, :, 20:620] = wide
+    _, problems = run(poisoned[:, :, 20:620], backend)
+    assert not problems, "values beside the view leaked in"
+
+
+def test_temperature_by_row_with_greedy_rows(backend, device):
+    logits = make_logits(8, 999, device=device)
+    temperature = torch.tensor([0.0, 0.3, 0.0, 1.0, 2.0, 0.0, 0.5, 4.0], device=device)
+    stats, problems = run(logits, backend, temperature=temperature)
+    assert not problems
+    assert torch.equal(stats.sample[temperature == 0], stats.argmax[temperature == 0])
+    tensor, _ = run(
+        logits, backend, temperature=torch.tensor(0.5), uniform=torch.full((8,), 0.3, device=device)
+    )
+    number, _ = run(logits, backend, temperature=0.5, uniform=torch.full((8,), 0.3, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(tensor, number))
+    _, problems = run(logits, backend, temperature=temperature, stats_temperature=temperature + 0.5)
+    assert not problems
+
+
+def test_minus_infinity_and_rows_without_a_distribution(backend, device):
+    logits = make_logits(6, 700, device=device)
+    logits[0, 3:] = -math.inf
+    logits[1, :] = -math.inf
+    logits[2, 500] = math.nan
+    logits[3, 650] = math.inf
+    logits[4, ::2] = -math.inf
+    uniform = torch.full((6,), 0.999999, device=device)
+    stats, problems = run(logits, backend, uniform=uniform)
+    assert not problems
+    for row in (1, 2, 3):
+        assert stats.argmax[row] == 0 and stats.sample[row] == 0
+        assert stats.entropy[row] == math.inf and stats.logsumexp[row].isnan()
+        assert stats.top1_prob[row] == stats.top2_prob[row] == stats.sample_prob[row] == 0
+    with pytest.raises(ValueError, match="3 rows have no distribution"):
+        dgemma_accel.row_stats(logits, uniform=uniform, check=True, backend=backend)
+
+
+def test_uniform_at_the_ends(backend, device):
+    logits = make_logits(4, 300, device=device)
+    logits[:, :5] = -math.inf
+    logits[:, -5:] = -math.inf
+    low, problems = run(logits, backend, uniform=torch.zeros(4, device=device))
+    assert not problems and bool((low.sample == 5).all())
+    high, problems = run(logits, backend, uniform=torch.full((4,), 1 - 2.0**-24, device=device))
+    assert not problems and bool((high.sample < 295).all())
+
+
+def test_ties_go_to_the_lower_index(backend, device):
+    logits = torch.zeros(3, 1000, device=device)
+    logits[0, [17, 940]] = 9.0
+    logits[1, [999, 998]] = 9.0
+    stats, problems = run(logits, backend)
+    assert not problems
+    assert stats.argmax.tolist() == [17, 998, 0]
+    assert torch.equal(stats.top1_prob, stats.top2_prob)
+
+
+def test_seed_draws_the_documented_uniforms(backend, device):
+    logits = make_logits(50, 400, device=device)
+    seed, offset = 2**40 + 7, 5
+    words = random_words(torch.tensor(seed), torch.tensor(offset), torch.arange(50))
+    uniform = uniform_from_word(words[WORD_SAMPLE]).to(device)
+    by_seed = dgemma_accel.row_stats(logits, seed=seed, offset=offset, backend=backend)
+    by_uniform = dgemma_accel.row_stats(logits, uniform=uniform, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(by_seed, by_uniform))
+    in_blocks = dgemma_accel.row_stats(logits.view(5, 10, 400), seed=seed, offset=offset, backend=backend)
+    assert torch.equal(in_blocks.sample.flatten(), by_seed.sample)
+    other = dgemma_accel.row_stats(logits, seed=seed, offset=offset + 1, backend=backend)
+    assert not torch.equal(other.sample, by_seed.sample)
+    tensors = dgemma_accel.row_stats(
+        logits,
+        seed=torch.tensor(seed, device=device),
+        offset=torch.tensor(offset, device=device),
+        backend=backend,
+    )
+    assert torch.equal(tensors.sample, by_seed.sample)
+
+
+def test_manual_seed_repeats(backend, device):
+    logits = make_logits(40, 300, device=device)
+    torch.manual_seed(3)
+    first = dgemma_accel.row_stats(logits, backend=backend).sample
+    second = dgemma_accel.row_stats(logits, backend=backend).sample
+    torch.manual_seed(3)
+    assert torch.equal(dgemma_accel.row_stats(logits, backend=backend).sample, first)
+    assert not torch.equal(first, second)
+
+
+def test_samples_follow_the_distribution(backend, device):
+    rows, vocab = 4000, 12
+    logits = make_logits(1, vocab, device=device).repeat(rows, 1)
+    stats = dgemma_accel.row_stats(logits, temperature=0.7, seed=1, backend=backend)
+    expected = torch.softmax(logits[0] / 0.7, -1).cpu()
+    observed = torch.bincount(stats.sample.cpu(), minlength=vocab) / rows
+    assert float((observed - expected).abs().max()) < 5 * math.sqrt(0.25 / rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 2600),
+    temperature=st.sampled_from([0.0, 0.1, 0.8, 3.0]),
+    stats_temperature=st.sampled_from([None, 0.5, 1.0]),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 2**30),
+)
+def test_any_case_cpp(rows, vocab, temperature, stats_temperature, softcap, scale, seed):
+    implementation, reason = load("row_stats", "cpp")
+    assert implementation is not None, reason
+    torch.manual_seed(seed)
+    logits = make_logits(rows, vocab, scale=scale)
+    kwargs = {"temperature": temperature, "stats_temperature": stats_temperature, "softcap": softcap}
+    _, problems = run(logits, "cpp", **kwargs)
+    assert not problems
+
+
+def test_budget_fails_zeros_wrong_temperature_and_a_dropped_tile():
+    logits = make_logits(8, 8192)
+    uniform = torch.rand(8)
+    good = dgemma_accel.row_stats(logits, uniform=uniform, temperature=0.8, backend="reference")
+    assert not check_row_stats(good, logits, uniform=uniform, temperature=0.8)
+    zeros = type(good)(*(torch.zeros_like(field) for field in good))
+    assert check_row_stats(zeros, logits, uniform=uniform, temperature=0.8)
+    warm = dgemma_accel.row_stats(logits, uniform=uniform, temperature=0.88, backend="reference")
+    names = {line.split(":")[0] for line in check_row_stats(warm, logits, uniform=uniform, temperature=0.8)}
+    assert {"entropy", "logsumexp", "top1_prob", "sample"} <= names
+    dropped = logits.clone()
+    dropped[:, 4096:4352] = -math.inf
+    tile = dgemma_accel.row_stats(dropped, uniform=uniform, temperature=0.8, backend="reference")
+    names = {line.split(":")[0] for line in check_row_stats(tile, logits, uniform=uniform, temperature=0.8)}
+    assert {"entropy", "logsumexp", "sample"} <= names
+    for field in ("entropy", "logsumexp", "top1_prob", "top2_prob", "sample_prob"):
+        one_zero = good._replace(**{field: torch.zeros_like(good.entropy)})
+        assert check_row_stats(one_zero, logits, uniform=uniform, temperature=0.8), field
+    wrong = good._replace(sample=(good.sample + 1) % 8192)
+    assert check_row_stats(wrong, logits, uniform=uniform, temperature=0.8)
+
+
+LOGITS = torch.zeros(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, text",
+    [
+        ({"logits": [1.0]}, TypeError, "logits: a torch.Tensor expected, got list"),
+        ({"logits": torch.zeros(3, dtype=torch.int64)}, TypeError, "logits: dtype must be one of"),
+        ({"logits": torch.tensor(1.0)}, ValueError, "logits: shape must be"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "logits: the vocabulary must not be empty"),
+        ({"temperature": -0.1}, ValueError, "temperature: must be finite and in .* got -0.1"),
+        ({"temperature": math.nan}, ValueError, "temperature: must be finite"),
+        ({"temperature": math.inf}, ValueError, "temperature: must be finite"),
+        ({"temperature": "hot"}, TypeError, "temperature: a number or a tensor expected, got str"),
+        ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature: values must be in"),
+        ({"temperature": torch.full((2, 3), math.nan)}, ValueError, "temperature: values must be in"),
+        (
+            {"temperature": torch.ones(3)},
+            ValueError,
+            r"temperature: a number, a 0-d tensor or shape \(2, 3\)",
+        ),
+        ({"stats_temperature": 0.0}, ValueError, "stats_temperature: must be finite"),
+        ({"stats_temperature": torch.zeros(2, 3)}, ValueError, "stats_temperature: values must be in"),
+        ({"softcap": 0}, ValueError, "softcap: must be finite and > 0"),
+        ({"softcap": -3.0}, ValueError, "softcap: must be finite and > 0"),
+        ({"uniform": torch.rand(2)}, ValueError, r"uniform: shape must be \(2, 3\)"),
+        ({"uniform": torch.rand(2, 3).double()}, TypeError, "uniform: dtype"),
+        ({"uniform": torch.ones(2, 3)}, ValueError, r"uniform: values must be in \[0.0, 1.0\)"),
+        ({"uniform": torch.rand(2, 3, device="meta")}, ValueError, "uniform: must be on cpu"),
+        ({"seed": -1}, ValueError, "seed: must be in"),
+        ({"seed": 0.5}, TypeError, "seed: an int or a 0-d int64 tensor"),
+        ({"seed": torch.tensor([1])}, ValueError, "seed: shape must be"),
+        ({"offset": torch.tensor(1.0)}, TypeError, "offset: dtype"),
+        ({"backend": "fast"}, ValueError, "backend: must be one of"),
+        ({"backend": "cuda"}, BackendError, "row_stats: backend 'cuda' cannot run this call"),
+    ],
+)
+def test_bad_input(kwargs, error, text):
+    if kwargs.get("backend") == "cuda" and torch.cuda.is_available():
+        text = "device: required cpu, supported"
+    arguments = {"logits": LOGITS, "backend": "reference", **kwargs}
+    with pytest.raises(error, match=text):
+        dgemma_accel.row_stats(arguments.pop("logits"), **arguments)
+
+
+def test_opcheck(backend, device):
+    logits = make_logits(6, 50, device=device).view(2, 3, 50)
+    arguments = (
+        logits,
+        torch.tensor(0.5),
+        None,
+        None,
+        torch.tensor(1),
+        torch.tensor(0),
+        30.0,
+        False,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.dgemma.row_stats.default, arguments)
+
+
+def test_compile_fullgraph(backend, device):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def entropy(logits, temperature):
+        return (
+            dgemma_accel.row_stats(logits * 2, temperature=temperature, seed=1, backend=backend).entropy + 1
+        )
+
+    logits = make_logits(4, 60, device=device)
+    expected = dgemma_accel.row_stats(logits * 2, temperature=0.5, seed=1, backend=backend).entropy + 1
+    assert torch.equal(entropy(logits, torch.tensor(0.5, device=device)), expected)
+
+
+def test_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("DGEMMA_ACCEL_BACKEND", "cuda" if not torch.cuda.is_available() else "nothing")
+    with pytest.raises((BackendError, ValueError)):
+        dgemma_accel.row_stats(LOGITS)
+    monkeypatch.setenv("DGEMMA_ACCEL_BACKEND", "reference")
+    assert dgemma_accel.row_stats(LOGITS).argmax.shape == (2, 3)
