@@ -1,0 +1,55 @@
+# Every target prepares what it needs: a virtual environment, PyTorch, the compiled extension.
+#   make demo | test | bench | gpu | sanitize | report | wheel | test-wheel
+# Variables:
+#   TRANSFORMERS=5.17.0   a transformers release instead of the newest (its own environment)
+#   TESTS="tests/..."     what `make test` runs;  PYTEST_ARGS="-k ..."  passed on
+#   GPU_MINUTES=9  PARTS="test attention"   time and parts of `make gpu`
+
+PYTHON ?= python3
+TRANSFORMERS ?=
+TESTS ?= tests
+PYTEST_ARGS ?=
+GPU_MINUTES ?= 9
+PARTS ?=
+VENV ?= .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
+RUN = $(VENV)/bin/python
+
+.PHONY: help prepare demo test bench gpu sanitize report wheel test-wheel lint clean
+
+help:
+	@sed -n '2,7s/^# *//p' Makefile
+
+prepare:
+	@$(PYTHON) tools/prepare.py --venv $(VENV) $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
+
+demo: prepare
+	@$(RUN) examples/demo.py
+
+# Two workers with one thread each use two cores better than one process with two threads does.
+test: prepare
+	@echo "== tests: $(TESTS)"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --durations 10 $(TESTS) $(PYTEST_ARGS)
+
+bench: prepare
+	@$(RUN) -m bench
+
+gpu:
+	@$(PYTHON) -m bench gpu --minutes $(GPU_MINUTES) $(if $(PARTS),--parts $(PARTS))
+
+sanitize:
+	@$(PYTHON) -m bench sanitize
+
+report: prepare
+	@$(RUN) -m bench report
+
+wheel: prepare
+	@$(RUN) tools/wheel.py
+
+test-wheel: wheel
+	@$(RUN) tools/test_wheel.py
+
+lint: prepare
+	@$(RUN) -m ruff check .
+
+clean:
+	rm -rf build dist *.egg-info dgemma_accel/_C*.so

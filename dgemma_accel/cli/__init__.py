@@ -1,0 +1,1 @@
+"""The commands behind `python -m dgemma_accel`."""

@@ -1,0 +1,42 @@
+"""The demo: a tiny trained DiffusionGemma answers a handful of prompts, with the reference and accelerated.
+
+python examples/demo.py [--prompts 8] [--backend auto]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dgemma_accel.cli.generate import compare, load, show_drafts, show_table
+
+FOLDER = Path(__file__).resolve().parent / "tiny-dgemma"
+sys.path.insert(0, str(FOLDER))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--backend", default="auto")
+    options = parser.parse_args()
+
+    from tasks import make_prompts
+
+    print(f"== loading {FOLDER.name}/checkpoint", flush=True)
+    model, tokenizer = load(FOLDER / "checkpoint")
+    print(
+        f"   {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {model.device}",
+        flush=True,
+    )
+    prompts, expected = zip(*make_prompts(options.prompts, seed=1))
+    print(f"== {len(prompts)} prompts, one at a time, with the reference and accelerated", flush=True)
+    compare(model, tokenizer, prompts[:1])  # the first call of each side pays for imports
+    answers = compare(model, tokenizer, prompts, backend=options.backend)
+    longest = max(range(len(prompts)), key=lambda index: answers["accelerated"][index].steps)
+    show_drafts(prompts[longest], answers["accelerated"][longest])
+    show_table(prompts, answers, expected)
+
+
+if __name__ == "__main__":
+    main()

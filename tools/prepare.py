@@ -1,0 +1,94 @@
+"""Make a virtual environment ready: PyTorch, the extras, and the package itself with its compiled extension.
+
+Nothing is done twice: a stamp in the environment remembers the inputs (setup.py, pyproject.toml, csrc/ and the
+options) it was last made from. Without an NVIDIA GPU PyTorch 2.13.0 is installed; with one, the PyTorch of the
+machine is used when it has CUDA, so that the environment matches the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_TORCH = "torch==2.13.0"
+BUILD_TOOLS = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja>=1.11"]
+EXTRAS = "hf,test,bench"
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
+
+
+def has_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def python_has_cuda_torch(python: str) -> bool:
+    code = "import torch, sys; sys.exit(0 if torch.version.cuda and torch.cuda.is_available() else 1)"
+    return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
+
+
+def digest(options: list[str]) -> str:
+    state = hashlib.sha256(repr([sys.version, *options]).encode())
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "csrc").rglob("*"))]
+    for path in files:
+        if path.is_file():
+            state.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def prepare(venv: Path, transformers: str | None) -> None:
+    build_options = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("DGEMMA_ACCEL_CUDA")]
+    stamp, wanted = venv / ".ready", digest([transformers or "", EXTRAS, *build_options])
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    gpu = has_gpu()
+    python = venv / "bin" / "python"
+    if not python.exists():
+        inherit = gpu and python_has_cuda_torch(sys.executable)
+        say(f"creating {venv.name}" + (" on top of this machine's PyTorch with CUDA" if inherit else ""))
+        run(sys.executable, "-m", "venv", *(["--system-site-packages"] if inherit else []), venv)
+    say("installing PyTorch and the build tools")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if not python_has_cuda_torch(str(python)):
+        run(*pip, "torch>=2.11" if gpu else CPU_TORCH)
+    run(*pip, *BUILD_TOOLS)
+    nvcc = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
+    say(
+        f"building the extension ({'host C++ and CUDA' if nvcc else 'host C++; no nvcc here'}) and installing the extras"
+    )
+    run(
+        *pip,
+        "--no-build-isolation",
+        "--editable",
+        f".[{EXTRAS}]",
+        *([f"transformers=={transformers}"] if transformers else []),
+    )
+    stamp.write_text(wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--transformers", help="a release to install instead of the newest, e.g. 5.17.0")
+    options = parser.parse_args()
+    try:
+        prepare(options.venv.resolve(), options.transformers)
+    except subprocess.CalledProcessError as error:
+        say(f"failed with exit status {error.returncode}: {' '.join(map(str, error.cmd))}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
