@@ -88,6 +88,20 @@ def check_number(
         raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
 
 
+def _check_count(name: str, k: Number | None) -> None:
+    if k is not None:
+        check_number(name, k, 0, integer=True)
+
+
+def _given_count(rule: Rule) -> Number:
+    if rule.k is None:
+        raise ValueError(
+            f"k: {type(rule).__name__}() without k is a strategy, whose k a MaskedDiffusionSampler takes from its "
+            "schedule; commit needs a number"
+        )
+    return rule.k
+
+
 @dataclass(frozen=True)
 class Rule:
     """Base of the rules; `encode()` is what `commit` runs."""
@@ -126,41 +140,47 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Random(Rule):
-    """k candidates chosen uniformly (LLaDA's `random` remasking). k as in `TopK`."""
+    """k candidates chosen uniformly (LLaDA's `random` remasking). k as in `TopK`.
 
-    k: Number
+    As a strategy of `MaskedDiffusionSampler`, k = None takes k from the schedule of the step.
+    """
+
+    k: Number | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 0, integer=True)
+        _check_count("k", self.k)
 
     def encode(self) -> EncodedRule:
-        return EncodedRule(Measure.RANDOM, Select.TOP_K, k=self.k)
+        return EncodedRule(Measure.RANDOM, Select.TOP_K, k=_given_count(self))
 
 
 @dataclass(frozen=True)
 class Margin(Rule):
-    """The k candidates of largest top-1 minus top-2 probability (Dream's `topk_margin`). k as in `TopK`."""
+    """The k candidates of largest top-1 minus top-2 probability. k as in `Random`.
 
-    k: Number
+    The measure of Dream's `topk_margin`; `samplers.TopkMargin` is that algorithm with its own schedule.
+    """
+
+    k: Number | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 0, integer=True)
+        _check_count("k", self.k)
 
     def encode(self) -> EncodedRule:
-        return EncodedRule(Measure.MARGIN, Select.TOP_K, k=self.k)
+        return EncodedRule(Measure.MARGIN, Select.TOP_K, k=_given_count(self))
 
 
 @dataclass(frozen=True)
 class Sequential(Rule):
-    """The first k candidates in reading order (SDAR's `sequential`). k as in `TopK`."""
+    """The first k candidates in reading order (SDAR's `sequential`). k as in `Random`."""
 
-    k: Number
+    k: Number | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 0, integer=True)
+        _check_count("k", self.k)
 
     def encode(self) -> EncodedRule:
-        return EncodedRule(Measure.POSITION, Select.TOP_K, k=self.k)
+        return EncodedRule(Measure.POSITION, Select.TOP_K, k=_given_count(self))
 
 
 @dataclass(frozen=True)
