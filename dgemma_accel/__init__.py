@@ -4,7 +4,10 @@ from . import samplers
 from .hf import accelerate, accelerated, restore
 from .ops.block_attention import block_attention
 from .ops.commit import CommitResult, commit
+from .ops.head_stats import head_stats
+from .ops.merge_stats import merge_stats
 from .ops.row_stats import RowStats, row_stats
+from .ops.soft_embedding import soft_embedding
 from .version import __version__
 
 __all__ = [
@@ -15,7 +18,10 @@ __all__ = [
     "accelerated",
     "block_attention",
     "commit",
+    "head_stats",
+    "merge_stats",
     "restore",
     "row_stats",
     "samplers",
+    "soft_embedding",
 ]

@@ -47,6 +47,18 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "dgemma_accel.triton_kernels.block_attention",
         "cuda": "dgemma_accel.native.block_attention_cuda",
     },
+    "head_stats": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.head_stats_cpp",
+        "triton": "dgemma_accel.triton_kernels.head_stats",
+        "cuda": "dgemma_accel.native.head_stats_cuda",
+    },
+    "soft_embedding": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.soft_embedding_chunked",
+        "triton": "dgemma_accel.triton_kernels.soft_embedding",
+        "cuda": "dgemma_accel.native.soft_embedding_chunked",
+    },
 }
 
 # The order in which `auto` tries, by device type; an op may override it for an architecture.

@@ -1,8 +1,16 @@
 """The reference as a backend: any device, any dtype."""
 
-from .reference import block_attention, commit, row_stats
+from .reference import block_attention, commit, head_stats, row_stats, soft_embedding
 
-__all__ = ["FEATURES", "block_attention", "commit", "row_stats", "unavailable"]
+__all__ = [
+    "FEATURES",
+    "block_attention",
+    "commit",
+    "head_stats",
+    "row_stats",
+    "soft_embedding",
+    "unavailable",
+]
 
 FEATURES: dict[str, object] = {}
 

@@ -65,9 +65,8 @@ def prepare(venv: Path, transformers: str | None) -> None:
         run(*pip, "torch>=2.11" if gpu else CPU_TORCH)
     run(*pip, *BUILD_TOOLS)
     nvcc = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
-    say(
-        f"building the extension ({'host C++ and CUDA' if nvcc else 'host C++; no nvcc here'}) and installing the extras"
-    )
+    parts = "host C++ and CUDA" if nvcc else "host C++; no nvcc here"
+    say(f"building the extension ({parts}) and installing the extras")
     run(
         *pip,
         "--no-build-isolation",

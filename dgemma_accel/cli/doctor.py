@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 
 import torch
 

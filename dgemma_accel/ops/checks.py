@@ -97,6 +97,23 @@ def seed_and_offset(
     return _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
 
 
+def uniform_or_seed(
+    uniform: Tensor | None,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The uniforms given, flat; or seed and offset to draw them from."""
+    if uniform is None:
+        return (None, *seed_and_offset(seed, offset, device))
+    is_tensor("uniform", uniform)
+    has_dtype("uniform", uniform, (torch.float32,))
+    has_shape("uniform", uniform, shape, "one value per row")
+    on_device("uniform", uniform, device, "the input")
+    return uniform.reshape(-1).contiguous(), None, torch.tensor(0)
+
+
 def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         has_dtype(name, value, (torch.int64,))

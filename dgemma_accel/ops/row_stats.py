@@ -80,6 +80,16 @@ def rows_view(logits: Tensor) -> Tensor:
     return logits if logits.ndim == 3 else logits.flatten(0, -3)
 
 
+def raise_for_rows_without_a_distribution(stats: RowStats) -> None:
+    """Raise ValueError if a row was all -inf, or had NaN or +inf; waits for the device."""
+    broken = stats.logsumexp.isnan()
+    if bool(broken.any()):
+        first = tuple(broken.nonzero()[0].tolist())
+        raise ValueError(
+            f"logits: {int(broken.sum())} rows have no distribution (all -inf, or NaN or +inf), first at {first}"
+        )
+
+
 def row_stats(
     logits: Tensor,
     *,
@@ -141,25 +151,12 @@ def row_stats(
             "stats_temperature", stats_temperature, shape, device, low_open=True
         )
     softcap = checks.softcap_value(softcap)
-    if uniform is not None:
-        checks.is_tensor("uniform", uniform)
-        checks.has_dtype("uniform", uniform, (torch.float32,))
-        checks.has_shape("uniform", uniform, shape, "one value per row")
-        checks.on_device("uniform", uniform, device, "logits")
-        uniform = uniform.reshape(-1).contiguous()
-        seed, offset = None, torch.tensor(0)
-    else:
-        seed, offset = checks.seed_and_offset(seed, offset, device)
+    uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
 
     out = torch.ops.dgemma.row_stats(
         rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend
     )
     stats = RowStats(*(field.reshape(shape) for field in out))
     if check:
-        broken = stats.logsumexp.isnan()
-        if bool(broken.any()):
-            first = tuple(broken.nonzero()[0].tolist())
-            raise ValueError(
-                f"logits: {int(broken.sum())} rows have no distribution (all -inf, or NaN or +inf), first at {first}"
-            )
+        raise_for_rows_without_a_distribution(stats)
     return stats

@@ -16,7 +16,9 @@ from torch import Tensor
 from . import block_attention as attention_reference
 from . import commit as commit_reference
 from . import row_stats as row_stats_reference
+from . import soft_embedding as soft_embedding_reference
 from .row_stats import apply_softcap
+from .soft_embedding import tempered
 
 FP32_EPSILON = torch.finfo(torch.float32).eps
 # A cumulated fp32 sum over tiles against the fp64 one: what a sample's uniform may be off by.
@@ -183,6 +185,32 @@ def _plain_attention(
         lse[b] = torch.logsumexp(scores.float(), -1)
         output[b] = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
     return output, lse
+
+
+def check_soft_embedding(
+    result: Tensor, logits: Tensor, weight: Tensor, temperature, softcap, tolerance=0.0
+) -> list[str]:
+    """Violations of the budget by `soft_embedding(exact=False)` of logits [..., V] and weight [V, E].
+
+    Plain PyTorch at the tensors' dtype is the reference model's form: softmax in fp32, probabilities rounded to
+    the dtype of the weight, then the product. `tolerance` > 0 allows the mass of the tiles it may leave out.
+    """
+    vocab, embedding = weight.shape
+    flat = logits.reshape(1, -1, vocab)
+    temperature = torch.as_tensor(temperature, device=logits.device)
+    if temperature.ndim:
+        temperature = temperature.reshape(-1)
+    x = tempered(flat.double(), temperature, softcap)
+    lse = torch.logsumexp(x, -1)
+    valid = lse.isfinite()
+    lse = torch.where(valid, lse, float("nan"))
+    truth = soft_embedding_reference(flat.double(), lse, weight.double(), temperature, softcap)
+    probabilities = torch.softmax(tempered(flat.float(), temperature, softcap), -1)
+    plain = torch.where(valid[..., None], probabilities.to(weight.dtype) @ weight, 0.0)
+    spacing = torch.finfo(weight.dtype).eps
+    ulp = spacing * truth.abs() + FP32_EPSILON * weight.abs().max().double()
+    left_out = tolerance * -(-vocab // 64) * float(weight.abs().max())
+    return _within("soft_embedding", result.reshape(1, -1, embedding), truth, plain, ulp + left_out)
 
 
 def check_commit(result: tuple[Tensor, ...], *arguments) -> list[str]:

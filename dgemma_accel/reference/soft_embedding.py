@@ -8,20 +8,33 @@ from torch import Tensor
 from .row_stats import apply_softcap, compute_dtype
 
 
+def tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """softcap(logits) / temperature in the compute dtype; temperature is 0-d or one value per row."""
+    x = apply_softcap(logits, softcap)
+    temperature = temperature.to(x.device, x.dtype)
+    return x / (temperature.reshape(*logits.shape[:-1], 1) if temperature.ndim else temperature)
+
+
 def soft_embedding(
     logits: Tensor,
+    logsumexp: Tensor,
     weight: Tensor,
     temperature: Tensor,
     softcap: float | None,
+    tolerance: float = 0.0,
     exact: bool = False,
 ) -> Tensor:
     """softmax(softcap(logits) / temperature) @ weight.
 
     Args:
         logits: [N0, N1, V], as `head_stats` returns them (before softcap and temperature).
+        logsumexp: [N0, N1] fp32, that of softcap(logits) / temperature, as `row_stats` computes it. A row
+            whose logsumexp is NaN has no distribution and yields zeros.
         weight: [V, E], the embedding, without embed_scale.
         temperature: 0-d or [N0 * N1] fp32, > 0.
         softcap: c > 0, or None.
+        tolerance: implementations may leave out tiles of rows x vocabulary in which no row holds more mass than
+            this; the specification computes all.
         exact: repeat the reference model's roundings, for parity: the tempered logits and then the
             probabilities are rounded to the dtype of `weight` and the product is taken in that dtype.
             Otherwise all arithmetic is fp32 and only the result is rounded, which is nearer the truth.
@@ -32,12 +45,12 @@ def soft_embedding(
     Source: DiffusionGemmaDecoderModel.forward (soft_embeddings) and step 1.c.v of `_denoising_step` in
     transformers' diffusion_gemma.
     """
-    x = apply_softcap(logits, softcap)
-    temperature = temperature.to(x.device, x.dtype)
-    if temperature.ndim:
-        temperature = temperature.reshape(*logits.shape[:-1], 1)
-    x = x / temperature
+    x = tempered(logits, temperature, softcap)
+    valid = ~logsumexp.isnan()[..., None]
+    x = torch.where(valid, x, 0.0)
     if exact:
         probabilities = torch.softmax(x.to(weight.dtype), dim=-1, dtype=torch.float32).to(weight.dtype)
-        return probabilities @ weight
-    return (torch.softmax(x, dim=-1) @ weight.to(compute_dtype(logits))).to(weight.dtype)
+        return torch.where(valid, probabilities @ weight, 0.0)
+    return torch.where(valid, torch.softmax(x, dim=-1) @ weight.to(compute_dtype(logits)), 0.0).to(
+        weight.dtype
+    )

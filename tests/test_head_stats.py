@@ -1,0 +1,103 @@
+"""head_stats: the product against PyTorch's, its statistics against fp64 truth of the logits it returned."""
+
+import math
+
+import pytest
+import torch
+
+import dgemma_accel
+from dgemma_accel.reference.budget import check_row_stats
+
+OP = "head_stats"
+
+
+def run(hidden, weight, backend, **settings):
+    uniform = torch.rand(hidden.shape[:-1], device=hidden.device)
+    logits, stats = dgemma_accel.head_stats(hidden, weight, uniform=uniform, backend=backend, **settings)
+    return logits, stats, check_row_stats(stats, logits, uniform=uniform, **settings)
+
+
+def check_logits(logits, hidden, weight):
+    """Error against fp64 at most twice that of PyTorch's product, plus one spacing."""
+    truth = hidden.double() @ weight.double().T
+    plain = torch.nn.functional.linear(hidden, weight).double()
+    spacing = torch.finfo(hidden.dtype).eps
+    error, allowed = (logits.double() - truth).abs(), 2 * (plain - truth).abs().max() + spacing * truth.abs()
+    return bool((error <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, vocab", [((1, 32), 5), ((5, 96), 700), ((2, 9, 64), 2050), ((3, 64), 9001)])
+def test_within_budget(backend, device, dtype, shape, vocab):
+    hidden = torch.randn(shape, device=device).to(dtype)
+    weight = (torch.randn(vocab, shape[-1], device=device) * 0.5).to(dtype)
+    for settings in ({}, {"softcap": 30.0, "temperature": 0.5}, {"temperature": 0.0}):
+        logits, stats, problems = run(hidden, weight, backend, **settings)
+        assert (
+            logits.dtype == dtype
+            and logits.shape == (*shape[:-1], vocab)
+            and stats.sample.shape == shape[:-1]
+        )
+        assert check_logits(logits, hidden, weight)
+        assert not problems, settings
+    assert not check_logits(torch.zeros_like(logits), hidden, weight)
+
+
+def test_equals_product_then_row_stats(backend, device):
+    hidden, weight = torch.randn(2, 6, 48, device=device), torch.randn(300, 48, device=device)
+    settings = {"softcap": 20.0, "temperature": 0.6, "stats_temperature": 1.0, "seed": 4, "offset": 9}
+    logits, stats = dgemma_accel.head_stats(hidden, weight, backend=backend, **settings)
+    expected = dgemma_accel.row_stats(logits, backend="reference", **settings)
+    assert torch.equal(stats.sample, expected.sample) and torch.equal(stats.argmax, expected.argmax)
+
+
+def test_rows_without_a_distribution(backend, device):
+    hidden, weight = torch.randn(3, 16, device=device), torch.randn(40, 16, device=device)
+    hidden[1, 2] = math.nan
+    _, stats = dgemma_accel.head_stats(hidden, weight, seed=0, backend=backend)
+    assert stats.logsumexp.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="1 rows have no distribution"):
+        dgemma_accel.head_stats(hidden, weight, seed=0, check=True, backend=backend)
+
+
+HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(7, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, kwargs, error, text",
+    [
+        ((HIDDEN.long(), WEIGHT), {}, TypeError, "hidden: dtype must be one of"),
+        (
+            (HIDDEN, WEIGHT[:, :3]),
+            {},
+            ValueError,
+            r"weight: shape must be \[V, 4\] like hidden, got \(7, 3\)",
+        ),
+        ((HIDDEN, WEIGHT[:0]), {}, ValueError, r"weight: shape must be \[V, E\] with V >= 1"),
+        ((HIDDEN, WEIGHT.half()), {}, TypeError, "weight: dtype must be one of float32, got float16"),
+        ((HIDDEN, WEIGHT.to("meta")), {}, ValueError, "weight: must be on cpu like hidden, got meta"),
+        ((HIDDEN, WEIGHT), {"softcap": 0.0}, ValueError, "softcap: must be finite and > 0"),
+        ((HIDDEN, WEIGHT), {"temperature": -1}, ValueError, "temperature: must be finite"),
+        ((HIDDEN, WEIGHT), {"uniform": torch.rand(3)}, ValueError, r"uniform: shape must be \(2,\)"),
+    ],
+)
+def test_bad_input(arguments, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        dgemma_accel.head_stats(*arguments, **kwargs, backend="reference")
+
+
+def test_opcheck(backend, device):
+    hidden, weight = torch.randn(2, 3, 16, device=device), torch.randn(50, 16, device=device)
+    arguments = (
+        hidden,
+        weight,
+        torch.tensor(0.5),
+        None,
+        None,
+        torch.tensor(1),
+        torch.tensor(0),
+        30.0,
+        False,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.dgemma.head_stats.default, arguments)

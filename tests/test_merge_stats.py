@@ -1,0 +1,124 @@
+"""A vocabulary split over two gloo ranks gives the statistics and the sample of one device."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import dgemma_accel
+from dgemma_accel.reference.budget import check_row_stats
+
+VOCAB, ROWS, SPLIT = 1000, 24, 360
+
+
+def make_hidden_and_weight():
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, ROWS // 2, 32, generator=generator)
+    return hidden, torch.randn(VOCAB, 32, generator=generator)
+
+
+CASES = (
+    {"temperature": 0.7, "softcap": 20.0},
+    {"temperature": 0.7, "stats_temperature": 1.0},
+    {"temperature": 0.0},
+    {"temperature": torch.linspace(0, 2, ROWS).reshape(2, ROWS // 2), "softcap": 5.0},
+)
+
+
+def worker(rank, directory):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    hidden, weight = make_hidden_and_weight()
+    # The first rank holds the later columns, to show that shards are ordered by column and not by rank.
+    start, stop = ((SPLIT, VOCAB), (0, SPLIT))[rank]
+    results = []
+    for kwargs in CASES:
+        logits, stats = dgemma_accel.head_stats(
+            hidden, weight[start:stop], seed=0, backend="reference", **kwargs
+        )
+        merged = dgemma_accel.merge_stats(
+            logits,
+            stats,
+            vocab_start=start,
+            vocab_size=VOCAB,
+            seed=5,
+            offset=2,
+            backend="reference",
+            **kwargs,
+        )
+        results.append(merged)
+
+    logits = hidden @ weight[start:stop].T
+    logits[0, 0] = -math.inf
+    logits[0, 1] = -math.inf if rank == 0 else logits[0, 1]
+    logits[0, 2, 3] = math.nan if rank == 1 else logits[0, 2, 3]
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
+    where = {"vocab_start": start, "vocab_size": VOCAB, "backend": "reference"}
+    broken = dgemma_accel.merge_stats(logits, stats, uniform=torch.full((2, ROWS // 2), 0.5), **where)
+
+    errors = []
+    for first, size in ((start + rank, VOCAB), (start - (1 - rank), VOCAB), (start, VOCAB + 1)):
+        try:
+            dgemma_accel.merge_stats(logits, stats, vocab_start=first, vocab_size=size, seed=1)
+            errors.append("none")
+        except ValueError as error:
+            errors.append(str(error))
+    torch.save((results, broken, errors), f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gloo")
+    mp.spawn(worker, args=(str(directory),), nprocs=2)
+    ranks = [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return ranks
+
+
+def test_equals_one_device(outcome):
+    hidden, weight = make_hidden_and_weight()
+    for index, kwargs in enumerate(CASES):
+        logits, whole = dgemma_accel.head_stats(
+            hidden, weight, seed=5, offset=2, backend="reference", **kwargs
+        )
+        merged = outcome[0][0][index]
+        assert all(torch.equal(a, b) for a, b in zip(merged, outcome[1][0][index])), "ranks differ"
+        assert torch.equal(merged.sample, whole.sample) and torch.equal(merged.argmax, whole.argmax)
+        for name in ("entropy", "logsumexp", "top1_prob", "top2_prob", "sample_prob"):
+            assert torch.allclose(getattr(merged, name), getattr(whole, name), rtol=2e-5, atol=2e-6), (
+                name,
+                kwargs,
+            )
+        if index == 0:
+            from dgemma_accel.reference.row_stats import row_uniform
+
+            uniform = row_uniform(None, torch.tensor(5), torch.tensor(2), ROWS, "cpu").reshape(2, ROWS // 2)
+            assert not check_row_stats(merged, logits, uniform=uniform, **kwargs)
+
+
+def test_rows_without_a_distribution(outcome):
+    broken = outcome[0][1]
+    assert broken.logsumexp[0, 0].isnan() and broken.entropy[0, 0] == math.inf and broken.sample[0, 0] == 0
+    assert broken.logsumexp[0, 2].isnan() and broken.top1_prob[0, 2] == 0
+    hidden, weight = make_hidden_and_weight()
+    row = (hidden @ weight.T)[0, 1].clone()
+    row[SPLIT:] = -math.inf
+    whole = dgemma_accel.row_stats(row[None], uniform=torch.tensor([0.5]), backend="reference")
+    assert broken.sample[0, 1] == whole.sample[0]
+    assert torch.allclose(broken.entropy[0, 1], whole.entropy[0], atol=1e-5)
+
+
+def test_shards_that_do_not_cover_the_vocabulary(outcome):
+    for rank in range(2):
+        gap, overlap, short = outcome[rank][2]
+        assert "vocab_start: shards leave a gap" in gap
+        assert "vocab_start: shards overlap" in overlap
+        assert "vocab_size: shards cover [0, 1000)" in short
+
+
+def test_needs_a_process_group_and_a_seed():
+    logits = torch.zeros(2, 4)
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        dgemma_accel.merge_stats(logits, stats, vocab_start=0, vocab_size=4, seed=1)

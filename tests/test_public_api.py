@@ -1,0 +1,159 @@
+"""The public face: names, importing without a GPU or transformers, the commands, the names of installed packages."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dgemma_accel
+from dgemma_accel import backends
+
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
+
+
+def python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_all_names_exist_and_are_documented():
+    for name in dgemma_accel.__all__:
+        assert hasattr(dgemma_accel, name)
+    for name in (*OPS, "accelerate", "restore", "accelerated", "merge_stats"):
+        assert name in dgemma_accel.__all__
+        text = inspect.getdoc(getattr(dgemma_accel, name))
+        assert text and len(text) > 80, name
+
+
+@pytest.mark.parametrize(
+    "op, names",
+    [
+        (
+            "block_attention",
+            "query key value prefix_key prefix_value prefix_start prefix_end scale softcap causal return_lse backend",
+        ),
+        ("row_stats", "logits temperature stats_temperature softcap uniform seed offset backend"),
+        ("commit", "tokens stats rule write candidates seed offset backend"),
+        ("head_stats", "hidden weight softcap temperature uniform backend"),
+        ("soft_embedding", "logits stats weight softcap temperature tolerance backend"),
+        ("accelerate", "model backend"),
+        ("restore", "model"),
+    ],
+)
+def test_stable_signatures(op, names):
+    parameters = inspect.signature(getattr(dgemma_accel, op)).parameters
+    assert [name for name in parameters if name in names.split()] == names.split()
+    if "backend" in names:
+        assert (
+            parameters["backend"].default == "auto"
+            and parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        )
+
+
+def test_ops_are_registered_and_documented_alike():
+    for op in OPS:
+        assert hasattr(torch.ops.dgemma, op)
+        assert {"reference"} <= set(backends.MODULES[op]) <= set(backends.BACKENDS)
+        text = inspect.getdoc(getattr(dgemma_accel, op))
+        for section in ("Args:", "Returns:", "Raises:", "Source:"):
+            assert section in text, (op, section)
+
+
+def test_import_touches_no_gpu_no_triton_and_no_transformers():
+    code = (
+        "import sys, torch, dgemma_accel\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([m for m in ('transformers', 'dgemma_accel._C', 'dgemma_accel.triton_kernels') if m in sys.modules])"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_ops_work_without_transformers():
+    code = (
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        "import torch, dgemma_accel\n"
+        "dgemma_accel.row_stats(torch.zeros(2, 5), seed=0)\n"
+        "try:\n"
+        "    dgemma_accel.accelerate(torch.nn.Linear(1, 1))\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "transformers" in result.stdout and "5.17" in result.stdout
+
+
+def test_short_name_of_the_triton_folder_is_not_ours():
+    code = "import importlib.util; print(importlib.util.find_spec('triton_kernels'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
+    assert result.stdout.strip() == "None" or "dgemma" not in result.stdout
+
+
+def test_doctor():
+    result = subprocess.run(
+        [sys.executable, "-m", "dgemma_accel", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    for op in OPS:
+        row = report["backends"][op]["cpu"]
+        assert (
+            row["auto"] in backends.BACKENDS and row["why"] and set(row["all"]) == set(backends.MODULES[op])
+        )
+    assert report["extension"]["built"], report["extension"]
+    assert report["backends"]["row_stats"]["cpu"]["auto"] == "cpp"
+    if not torch.cuda.is_available():
+        assert any("no NVIDIA GPU" in line for line in report["missing"])
+    text = subprocess.run(
+        [sys.executable, "-m", "dgemma_accel", "doctor"], capture_output=True, text=True, timeout=120
+    )
+    assert "row_stats on cpu: auto takes cpp" in text.stdout
+
+
+def test_generate_says_what_is_wrong():
+    command = [sys.executable, "-m", "dgemma_accel", "generate", "--model", "no-such-folder", "--prompt", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_offline())
+    assert result.returncode == 2 and "--model no-such-folder" in result.stdout
+
+
+def _offline():
+    import os
+
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def test_auto_logs_its_choice_once(caplog):
+    backends._logged.clear()
+    with caplog.at_level("INFO", logger="dgemma_accel"):
+        for _ in range(3):
+            dgemma_accel.row_stats(torch.zeros(2, 5), seed=0)
+    assert len([record for record in caplog.records if "row_stats on cpu" in record.getMessage()]) == 1
+
+
+def test_a_named_backend_says_what_is_required_supported_and_missing(monkeypatch):
+    class Module:
+        FEATURES = {"dtype": frozenset({torch.bfloat16}), "device": ("cpu",)}
+
+    implementation = backends.Implementation("row_stats", "cpp", lambda *a: None, Module)
+    monkeypatch.setattr(backends, "load", lambda op, backend: (implementation, None))
+    with pytest.raises(backends.BackendError, match="dtype: required float16, supported {bfloat16}"):
+        backends.choose("row_stats", "cpp", {"device": "cpu", "dtype": torch.float16})
+    assert (
+        backends.choose("row_stats", "cpp", {"device": "cpu", "dtype": torch.bfloat16}).reason == "asked for"
+    )

@@ -1,0 +1,157 @@
+"""soft_embedding: every backend against fp64 truth, and the reference model's own roundings with exact=True."""
+
+import math
+
+import pytest
+import torch
+
+import dgemma_accel
+from dgemma_accel import RowStats
+from dgemma_accel.reference.budget import check_soft_embedding
+
+OP = "soft_embedding"
+
+
+def make_case(rows, vocab, embedding, dtype, device, settled=0.5):
+    logits = torch.randn(rows, vocab, device=device) * 2
+    index = torch.randint(vocab, (rows,), device=device)
+    peaks = torch.nn.functional.one_hot(index, vocab) * 60.0
+    logits[: int(rows * settled)] += peaks[: int(rows * settled)]
+    weight = torch.randn(vocab, embedding, device=device)
+    return logits.to(dtype), weight.to(dtype)
+
+
+def run(logits, weight, backend, *, temperature=1.0, softcap=None, tolerance=0.0):
+    settings = {"temperature": temperature, "softcap": softcap}
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference", **settings)
+    result = dgemma_accel.soft_embedding(
+        logits, stats, weight, tolerance=tolerance, backend=backend, **settings
+    )
+    return result, check_soft_embedding(result, logits, weight, temperature, softcap, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, vocab, embedding", [(1, 5, 16), (7, 700, 48), (20, 2050, 96), (3, 9000, 64)])
+def test_within_budget(backend, device, dtype, rows, vocab, embedding):
+    logits, weight = make_case(rows, vocab, embedding, dtype, device)
+    for settings in ({}, {"temperature": 0.5, "softcap": 30.0}):
+        result, problems = run(logits, weight, backend, **settings)
+        assert result.shape == (rows, embedding) and result.dtype == dtype
+        assert not problems, settings
+
+
+def test_shapes_and_temperature_by_row(backend, device):
+    logits, weight = make_case(12, 300, 32, torch.float32, device)
+    flat, _ = run(logits, weight, backend)
+    blocks, problems = run(logits.view(3, 4, 300), weight, backend)
+    assert not problems and torch.allclose(blocks.view(12, 32), flat, atol=1e-6)
+    temperature = torch.linspace(0.2, 2.0, 12, device=device)
+    _, problems = run(logits, weight, backend, temperature=temperature)
+    assert not problems
+
+
+def test_rows_without_a_distribution_yield_zeros(backend, device):
+    logits, weight = make_case(4, 500, 32, torch.float32, device)
+    logits[1] = -math.inf
+    logits[2, 7] = math.nan
+    logits[3, ::2] = -math.inf
+    result, problems = run(logits, weight, backend)
+    assert not problems
+    assert not result[1].any() and not result[2].any() and result[3].any()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6, 1e-3])
+def test_settled_rows_with_a_tolerance(backend, device, tolerance):
+    logits, weight = make_case(6, 20_000, 32, torch.bfloat16, device, settled=1.0)
+    _, problems = run(logits, weight, backend, softcap=30.0, temperature=0.4, tolerance=tolerance)
+    assert not problems
+
+
+def test_tolerance_of_one_leaves_everything_out(backend, device):
+    """Shows that the tolerance does something: no tile holds more than all the mass."""
+    logits, weight = make_case(3, 20_000, 16, torch.float32, device, settled=0.0)
+    result, _ = run(logits, weight, backend, tolerance=1.0)
+    complete, _ = run(logits, weight, backend)
+    if backend in ("cpp", "triton"):
+        assert not result.any()
+    assert complete.any()
+
+
+def test_exact_is_the_reference_model(backend, device):
+    """The chain of DiffusionGemma: temper, round, softmax, round, product, in bf16."""
+    logits, weight = make_case(8, 900, 64, torch.bfloat16, device)
+    capped = torch.tanh(logits.float() / 30.0) * 30.0
+    conditioning = (capped / 0.6).to(torch.bfloat16)
+    expected = conditioning.softmax(dim=-1, dtype=torch.float32).to(torch.bfloat16) @ weight
+    stats = dgemma_accel.row_stats(logits, seed=0, temperature=0.6, softcap=30.0, backend="reference")
+    settings = {"temperature": 0.6, "softcap": 30.0, "backend": backend}
+    exact = dgemma_accel.soft_embedding(logits, stats, weight, exact=True, **settings)
+    assert torch.equal(exact, expected)
+    default = dgemma_accel.soft_embedding(logits, stats, weight, **settings)
+    x = torch.tanh(logits.double() / 30.0) * 30.0 / 0.6
+    truth = torch.softmax(x, -1) @ weight.double()
+    assert (default - truth).abs().max() < (exact - truth).abs().max(), "the default is nearer the truth"
+
+
+def test_budget_fails_zeros_wrong_temperature_and_a_dropped_tile():
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, weight = make_case(8, 4096, 32, dtype, "cpu", settled=0.0)
+        result, problems = run(logits, weight, "reference")
+        assert not problems
+        assert check_soft_embedding(torch.zeros_like(result), logits, weight, 1.0, None)
+        warm, _ = run(logits, weight, "reference", temperature=1.1)
+        assert check_soft_embedding(warm, logits, weight, 1.0, None)
+        dropped = weight.clone()
+        dropped[1024:1280] = 0
+        tile, _ = run(logits, dropped, "reference")
+        assert check_soft_embedding(tile, logits, weight, 1.0, None)
+
+
+LOGITS, WEIGHT = torch.zeros(2, 5), torch.zeros(5, 3)
+STATS = dgemma_accel.row_stats(LOGITS, seed=0, backend="reference")
+
+
+@pytest.mark.parametrize(
+    "arguments, kwargs, error, text",
+    [
+        ((LOGITS.long(), STATS, WEIGHT), {}, TypeError, "logits: dtype must be one of"),
+        (
+            (LOGITS, STATS, WEIGHT[:4]),
+            {},
+            ValueError,
+            r"weight: shape must be \[5, E\] like logits, got \(4, 3\)",
+        ),
+        ((LOGITS, STATS, WEIGHT.half()), {}, TypeError, "weight: dtype must be one of float32, got float16"),
+        ((LOGITS, STATS, WEIGHT[0]), {}, ValueError, r"weight: shape must be \[V, E\]"),
+        ((LOGITS, STATS, WEIGHT.to("meta")), {}, ValueError, "weight: must be on cpu like logits, got meta"),
+        ((LOGITS, LOGITS, WEIGHT), {}, TypeError, "stats: RowStats expected"),
+        ((LOGITS, RowStats(*(f[:1] for f in STATS)), WEIGHT), {}, ValueError, "stats.logsumexp: shape"),
+        ((LOGITS, STATS, WEIGHT), {"softcap": 0}, ValueError, "softcap: must be finite and > 0, got 0"),
+        (
+            (LOGITS, STATS, WEIGHT),
+            {"tolerance": -0.1},
+            ValueError,
+            r"tolerance: must be in \[0, 1\], got -0.1",
+        ),
+        ((LOGITS, STATS, WEIGHT), {"tolerance": 1.5}, ValueError, r"tolerance: must be in \[0, 1\], got 1.5"),
+        ((LOGITS, STATS, WEIGHT), {"tolerance": math.nan}, ValueError, "tolerance: must be in"),
+        ((LOGITS, STATS, WEIGHT), {"temperature": 0.0}, ValueError, "temperature: must be finite"),
+        (
+            (LOGITS, STATS, WEIGHT),
+            {"temperature": torch.tensor(0.0)},
+            ValueError,
+            "temperature: values must be in",
+        ),
+    ],
+)
+def test_bad_input(arguments, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        dgemma_accel.soft_embedding(*arguments, **kwargs, backend="reference")
+
+
+def test_opcheck(backend, device):
+    logits, weight = make_case(6, 50, 16, torch.float32, device)
+    logits = logits.view(2, 3, 50)
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
+    arguments = (logits, stats.logsumexp, weight, torch.tensor(1.0), 30.0, 0.0, False, False, backend)
+    torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
