@@ -1,0 +1,4 @@
+"""Measurements of every op and of a whole denoising step, beside what a user would run otherwise.
+
+`python -m bench --help` lists the commands; docs/measuring.md says how each figure comes about.
+"""

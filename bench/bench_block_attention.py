@@ -1,0 +1,128 @@
+"""Cases of `block_attention`: the two kinds of layer of the model, from an empty neighbourhood to 128k of context."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import dgemma_accel
+from dgemma_accel.reference.budget import check_block_attention
+
+from . import planted
+from .cases import CANVAS, BenchError, Case, Sizes, Variant, implementations
+
+QUERY_HEADS = 16
+SLIDING = {"head_dim": 256, "kv_heads": 8, "prefix": 1023}
+GLOBAL = {"head_dim": 512, "kv_heads": 2}
+CONTEXTS = (1024, 8192, 32_768, 131_072)
+SCALE = 1.0
+
+
+class Inputs(NamedTuple):
+    """query [B, Hq, C, D]; key, value [B, Hkv, C, D]; prefix_key, prefix_value [B, Hkv, L, D]; start [B] or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+    start: Tensor | None
+
+
+def make_inputs(
+    batch: int, kv_heads: int, head_dim: int, prefix: int, padded: bool, dtype: torch.dtype, device: torch.device,
+    seed: int,
+) -> Inputs:
+    noise = planted.generator(device, seed)
+
+    def heads(count: int, length: int, deviation: float) -> Tensor:
+        shape = (batch, count, length, head_dim)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=noise)
+
+    # The model norms q and k to unit deviation and uses scale 1: scores of deviation sqrt(D) would leave one key per
+    # query. Its learned norm weights make them milder, which a smaller deviation of q stands for.
+    query = heads(QUERY_HEADS, CANVAS, 2.0 * head_dim**-0.5)
+    key, value = heads(kv_heads, CANVAS, 1.0), heads(kv_heads, CANVAS, 1.0)
+    prefix_key, prefix_value = heads(kv_heads, prefix, 1.0), heads(kv_heads, prefix, 1.0)
+    start = None
+    if padded:
+        # Left padding: each row's prompt fills another part of the buffer.
+        lengths = torch.linspace(0.25, 1.0, batch) * prefix
+        start = (prefix - lengths.round()).to(torch.int32).to(device)
+    return Inputs(query, key, value, prefix_key, prefix_value, start)
+
+
+def variant(backend: str) -> Variant:
+    def prepare(inputs: Inputs):
+        return lambda: dgemma_accel.block_attention(
+            inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value,
+            prefix_start=inputs.start, scale=SCALE, return_lse=True, backend=backend,
+        )
+
+    return Variant(backend, prepare, capturable=backend != "reference")
+
+
+def check(result, inputs: Inputs) -> list[str]:
+    output, lse = result
+    problems = []
+    # Row by row: the fp64 scores of a long prefix are the largest thing in the whole bench.
+    for b in range(inputs.query.shape[0]):
+        row = [tensor[b : b + 1] for tensor in inputs[:5]]
+        start = None if inputs.start is None else inputs.start[b : b + 1]
+        lines = check_block_attention(output[b : b + 1], lse[b : b + 1], *row, start, None, SCALE, None, False)
+        problems += [f"batch row {b}: {line}" for line in lines]
+    return problems
+
+
+def expected(inputs: Inputs) -> dict[str, Tensor]:
+    output = dgemma_accel.block_attention(
+        inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value,
+        prefix_start=inputs.start, scale=SCALE, backend="reference",
+    )
+    return {"output": output}
+
+
+def _case(layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype, present: list[str]) -> Case:
+    head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
+    keys = prefix + CANVAS
+    # Slots that padding excludes need not be read or multiplied.
+    visible = batch * keys if not padded else int(sum((0.25 + 0.75 * b / max(batch - 1, 1)) for b in range(batch)) * prefix) + batch * CANVAS
+    size = dtype.itemsize
+    moved = size * head_dim * (2 * visible * kv_heads + 2 * batch * QUERY_HEADS * CANVAS)
+    kv_bytes = 2 * batch * kv_heads * keys * head_dim * size
+    return Case(
+        op="block_attention",
+        label=("padded" if padded else ""),
+        shape=f"B{batch} Hq{QUERY_HEADS} Hkv{kv_heads} C{CANVAS} D{head_dim} prefix {prefix}",
+        dtype=dtype,
+        bytes=moved,
+        flops=4 * QUERY_HEADS * CANVAS * visible * head_dim,
+        # Truth in fp64 for one batch row (scores, weights and one temporary), and the peers' expanded cache.
+        memory=kv_bytes + 3 * QUERY_HEADS * CANVAS * keys * 8 + 2 * kv_bytes * QUERY_HEADS // kv_heads,
+        make=lambda device, seed: make_inputs(batch, kv_heads, head_dim, prefix, padded, dtype, device, seed),
+        backends=tuple(variant(name) for name in present),
+        check=check,
+        expected=expected,
+    )
+
+
+def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
+    present, lines = implementations("block_attention", device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    # A CPU takes seconds for what a GPU does in a millisecond: the short contexts, unless asked for more.
+    default = CONTEXTS if device.type == "cuda" else CONTEXTS[:2]
+    contexts = sizes.context or (default[:1] if sizes.quick else default)
+    if any(context < 1 for context in contexts):
+        raise BenchError(f"--context: must be at least 1, got {min(contexts)}")
+    batches = [(sizes.batch, False)] if sizes.batch else [(1, False)] if sizes.quick else [(1, False), (4, False), (4, True)]
+    if device.type == "cpu" and not sizes.batch:
+        batches = batches[:1] + batches[2:]
+    found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, present) for batch, padded in batches]
+    for context in contexts:
+        for batch, padded in batches:
+            # Batches of the longest contexts do not fit beside their peers' expanded copies and say nothing new.
+            if batch == 1 or context <= 8192 or sizes.batch:
+                found.append(_case(GLOBAL, context, batch, padded, dtype, present))
+    return found, lines

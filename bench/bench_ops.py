@@ -1,0 +1,207 @@
+"""`python -m bench [OP ...]`: every case of the ops, checked, timed beside its peers, printed and written."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from . import ceilings, environment, peers, schema, table
+from .cases import BenchError, Case, Sizes
+from .runner import Runner, within
+
+OPS = {
+    "block_attention": "bench_block_attention",
+    "row_stats": "bench_row_stats",
+    "commit": "bench_commit",
+    "head_stats": "bench_head_stats",
+    "soft_embedding": "bench_soft_embedding",
+    "experts": "bench_experts",
+    "samplers": "bench_samplers",
+}
+ALIASES = {"attention": "block_attention"}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=f"Time ops beside their peers. OP: {', '.join(OPS)}; default all."
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer samples")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result file here")
+    parser.add_argument("--save", action="store_true", help="write it to bench/results/<device>/ops.json")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write the roofline plot here")
+    parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; 'none' for none")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="only these backends")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument("--rows", type=int, help="rows of a table instead of 256")
+    parser.add_argument("--vocab", type=int, help="vocabulary instead of 262144")
+    parser.add_argument("--batch", type=int, help="canvases, for block_attention and commit")
+    parser.add_argument("--context", type=int, nargs="+", metavar="N", help="prefix lengths at head_dim 512")
+    return parser
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device cuda: there is no NVIDIA GPU that PyTorch can use here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def complain(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def collect(names: list[str], device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
+    """(cases of the ops named, one line for each name that is unknown or asks for what cannot be)."""
+    cases: list[Case] = []
+    problems = []
+    for name in names or OPS:
+        op = ALIASES.get(name, name)
+        if op not in OPS:
+            problems.append(f"unknown op {name!r}; known are {', '.join(OPS)}")
+            continue
+        module_name = f"{__package__}.{OPS[op]}"
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            print(f"{op}: no cases yet")
+            continue
+        try:
+            found, lines = module.cases(device, sizes)
+        except BenchError as error:
+            problems.append(f"{op}: {error}")
+            continue
+        for line in lines:
+            print(line)
+        cases += found
+    return cases, problems
+
+
+def check_sizes(options: argparse.Namespace) -> list[str]:
+    """Sizes below 1, each as one line; such an option is then ignored."""
+    problems = []
+    for name in ("rows", "vocab", "batch", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name}: must be at least 1, got {value}")
+            setattr(options, name, None)
+    return problems
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        device = pick_device(options.device)
+    except BenchError as error:
+        complain(str(error))
+        return 2
+    refused = check_sizes(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = Sizes(
+        options.rows, options.vocab, options.batch, tuple(options.context) if options.context else None, options.quick
+    )
+    wanted_peers = None if options.peer is None else [name for name in options.peer if name != "none"]
+    modules, unknown = peers.load(wanted_peers)
+    refused += unknown
+    from dgemma_accel.backends import BACKENDS
+
+    for name in options.backend or ():
+        if name not in BACKENDS:
+            refused.append(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    cases, problems = collect(options.ops, device, sizes)
+    refused += problems
+    for line in refused:
+        complain(line)
+    if not cases:
+        return 2 if refused else 0
+
+    facts = environment.describe(device)
+    clocks_before = environment.clocks(device)
+    print(f"{facts['device']} ({facts['capability']}), torch {facts['torch']}, triton {facts['triton']}")
+    present = []
+    for module in modules:
+        reason = module.unavailable(device)
+        if reason is None and options.quick and not options.peer and getattr(module, "SLOW_START", False):
+            reason = "it compiles first, which a quick run leaves out"
+        if reason is None:
+            present.append(module)
+        else:
+            print(f"peer {module.NAME} skipped: {reason}")
+    limits = ceilings.measure(device, options.quick)
+    print(f"measured copy bandwidth {table.rate(limits.bandwidth, 'B/s')}")
+
+    rows, failures = run_cases(cases, device, limits, present, options)
+    for name, value in limits.flops.items():
+        print(f"measured {name} matrix ceiling {table.rate(value, 'FLOP/s')}")
+    result = {
+        "schema": schema.SCHEMA,
+        "kind": "ops",
+        "environment": facts,
+        "clocks": {"before": clocks_before, "after": environment.clocks(device)},
+        "ceilings": limits.as_dict(),
+        "options": {"quick": options.quick, "ops": options.ops, "threads": torch.get_num_threads()},
+        "rows": rows,
+        "problems": refused + failures,
+    }
+    write_result(result, options)
+    for line in failures:
+        complain(line)
+    if refused or any("does not fit" in line for line in failures):
+        return 2
+    return 1 if failures else 0
+
+
+def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list[str]]:
+    from tqdm import tqdm
+
+    bar = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
+
+    def say(line: str) -> None:
+        # Through tqdm, or the bar and the table would write over each other.
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    runner = Runner(
+        device, limits, present, backends=set(options.backend) if options.backend else None, quick=options.quick,
+        say=say,
+    )
+    has_time = within(options.budget)
+    rows, failures = [], []
+    for case in bar:
+        if not has_time():
+            failures.append(f"{case.title}: not reached within the budget of {options.budget:g} s")
+            continue
+        bar.set_description(case.title[:60])
+        found, lines = runner.run(case)
+        rows += found
+        failures += lines
+        if found:
+            say("")
+            for line in table.case_lines(found):
+                say(line)
+        elif lines:
+            say(lines[0])
+    return rows, failures
+
+
+def write_result(result: dict, options: argparse.Namespace) -> None:
+    facts = result["environment"]
+    targets = [options.json] if options.json else []
+    if options.save:
+        targets.append(environment.ROOT / "bench" / "results" / environment.folder_name(facts) / "ops.json")
+    for path in targets:
+        schema.write(result, path)
+        print(f"written {path}")
+    if options.plot:
+        from . import plots
+
+        for path in plots.ops([result], options.plot):
+            print(f"written {path}")

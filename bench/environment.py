@@ -1,0 +1,116 @@
+"""Where and with what a result came about: device, software, commit and clocks."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# The bench's own results do not change what is measured.
+IGNORED_CHANGES = ("bench/results/",)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """(commit of the tree, whether it is clean but for results); (None, None) outside a repository."""
+    head = _output("git", "rev-parse", "HEAD")
+    if head is None:
+        return None, None
+    status = _output("git", "status", "--porcelain") or ""
+    changed = [line[3:] for line in status.splitlines()]
+    return head.strip(), all(path.startswith(IGNORED_CHANGES) for path in changed)
+
+
+def cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine()
+
+
+def cpu_features() -> str:
+    """The widest vectors that the CPU has."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"DEFAULT": "no AVX2"}.get(capability, capability)
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """MHz at this moment: "sm" and "memory" of a GPU, the mean over the cores of a CPU; None if not told."""
+    if device.type == "cuda":
+        text = _output(
+            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits", f"--id={device.index or 0}"
+        )
+        if not text:
+            return None
+        try:
+            sm, memory = (float(part) for part in text.splitlines()[0].split(","))
+        except ValueError:
+            return None
+        return {"sm": sm, "memory": memory}
+    try:
+        found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return {"cpu": sum(map(float, found)) / len(found)} if found else None
+
+
+def describe(device: torch.device) -> dict:
+    """The environment of a result file."""
+    head, clean = commit()
+    facts = {
+        "device": cpu_name(),
+        "device_type": device.type,
+        "capability": cpu_features(),
+        "threads": torch.get_num_threads(),
+        "driver": None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "dgemma_accel": version("dgemma-accel"),
+        "commit": head,
+        "clean": clean,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+        facts |= {
+            "device": torch.cuda.get_device_name(device),
+            "capability": f"{major}.{minor}",
+            "driver": driver.strip() if driver else None,
+            "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return facts
+
+
+def folder_name(facts: dict) -> str:
+    """The device as the name of a folder under bench/results: a CPU with its thread count."""
+    name = facts["device"].removeprefix("NVIDIA ")
+    if facts["device_type"] == "cpu":
+        name = f"cpu {name} {facts['threads']} threads"
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

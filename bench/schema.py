@@ -1,0 +1,99 @@
+"""The form of a result file, and the check that a file has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .cases import BenchError
+
+SCHEMA = "dgemma-accel-bench/1"
+KINDS = ("ops", "step")
+STATUSES = ("ok", "wrong", "failed", "skipped")
+
+_NUMBER = (int, float)
+_OPTIONAL = (int, float, type(None))
+
+ENVIRONMENT = {
+    "device": str, "device_type": str, "capability": str, "driver": (str, type(None)), "cuda": (str, type(None)),
+    "torch": str, "triton": (str, type(None)), "transformers": (str, type(None)), "commit": (str, type(None)),
+    "clean": (bool, type(None)), "date": str,
+}
+TIMED = {
+    "status": str, "error": (str, type(None)), "median_us": _OPTIONAL, "p20_us": _OPTIONAL, "p80_us": _OPTIONAL,
+    "runs": (int, type(None)), "method": (str, type(None)), "peak_extra_bytes": (int, type(None)),
+}
+OP_ROW = {
+    "op": str, "case": str, "shape": str, "dtype": str, "backend": str, "bytes": int, "flops": int,
+    "floor_us": _NUMBER, "roofline_percent": _OPTIONAL, "cold_cache": bool, "peers": list, **TIMED,
+}
+PEER_ROW = {"peer": str, "variant": str, "ratio": _OPTIONAL, **TIMED}
+STEP_ROW = {
+    "variant": str, "context": int, "batch": int, "steps": int, "status": str, "error": (str, type(None)),
+    "step_ms": _OPTIONAL, "components_ms": (dict, type(None)), "launches": _OPTIONAL, "host_syncs": _OPTIONAL,
+    "peak_extra_bytes": (int, type(None)), "floor_ms": _NUMBER, "floor_multiple": _OPTIONAL,
+}
+
+
+def _fields(where: str, value: object, fields: dict) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"{where}: an object expected, got {type(value).__name__}"]
+    problems = []
+    for name, kinds in fields.items():
+        if name not in value:
+            problems.append(f"{where}: {name} is missing")
+        elif not isinstance(value[name], kinds) or (isinstance(value[name], bool) and kinds in (int, _NUMBER, _OPTIONAL)):
+            problems.append(f"{where}: {name} has type {type(value[name]).__name__}")
+    if value.get("status", "ok") not in STATUSES:
+        problems.append(f"{where}: unknown status {value['status']!r}")
+    return problems
+
+
+def violations(result: object) -> list[str]:
+    """What keeps a result from being one of this schema, one line each."""
+    if not isinstance(result, dict):
+        return [f"an object expected, got {type(result).__name__}"]
+    if result.get("schema") != SCHEMA:
+        return [f"schema {result.get('schema')!r} instead of {SCHEMA!r}"]
+    if result.get("kind") not in KINDS:
+        return [f"kind {result.get('kind')!r}, allowed are {', '.join(KINDS)}"]
+    problems = _fields("environment", result.get("environment"), ENVIRONMENT)
+    for name in ("ceilings", "clocks", "options"):
+        if not isinstance(result.get(name), dict):
+            problems.append(f"{name} is missing")
+    if not isinstance(result.get("rows"), list) or not isinstance(result.get("problems"), list):
+        return [*problems, "rows or problems are missing"]
+    for number, row in enumerate(result["rows"]):
+        where = f"rows[{number}]"
+        problems += _fields(where, row, OP_ROW if result["kind"] == "ops" else STEP_ROW)
+        if result["kind"] == "ops" and isinstance(row, dict):
+            for index, peer in enumerate(row.get("peers") or ()):
+                problems += _fields(f"{where}.peers[{index}]", peer, PEER_ROW)
+    return problems
+
+
+def write(result: dict, path: Path) -> None:
+    problems = violations(result)
+    if problems:
+        raise AssertionError(f"the bench made a result of another form: {problems[0]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read(path: Path) -> dict:
+    """A result file.
+
+    Raises:
+        BenchError: it cannot be read, is not JSON or has another schema.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(f"{path}: not JSON: {error}") from error
+    problems = violations(result)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BenchError(f"{path}: not a result file of this bench: {problems[0]}{more}")
+    return result

@@ -1,0 +1,150 @@
+"""Time of calls: all variants of a case in turn, on inputs that the cache has forgotten."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# A graph holds this many calls where one alone is too short for the clock.
+CALLS_IN_GRAPH = 20
+SHORT_CALL_US = 300.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call. method: "graph" (CUDA graph replay), "events" (CUDA events) or "clock" (host clock)."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+    method: str
+
+
+def summarize(samples: list[float], method: str) -> Timing:
+    ordered = sorted(samples)
+
+    def quantile(q: float) -> float:
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+    return Timing(statistics.median(ordered), quantile(0.2), quantile(0.8), len(ordered), method)
+
+
+def input_sets(set_bytes: int, device: torch.device, spare: int) -> int:
+    """How many sets of inputs are rotated: enough to pass through twice the L2 cache, within `spare` bytes."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    wanted = -(-2 * cache // max(set_bytes, 1)) + 1
+    return max(1, min(wanted, 64, spare // max(set_bytes, 1)))
+
+
+class _HostTimer:
+    method = "clock"
+
+    def __init__(self, calls: list[Callable[[], object]]):
+        self.calls = calls
+        self.next = 0
+        self.sample()
+
+    def sample(self) -> float:
+        call = self.calls[self.next % len(self.calls)]
+        self.next += 1
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+
+class _DeviceTimer:
+    """CUDA events around one call or around a graph of several."""
+
+    def __init__(self, calls: list[Callable[[], object]], capturable: bool):
+        self.calls = calls
+        self.next = 0
+        self.method = "events"
+        self.graph = None
+        self.note = None
+        for _ in range(3):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+        if capturable and self.sample() < SHORT_CALL_US:
+            self._capture()
+
+    def _capture(self) -> None:
+        calls = [self.calls[i % len(self.calls)] for i in range(max(CALLS_IN_GRAPH, len(self.calls)))]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.note = f"not captured in a graph: {str(error).splitlines()[0]}"
+            return
+        graph.replay()
+        torch.cuda.synchronize()
+        self.graph, self.calls_in_graph, self.method = graph, len(calls), "graph"
+
+    def sample(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self.graph is not None:
+            start.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e3 / self.calls_in_graph
+        call = self.calls[self.next % len(self.calls)]
+        self.next += 1
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+def measure(
+    variants: dict[str, tuple[list[Callable[[], object]], bool]],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 200,
+) -> dict[str, Timing | Exception]:
+    """Time variants against each other: one sample of each in turn, so that a drifting clock meets all alike.
+
+    Args:
+        variants: name -> (the same call on each set of inputs, whether a CUDA graph can hold it).
+        seconds: time that each variant may take once it has its `least` samples.
+
+    Returns:
+        name -> its timing, or the exception that it raised.
+    """
+    results: dict[str, Timing | Exception] = {}
+    timers = {}
+    for name, (calls, capturable) in variants.items():
+        try:
+            timers[name] = _DeviceTimer(calls, capturable) if device.type == "cuda" else _HostTimer(calls)
+        except Exception as error:
+            results[name] = error
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    active = set(timers)
+    while active:
+        for name in sorted(active):
+            try:
+                samples[name].append(timers[name].sample())
+            except Exception as error:
+                results[name] = error
+                active.discard(name)
+                continue
+            spent = sum(samples[name]) / 1e6
+            if len(samples[name]) >= most or (len(samples[name]) >= least and spent >= seconds):
+                active.discard(name)
+    for name, timer in timers.items():
+        if name not in results:
+            results[name] = summarize(samples[name], timer.method)
+    return {name: results[name] for name in variants}
