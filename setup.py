@@ -1,8 +1,198 @@
-"""Package layout: the folder `triton_kernels` installs as `dgemma_accel.triton_kernels`."""
+"""Builds `dgemma_accel._C` with ninja: host C++ always, CUDA when nvcc is found.
 
-from setuptools import find_packages, setup
+Environment:
+    DGEMMA_ACCEL_CUDA: 0, 1 or auto (the default: CUDA if nvcc is found).
+    DGEMMA_ACCEL_CUDA_ARCHS: e.g. "80;90a;120+PTX". Default: every supported architecture for a wheel; for an
+        editable build the GPUs of this machine, or a representative set where there is none.
+    CUDA_HOME, NVCC, CXX, MAX_JOBS: as elsewhere.
+
+The package folder `triton_kernels` installs as `dgemma_accel.triton_kernels`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+WHEEL_ARCHS = ("80", "86", "89", "90a", "100", "120", "121+PTX")
+EDITABLE_ARCHS = ("80", "89", "90a", "100", "120+PTX")
+
+# Files compiled once per instruction set, and the flags of each set.
+PER_ISA_SOURCES = ("csrc/row_stats/row_stats_host.cpp",)
+ISA_FLAGS = {"plain": ["-DDGEMMA_ISA_PLAIN"]}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-DDGEMMA_ISA_AVX2", "-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [
+        "-DDGEMMA_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
+        "-mprefer-vector-width=512",
+    ]  # fmt: skip
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc by NVCC, CUDA_HOME, PATH and the usual place, in that order; None without CUDA."""
+    wish = os.environ.get("DGEMMA_ACCEL_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"DGEMMA_ACCEL_CUDA: must be 0, 1 or auto, got {wish!r}")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.environ.get("NVCC"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for place in places:
+        found = place and shutil.which(place)
+        if found:
+            return found
+    if wish == "1":
+        raise SystemExit("DGEMMA_ACCEL_CUDA=1, but nvcc is not found (set CUDA_HOME or NVCC)")
+    return None
+
+
+def local_gpu_archs() -> list[str]:
+    """Architectures of the GPUs of this machine, asked from the driver's tool; empty without one."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    archs = {line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
+    return sorted({"90": "90a"}.get(arch, arch) for arch in archs)
+
+
+def cuda_archs(nvcc: str, editable: bool) -> list[str]:
+    asked = os.environ.get("DGEMMA_ACCEL_CUDA_ARCHS")
+    if asked:
+        archs = [arch for arch in re.split(r"[;,\s]+", asked) if arch]
+        bad = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
+        if bad or not archs:
+            raise SystemExit(f"DGEMMA_ACCEL_CUDA_ARCHS: such as '80;90a;120+PTX' expected, got {asked!r}")
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    default = (local_gpu_archs() if editable else []) or list(EDITABLE_ARCHS if editable else WHEEL_ARCHS)
+    archs = [arch for arch in default if f"sm_{arch.removesuffix('+PTX')}" in known]
+    if not archs:
+        raise SystemExit(f"{nvcc} knows none of the architectures {', '.join(default)}; set DGEMMA_ACCEL_CUDA_ARCHS")
+    # A GPU that comes later needs PTX, also where this nvcc is too old for the last of the list.
+    return archs if any(arch.endswith("+PTX") for arch in archs) else [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def ninja_program() -> str:
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("ninja is not installed (pip install ninja)") from None
+        return found
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def ninja_file(folder: Path, target: Path, editable: bool) -> str:
+    """The text of build.ninja: rules, one edge per object, one link."""
+    import pybind11
+
+    nvcc = find_nvcc()
+    includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    common = ["-std=c++17", "-O3", *includes]
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    cxx_flags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+    if nvcc:
+        cxx_flags.append("-DDGEMMA_WITH_CUDA")
+    lines = [
+        "ninja_required_version = 1.8",
+        "rule cxx",
+        f"  command = {shlex.join([*cxx, *cxx_flags])} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = C++ $out",
+        "rule link",
+    ]
+    if nvcc:
+        archs = cuda_archs(nvcc, editable)
+        print(f"building with {nvcc} for {', '.join(archs)}", flush=True)
+        cuda = [
+            nvcc, "-ccbin", cxx[0], *common, "-DDGEMMA_WITH_CUDA", *gencode_flags(archs),
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xcudafe=--diag_suppress=177",
+        ]  # fmt: skip
+        lines += [
+            f"  command = {shlex.join([nvcc, '-ccbin', cxx[0], '-shared', '-cudart=static', *gencode_flags(archs)[:1]])}"
+            " -Xcompiler=-pthread -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
+            "  description = link $out",
+            "rule cuda",
+            f"  command = {shlex.join(cuda)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = CUDA $out",
+        ]
+    else:
+        print("building without CUDA", flush=True)
+        lines += [
+            f"  command = {shlex.join(cxx)} -shared -pthread -Wl,--gc-sections,-s $in -o $out",
+            "  description = link $out",
+        ]
+    objects = []
+
+    def edge(rule: str, source: Path, suffix: str = "", flags: list[str] | None = None) -> None:
+        obj = folder / f"{source.relative_to(ROOT)}{suffix}.o"
+        objects.append(str(obj))
+        lines.append(f"build {obj}: {rule} {source}")
+        if flags:
+            lines.append(f"  flags = {shlex.join(flags)}")
+
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+        if str(source.relative_to(ROOT)) in PER_ISA_SOURCES:
+            for isa, flags in ISA_FLAGS.items():
+                edge("cxx", source, f".{isa}", flags)
+        else:
+            edge("cxx", source)
+    if nvcc:
+        for source in sorted((ROOT / "csrc").rglob("*.cu")):
+            edge("cuda", source)
+    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    return "\n".join(lines)
+
+
+class NinjaBuild(build_ext):
+    """Compiles all of csrc/ in build/native-<python>; objects stay there, so only what changed is built again."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / output.name
+        (folder / "build.ninja").write_text(ninja_file(folder, target, bool(self.inplace or self.editable_mode)))
+        jobs = os.environ.get("MAX_JOBS")
+        command = [ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit("dgemma_accel._C: the build failed; the compiler's messages stand above")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced as a whole: a process that has the old file mapped keeps it.
+        fresh = output.with_suffix(".new")
+        shutil.copy2(target, fresh)
+        os.replace(fresh, output)
+
 
 setup(
     packages=[*find_packages(include=["dgemma_accel", "dgemma_accel.*"]), "dgemma_accel.triton_kernels"],
     package_dir={"dgemma_accel.triton_kernels": "triton_kernels"},
+    ext_modules=[Extension("dgemma_accel._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
 )

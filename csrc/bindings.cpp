@@ -1,0 +1,10 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Host C++ and CUDA kernels of dgemma_accel; called through dgemma_accel.native.";
+#if defined(DGEMMA_WITH_CUDA)
+  dgemma::register_device(m);
+#endif
+  dgemma::register_row_stats(m);
+  dgemma::register_commit(m);
+}

@@ -1,0 +1,14 @@
+// What each op adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dgemma {
+
+void register_row_stats(pybind11::module_& m);
+void register_commit(pybind11::module_& m);
+#if defined(DGEMMA_WITH_CUDA)
+void register_device(pybind11::module_& m);
+#endif
+
+}  // namespace dgemma

@@ -1,0 +1,119 @@
+// Vectors of fp32 lanes, exp and tanh on them, and loads that widen to fp32. Included once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "platform.h"
+#include "statistics.h"
+
+#if defined(DGEMMA_ISA_AVX512)
+#define DGEMMA_LANES 16
+#elif defined(DGEMMA_ISA_AVX2)
+#define DGEMMA_LANES 8
+#else
+#define DGEMMA_LANES 4
+#endif
+
+namespace dgemma {
+namespace {
+
+using dgemma::exp_of_difference;
+using dgemma::larger;
+using dgemma::smaller;
+
+typedef float Vector __attribute__((vector_size(4 * DGEMMA_LANES)));
+typedef int32_t VectorInt __attribute__((vector_size(4 * DGEMMA_LANES)));
+typedef uint32_t VectorUint __attribute__((vector_size(4 * DGEMMA_LANES)));
+typedef uint16_t HalfVector __attribute__((vector_size(2 * DGEMMA_LANES)));
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+DGEMMA_HD Vector splat(float value) { return value - Vector{}; }
+
+DGEMMA_HD Vector load(const float* pointer) {
+  Vector result;
+  __builtin_memcpy(&result, pointer, sizeof result);
+  return result;
+}
+
+DGEMMA_HD Vector load(const Bfloat16* pointer) {
+  HalfVector bits;
+  __builtin_memcpy(&bits, pointer, sizeof bits);
+  return (Vector)(__builtin_convertvector(bits, VectorUint) << 16);
+}
+
+DGEMMA_HD Vector load(const Float16* pointer) {
+  HalfVector bits;
+  __builtin_memcpy(&bits, pointer, sizeof bits);
+  const VectorUint wide = __builtin_convertvector(bits, VectorUint);
+  const VectorUint magnitude = wide & 0x7fffu;
+  // Moving the exponent field leaves a number 2^112 too small, subnormals included; infinity and NaN keep
+  // their meaning by a full exponent field.
+  const VectorUint finite = (VectorUint)((Vector)(magnitude << 13) * 0x1p112f);
+  const VectorUint special = (magnitude << 13) | 0x7f800000u;
+  return (Vector)((magnitude > 0x7bffu ? special : finite) | ((wide & 0x8000u) << 16));
+}
+
+DGEMMA_HD float load_one(const float* pointer) { return *pointer; }
+DGEMMA_HD float load_one(const Bfloat16* pointer) {
+  const uint32_t bits = uint32_t(pointer->bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+DGEMMA_HD float load_one(const Float16* pointer) {
+  Float16 padded[DGEMMA_LANES] = {*pointer};
+  return load(padded)[0];
+}
+
+DGEMMA_HD void store(float* pointer, Vector value) { __builtin_memcpy(pointer, &value, sizeof value); }
+
+// In both of these a NaN in `value` stays.
+DGEMMA_HD Vector at_least(Vector value, float bound) { return value < bound ? splat(bound) : value; }
+DGEMMA_HD Vector at_most(Vector value, float bound) { return value > bound ? splat(bound) : value; }
+DGEMMA_HD Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+DGEMMA_HD Vector smaller(Vector a, Vector b) { return a > b ? b : a; }
+
+// e^x = 2^n e^r with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2.
+struct Reduced {
+  Vector scale;    // 2^n
+  Vector expm1_r;  // e^r - 1
+};
+
+DGEMMA_HD Reduced reduce(Vector x) {
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vector shifted = x * 1.44269504089f + 12582912.0f;
+  const Vector n = shifted - 12582912.0f;
+  const Vector r = (x - n * 0.693359375f) - n * -2.12194440054690583e-4f;
+  // Minimax fit of (e^r - 1 - r) / r^2; relative error of e^r - 1 below 1.8e-8.
+  Vector q = r * 0x1.6bec02p-10f + 0x1.122794p-7f;
+  q = q * r + 0x1.555674p-5f;
+  q = q * r + 0x1.5554b0p-3f;
+  q = q * r + 0x1.fffffep-2f;
+  const VectorInt exponent = ((VectorInt)shifted - (0x4b400000 - 127)) << 23;
+  return {(Vector)exponent, q * (r * r) + r};
+}
+
+// e^x for x <= 0 within 1 ulp; exactly 0 where the result would not be a normal number; NaN stays.
+DGEMMA_HD Vector exp_of_difference(Vector x) {
+  const Reduced e = reduce(at_least(x, kLowestExponent));
+  const Vector result = e.expm1_r * e.scale + e.scale;
+  return x < kLowestExponent ? Vector{} : result;
+}
+
+// tanh x = -m / (m + 2) with m = e^(-2|x|) - 1, which keeps the relative accuracy of small x.
+DGEMMA_HD Vector tanh(Vector x) {
+  const VectorUint sign = (VectorUint)x & 0x80000000u;
+  const Vector magnitude = at_most((Vector)((VectorUint)x & 0x7fffffffu), 20.0f);
+  const Reduced e = reduce(magnitude * -2.0f);
+  const Vector m = e.expm1_r * e.scale + (e.scale - 1.0f);
+  return (Vector)((VectorUint)((Vector{} - m) / (m + 2.0f)) | sign);
+}
+
+}  // namespace
+}  // namespace dgemma

@@ -1,0 +1,90 @@
+// One plain struct per op: raw pointers, sizes in elements, strides in elements. No PyTorch.
+#pragma once
+
+#include <cstdint>
+
+#include "common/platform.h"
+
+namespace dgemma {
+
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A parameter given by value, as one device value, or as one value per row.
+template <class T>
+struct RowParameter {
+  const T* pointer = nullptr;  // nullptr: `value` holds for every row
+  int64_t stride = 0;          // 0: one value for all rows; 1: one per row
+  T value{};
+};
+
+template <class T>
+DGEMMA_HD T of_row(const RowParameter<T>& parameter, int64_t row) {
+  return parameter.pointer ? parameter.pointer[row * parameter.stride] : parameter.value;
+}
+
+struct RowStatsParams {
+  const void* logits = nullptr;  // [rows0, rows1, vocab], last stride 1
+  Dtype dtype = Dtype::kFloat32;
+  int64_t rows0 = 0, rows1 = 0, vocab = 0;
+  int64_t stride0 = 0, stride1 = 0;          // elements
+  RowParameter<float> temperature;           // [rows0 * rows1], >= 0; 0 is greedy
+  RowParameter<float> stats_temperature;     // [rows0 * rows1], > 0
+  bool has_stats_temperature = false;        // false: the row's temperature, or 1 where that is 0
+  float softcap = 0;                         // logit units; 0: none
+  const float* uniform = nullptr;            // [rows0 * rows1] in [0, 1), or nullptr: drawn from Philox
+  RowParameter<int64_t> seed, offset;        // scalars
+
+  int64_t* argmax = nullptr;                 // [rows0 * rows1]
+  int64_t* sample = nullptr;                 // [rows0 * rows1]
+  float* entropy = nullptr;                  // [rows0 * rows1], nats
+  float* logsumexp = nullptr;                // [rows0 * rows1], nats
+  float* top1_prob = nullptr;                // [rows0 * rows1]
+  float* top2_prob = nullptr;                // [rows0 * rows1]
+  float* sample_prob = nullptr;              // [rows0 * rows1]
+
+  void* workspace = nullptr;                 // row_stats_workspace_bytes(params) bytes
+};
+
+// The values of `samplers.rules`: Measure, Select, Flag, Write.
+enum class Measure : int32_t { kSampleProb = 0, kTop1Prob, kEntropy, kMargin, kRandom, kPosition };
+enum class Select : int32_t { kTopK = 0, kThreshold, kFactor, kEntropyBound, kBernoulli, kHierarchy, kEdit };
+enum class Write : int32_t { kRemask = 0, kRenoise, kKeep };
+constexpr int32_t kStrict = 1, kRelative = 2, kInclusive = 4, kLastRankQuirk = 8, kGumbel = 16;
+
+struct CommitParams {
+  int64_t batch = 0, length = 0;             // B, C
+  const int64_t* tokens = nullptr;           // [B, C]
+  const int64_t* argmax = nullptr;           // [B, C], read when there is a state
+  const int64_t* sample = nullptr;           // [B, C]
+  const float* entropy = nullptr;            // [B, C], nats
+  const float* sample_prob = nullptr;        // [B, C]
+  const float* top1_prob = nullptr;          // [B, C]
+  const float* top2_prob = nullptr;          // [B, C]
+  const bool* candidates = nullptr;          // [B, C], or nullptr: all positions
+
+  Measure measure = Measure::kSampleProb;
+  Select select = Select::kTopK;
+  int32_t flags = 0;
+  RowParameter<int64_t> k;                   // [B] or scalar, positions
+  RowParameter<float> value, value2;         // [B] or scalar, units of the rule
+  int64_t mask_id = -1;
+  Write write = Write::kRemask;
+  int64_t write_argument = 0;                // the mask token or the vocabulary size
+  RowParameter<int64_t> seed, offset;        // scalars
+
+  const int64_t* draft = nullptr;            // [B, C], nullptr: no state
+  const int64_t* history = nullptr;          // [S, B, C], oldest first
+  const bool* finished = nullptr;            // [B]
+  int64_t depth = 0;                         // S
+  bool has_confidence = false;               // false: rows never finish
+  RowParameter<float> confidence;            // scalar, nats
+
+  int64_t* new_tokens = nullptr;             // [B, C]
+  bool* committed = nullptr;                 // [B, C]
+  int64_t* num_committed = nullptr;          // [B]
+  int64_t* new_draft = nullptr;              // [B, C]
+  int64_t* new_history = nullptr;            // [S, B, C]
+  bool* new_finished = nullptr;              // [B]
+};
+
+}  // namespace dgemma

@@ -1,0 +1,22 @@
+// Entry points of `row_stats`; see params.h for the arguments.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "../params.h"
+
+namespace dgemma {
+
+size_t row_stats_host_workspace(const RowStatsParams& params);
+void row_stats_host(const RowStatsParams& params, int threads, const std::string& isa);
+
+// The instruction sets that this CPU can run, best first.
+std::string host_instruction_sets();
+
+#if defined(DGEMMA_WITH_CUDA)
+size_t row_stats_cuda_workspace(const RowStatsParams& params);
+void row_stats_cuda(const RowStatsParams& params, void* stream);
+#endif
+
+}  // namespace dgemma

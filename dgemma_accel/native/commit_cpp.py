@@ -1,0 +1,23 @@
+"""`commit` on CPU threads, by the extension's host code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .commit_params import prepare
+from .params import extension, missing_extension
+
+FEATURES = {"device": {"cpu"}}
+
+unavailable = missing_extension
+
+
+def commit(*arguments) -> tuple[Tensor, ...]:
+    """As `reference.commit`, with its arguments."""
+    params, result, alive = prepare(*arguments)
+    if result[0].numel() == 0 and arguments[0].shape[0] == 0:
+        return result
+    extension().commit_host(params, torch.get_num_threads())
+    del alive
+    return result

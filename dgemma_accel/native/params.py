@@ -1,0 +1,79 @@
+"""Tensors as the fields of the extension's params structs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def extension():
+    """The compiled module; ImportError where it was not built."""
+    from dgemma_accel import _C
+
+    return _C
+
+
+def missing_extension() -> str | None:
+    """One line when `_C` cannot be imported."""
+    try:
+        extension()
+    except ImportError as error:
+        return f"dgemma_accel._C cannot be imported: {error}"
+    return None
+
+
+def missing_cuda() -> str | None:
+    """One line when CUDA kernels cannot run here."""
+    missing = missing_extension()
+    if missing is not None:
+        return missing
+    if not hasattr(extension(), "row_stats_cuda"):
+        return "dgemma_accel._C was built without CUDA (no nvcc at build time, or DGEMMA_ACCEL_CUDA=0)"
+    if not torch.cuda.is_available():
+        return "no CUDA device (torch.cuda.is_available() is False)"
+    return None
+
+
+class CapabilityAtLeast:
+    """A container of compute capabilities: every (major, minor) not below the given one."""
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.lowest = (major, minor)
+
+    def __contains__(self, capability: object) -> bool:
+        return isinstance(capability, tuple) and capability >= self.lowest
+
+    def __str__(self) -> str:
+        return f"{self.lowest[0]}.{self.lowest[1]} and above"
+
+
+class AtMost:
+    """A container of the integers up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and value <= self.limit
+
+    def __str__(self) -> str:
+        return f"up to {self.limit}"
+
+
+def row_parameter(value: Tensor, device: torch.device) -> tuple[int, int, float | int]:
+    """(address, stride, value) of a 0-d or [R] parameter.
+
+    A scalar on the CPU goes by value, so a launch waits for nothing; one on the device is read there, so a
+    captured CUDA graph sees a new value at each replay.
+    """
+    if value.ndim == 0 and value.device.type == "cpu":
+        return 0, 0, value.item()
+    if value.device != device:
+        raise ValueError(f"a parameter per row must be on {device}, got {value.device}")
+    return value.data_ptr(), value.ndim, 0
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
