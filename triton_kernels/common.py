@@ -1,0 +1,147 @@
+"""What the Triton kernels share: where they run, scalars by value, Philox, softcap."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Kernels are built for the interpreter or for the compiler when their module is imported.
+INTERPRET = bool(triton.knobs.runtime.interpret)
+DEVICES = frozenset({"cuda", "cpu"}) if INTERPRET else frozenset({"cuda"})
+
+
+class AtLeast:
+    """The compute capabilities from `minimum` up, as a container for FEATURES."""
+
+    def __init__(self, minimum: tuple[int, int]):
+        self.minimum = minimum
+
+    def __contains__(self, capability: tuple[int, int]) -> bool:
+        return tuple(capability) >= self.minimum
+
+    def __str__(self) -> str:
+        return f"{self.minimum[0]}.{self.minimum[1]} and newer"
+
+
+class UpTo:
+    """The integers from 1 to `maximum`, as a container for FEATURES."""
+
+    def __init__(self, maximum: int):
+        self.maximum = maximum
+
+    def __contains__(self, value: int) -> bool:
+        return 1 <= value <= self.maximum
+
+    def __str__(self) -> str:
+        return f"1 to {self.maximum}"
+
+
+CAPABILITIES = AtLeast((8, 0))
+
+
+def unavailable() -> str | None:
+    """None, or what Triton kernels miss on this machine."""
+    if INTERPRET or torch.cuda.is_available():
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 was set after Triton was imported; set it before"
+    return "no CUDA device is available (TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly)"
+
+
+def on_device(tensor: Tensor):
+    """The context in which a kernel on `tensor` has to be launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def by_value(parameter: Tensor | None, default: float | int = 0) -> tuple[float | int | Tensor, bool, int]:
+    """A 0-d or per-row parameter as (argument, whether it is a pointer, stride by row).
+
+    A 0-d CPU tensor goes by value; a tensor on the device is only read by the kernel, so nothing waits.
+    """
+    if parameter is None:
+        return default, False, 0
+    if parameter.ndim == 0 and parameter.device.type == "cpu":
+        return parameter.item(), False, 0
+    return parameter, True, parameter.stride(0) if parameter.ndim else 0
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@triton.jit
+def philox(seed, offset, rows):
+    """The four 32-bit words of each row, as `reference.philox.random_words`; rows is int64."""
+    seed = seed.to(tl.int64)
+    offset = offset.to(tl.int64)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = (rows & 0).to(tl.uint32)
+    c0 = (rows & 0xFFFFFFFF).to(tl.uint32)
+    c1 = ((rows >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c2 = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zero + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    multiplier_0 = zero + tl.full((), 0xD2511F53, tl.uint32)
+    multiplier_1 = zero + tl.full((), 0xCD9E8D57, tl.uint32)
+    weyl_0 = tl.full((), 0x9E3779B9, tl.uint32)
+    weyl_1 = tl.full((), 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        high_0 = tl.umulhi(multiplier_0, c0)
+        high_1 = tl.umulhi(multiplier_1, c2)
+        low_0 = multiplier_0 * c0
+        low_1 = multiplier_1 * c2
+        c0 = high_1 ^ c1 ^ k0
+        c1 = low_1
+        c2 = high_0 ^ c3 ^ k1
+        c3 = low_0
+        k0 = k0 + weyl_0
+        k1 = k1 + weyl_1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform_from_word(word):
+    """uint32 to fp32 in [0, 1): the upper 24 bits, exact."""
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def tanh(u):
+    """tanh to about 2 units in the last place of fp32, over all of it.
+
+    1 - 2 / (e^2u + 1) cancels near 0, so there an odd polynomial (a least-squares fit on [0, 0.625],
+    relative error 6.4e-10) takes its place.
+    """
+    w = u * u
+    p = 0.00229582
+    p = p * w - 0.00834696
+    p = p * w + 0.02176995
+    p = p * w - 0.0539594
+    p = p * w + 0.13333304
+    p = p * w - 0.33333333
+    small = u + u * (w * p)
+    a = tl.abs(u)
+    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    large = tl.where(u < 0, -large, large)
+    return tl.where(a < 0.625, small, large)
+
+
+@triton.jit
+def cap(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
+    """softcap * tanh(x / softcap) of an fp32 tile, or x."""
+    if SOFTCAP:
+        x = softcap * tanh(x * inverse_softcap)
+    return x
+
+
+@triton.jit
+def parameter(p, index, stride, POINTER: tl.constexpr):
+    """A parameter that came by value, or its value of a row."""
+    if POINTER:
+        return tl.load(p + index * stride)
+    return p

@@ -1,0 +1,310 @@
+"""`row_stats` from tile statistics: one read of the logits, then a merge that finishes inside one tile.
+
+`tile_stats_kernel` runs once per tile of the vocabulary and leaves six numbers. `merge_kernel` runs once per
+row: it merges the tiles, picks the sample's tile by mass, and re-reads that tile alone.
+With x the softcapped logits, a tile holds, relative to its own maximum M:
+
+    z = sum e^((x - M) / Ts)    s = sum (x - M) e^((x - M) / Ts)    zt = sum e^((x - M) / T)
+
+the largest and second largest raw logit and the position of the largest. Two tiles merge by shifting both to the
+common maximum. The maximum is taken over raw logits, so argmax is exact whatever tanh rounds to.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from ..backends import compute_capability
+from .common import (
+    CAPABILITIES,
+    DEVICES,
+    by_value,
+    cap,
+    next_power_of_2,
+    on_device,
+    parameter,
+    philox,
+    uniform_from_word,
+)
+from .common import unavailable as unavailable
+
+FEATURES = {
+    "device": DEVICES,
+    "dtype": frozenset({torch.bfloat16, torch.float16, torch.float32}),
+    "compute_capability": CAPABILITIES,
+}
+
+# A difference x - M is kept above this, so that -inf contributes 0 * finite instead of 0 * inf.
+FLOOR = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def rate(b_t):
+    """The factor that turns a difference of logits into an exponent of 2 at temperature `b_t`."""
+    return 1.4426950408889634 / b_t
+
+
+@triton.jit
+def sampling_and_stats_temperature(
+    temperature, stats_temperature, o_r, m_r, TEMPERATURE_STRIDE, STATS_STRIDE,
+    TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Whether a row is greedy, its sampling temperature and its stats temperature, each [ROWS] fp32."""
+    b_t = tl.zeros([ROWS], tl.float32)
+    if TEMPERATURE_POINTER:
+        b_t += tl.load(temperature + o_r * TEMPERATURE_STRIDE, mask=m_r, other=1.0)
+    else:
+        b_t += temperature
+    b_greedy = b_t == 0
+    b_t = tl.where(b_greedy, 1.0, b_t)
+    b_ts = b_t
+    if TWO_TEMPERATURES:
+        b_ts = tl.zeros([ROWS], tl.float32)
+        if STATS_POINTER:
+            b_ts += tl.load(stats_temperature + o_r * STATS_STRIDE, mask=m_r, other=1.0)
+        else:
+            b_ts += stats_temperature
+    return b_greedy, b_t, b_ts
+
+
+@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows"])
+def tile_stats_kernel(
+    logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
+    temperature, stats_temperature, softcap,
+    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
+    stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
+    TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0) // tiles
+    i_tile = tl.program_id(0) % tiles
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    o_v = i_tile * SPAN + tl.arange(0, SPAN)
+    p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
+    # [ROWS, SPAN]
+    if EVEN:
+        m_x = m_r[:, None]
+    else:
+        m_x = m_r[:, None] & (o_v < vocab)[None, :]
+    b_raw = tl.load(p_row[:, None] + o_v[None, :], mask=m_x, other=float("-inf")).to(tl.float32)
+
+    # [ROWS]
+    b_max = tl.max(b_raw, 1)
+    b_argmax = tl.min(tl.where(b_raw == b_max[:, None], o_v[None, :], 2147483647), 1)
+    b_second = tl.max(tl.where(o_v[None, :] == b_argmax[:, None], float("-inf"), b_raw), 1)
+
+    inverse_softcap = 1.0 / softcap
+    # [ROWS, SPAN]
+    b_x = cap(b_raw, softcap, inverse_softcap, SOFTCAP)
+    if SOFTCAP and not EVEN:
+        b_x = tl.where(m_x, b_x, float("-inf"))
+    b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+    # NaN has to survive here: it is how a row without a distribution is recognised.
+    b_d = tl.maximum(b_x - b_top[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+    b_greedy, b_t, b_ts = sampling_and_stats_temperature(
+        temperature, stats_temperature, o_r, m_r, temperature_stride, stats_stride,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, ROWS,
+    )  # fmt: skip
+    b_e = tl.exp2(b_d * rate(b_ts)[:, None])
+    b_z = tl.sum(b_e, 1)
+    b_s = tl.sum(b_d * b_e, 1)
+
+    p_tile = o_r.to(tl.int64) * tiles + i_tile
+    tl.store(tile_max + p_tile, b_max, mask=m_r)
+    tl.store(tile_second + p_tile, b_second, mask=m_r)
+    tl.store(tile_argmax + p_tile, b_argmax, mask=m_r)
+    tl.store(tile_z + p_tile, b_z, mask=m_r)
+    tl.store(tile_s + p_tile, b_s, mask=m_r)
+    if TWO_TEMPERATURES:
+        b_zt = tl.sum(tl.exp2(b_d * rate(b_t)[:, None]), 1)
+        tl.store(tile_zt + p_tile, b_zt, mask=m_r)
+
+
+@triton.jit
+def first_beyond(b_mass, b_target, o, NONE: tl.constexpr):
+    """Per row, the first index at which the running sum of `b_mass` exceeds the target, never one without mass.
+
+    Args: b_mass [ROWS, N] and b_target [ROWS], both fp64. Returns the index and the sum before it, each [ROWS].
+    """
+    b_sum = tl.cumsum(b_mass, 1)
+    m_mass = b_mass > 0
+    b_first = tl.min(tl.where(m_mass & (b_sum > b_target[:, None]), o[None, :], NONE), 1)
+    # Rounding can leave the target at or beyond the total: then the last index with mass.
+    b_last = tl.maximum(tl.max(tl.where(m_mass, o[None, :], -1), 1), 0)
+    b_index = tl.minimum(b_first, b_last)
+    b_before = tl.sum(tl.where(o[None, :] < b_index[:, None], b_mass, 0.0), 1)
+    return b_index, b_before
+
+
+@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "seed", "offset", "rows"])
+def merge_kernel(
+    logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
+    argmax, sample, entropy, logsumexp, top1_prob, top2_prob, sample_prob,
+    temperature, stats_temperature, softcap, uniform, seed, offset,
+    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
+    stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
+    TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
+    SEED_POINTER: tl.constexpr, OFFSET_POINTER: tl.constexpr, UNIFORM: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    b_greedy, b_t, b_ts = sampling_and_stats_temperature(
+        temperature, stats_temperature, o_r, m_r, temperature_stride, stats_stride,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, ROWS,
+    )  # fmt: skip
+    b_k = rate(b_ts)
+    b_kt = rate(b_t)
+    inverse_softcap = 1.0 / softcap
+
+    o_t = tl.arange(0, TILES)
+    m_t = m_r[:, None] & (o_t < tiles)[None, :]
+    p_tile = o_r.to(tl.int64)[:, None] * tiles + o_t[None, :]
+    # [ROWS, TILES]
+    b_tmax = tl.load(tile_max + p_tile, mask=m_t, other=float("-inf"))
+    b_tsecond = tl.load(tile_second + p_tile, mask=m_t, other=float("-inf"))
+    b_targmax = tl.load(tile_argmax + p_tile, mask=m_t, other=2147483647)
+    b_tz = tl.load(tile_z + p_tile, mask=m_t, other=0.0)
+    b_ts_sum = tl.load(tile_s + p_tile, mask=m_t, other=0.0)
+
+    # [ROWS]
+    b_max = tl.max(b_tmax, 1)
+    b_argmax = tl.min(tl.where((b_tmax == b_max[:, None]) & m_t, b_targmax, 2147483647), 1)
+    # The second largest of the row: the second of the argmax's tile, or the first of another.
+    m_own = b_targmax == b_argmax[:, None]
+    b_second = tl.max(tl.where(m_own, b_tsecond, b_tmax), 1)
+
+    b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
+    b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
+    # [ROWS, TILES]
+    b_ttop = tl.where(m_t, cap(b_tmax, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_shift = tl.maximum(b_ttop - b_ref[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    b_w = tl.exp2(b_shift * b_k[:, None])
+    b_z = tl.sum(b_tz * b_w, 1)
+    b_s = tl.sum((b_ts_sum + b_shift * b_tz) * b_w, 1)
+
+    b_log_z = tl.log(b_z)
+    b_lse = b_ref / b_ts + b_log_z
+    b_entropy = tl.maximum(b_log_z - b_s / (b_z * b_ts), 0.0)
+    m_valid = (tl.abs(b_lse) < float("inf")) & (b_top > float("-inf"))
+    b_top1 = 1.0 / b_z
+    b_xsecond = cap(b_second, softcap, inverse_softcap, SOFTCAP)
+    b_top2 = tl.where(vocab > 1, tl.exp2((b_xsecond - b_ref) * b_k) / b_z, 0.0)
+
+    b_u = tl.zeros([ROWS], tl.float32)
+    if UNIFORM:
+        b_u += tl.load(uniform + o_r, mask=m_r, other=0.0)
+    else:
+        s = parameter(seed, 0, 0, SEED_POINTER)
+        f = parameter(offset, 0, 0, OFFSET_POINTER)
+        b_word, _, _, _ = philox(s, f, o_r.to(tl.int64))
+        b_u += uniform_from_word(b_word)
+
+    # The tile: [ROWS, TILES], fp64 because the target is compared with sums of all tiles.
+    if TWO_TEMPERATURES:
+        b_tzt = tl.load(tile_zt + p_tile, mask=m_t, other=0.0)
+    else:
+        b_tzt = b_tz
+    b_wt = tl.exp2(b_shift * b_kt[:, None])
+    b_mass = tl.where(m_valid[:, None], (b_tzt * b_wt).to(tl.float64), 0.0)
+    b_target = b_u.to(tl.float64) * tl.sum(b_mass, 1)
+    b_tile, b_before = first_beyond(b_mass, b_target, o_t, 2147483647)
+    b_target -= b_before
+
+    # Inside the tile: sums of runs of LANES tokens, [ROWS, SPAN / LANES, LANES].
+    SUBS: tl.constexpr = SPAN // LANES
+    o_sub = tl.arange(0, SUBS)
+    o_lane = tl.arange(0, LANES)
+    p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
+    o_v = b_tile[:, None, None] * SPAN + (o_sub[:, None] * LANES + o_lane[None, :])[None, :, :]
+    m_v = m_r[:, None, None] & (o_v < vocab)
+    b_x = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+    b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_e = tl.exp2((b_x - b_ref[:, None, None]) * b_kt[:, None, None])
+    b_run = tl.where(m_valid[:, None], tl.sum(b_e, 2).to(tl.float64), 0.0)
+    b_sub, b_before = first_beyond(b_run, b_target, o_sub, 2147483647)
+    b_target -= b_before
+
+    # Inside the run: [ROWS, LANES].
+    o_v = (b_tile * SPAN + b_sub * LANES)[:, None] + o_lane[None, :]
+    m_v = m_r[:, None] & (o_v < vocab)
+    b_x = tl.load(p_row[:, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+    b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_e = tl.exp2((b_x - b_ref[:, None]) * b_kt[:, None])
+    b_e = tl.where(m_valid[:, None], b_e, 0.0)
+    b_lane, b_before = first_beyond(b_e.to(tl.float64), b_target, o_lane, 2147483647)
+    b_xsample = tl.max(tl.where(o_lane[None, :] == b_lane[:, None], b_x, float("-inf")), 1)
+
+    b_sample = b_tile * SPAN + b_sub * LANES + b_lane
+    b_sample = tl.where(b_greedy, b_argmax, b_sample)
+    b_xsample = tl.where(b_greedy, b_ref, b_xsample)
+    b_psample = tl.exp2((b_xsample - b_ref) * b_k) / b_z
+
+    tl.store(argmax + o_r, tl.where(m_valid, b_argmax, 0).to(tl.int64), mask=m_r)
+    tl.store(sample + o_r, tl.where(m_valid, b_sample, 0).to(tl.int64), mask=m_r)
+    tl.store(entropy + o_r, tl.where(m_valid, b_entropy, float("inf")), mask=m_r)
+    tl.store(logsumexp + o_r, tl.where(m_valid, b_lse, float("nan")), mask=m_r)
+    tl.store(top1_prob + o_r, tl.where(m_valid, b_top1, 0.0), mask=m_r)
+    tl.store(top2_prob + o_r, tl.where(m_valid, b_top2, 0.0), mask=m_r)
+    tl.store(sample_prob + o_r, tl.where(m_valid, b_psample, 0.0), mask=m_r)
+
+
+def tiling(rows: int, vocab: int, config: dict) -> tuple[int, int, int]:
+    """(rows per program, tokens per tile, tiles): short rows share a program, long ones are cut."""
+    span = min(config["span"], next_power_of_2(vocab))
+    rows_per_program = max(1, min(config["span"] // span, next_power_of_2(rows)))
+    return rows_per_program, span, triton.cdiv(vocab, span)
+
+
+def row_stats(
+    logits: Tensor,
+    temperature: Tensor,
+    stats_temperature: Tensor | None,
+    uniform: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    """Arguments, results and arithmetic: `reference.row_stats`. The logits are read once, and one tile per row again."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    rows = shape.numel()
+    integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
+    floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
+    if rows == 0:
+        return (*integers, *floats)
+    config = configs.select("row_stats", compute_capability(logits.device), bytes=logits.element_size())
+    rows_per_program, span, tiles = tiling(rows, vocab, config)
+    two = stats_temperature is not None
+    partial = logits.new_empty((5 if two else 4, rows, tiles), dtype=torch.float32)
+    partial_argmax = logits.new_empty((rows, tiles), dtype=torch.int32)
+    partials = (*partial[:4], partial[4] if two else partial[2], partial_argmax)
+
+    t, t_pointer, t_stride = by_value(temperature)
+    ts, ts_pointer, ts_stride = by_value(stats_temperature, 1.0)
+    seed_value, seed_pointer, _ = by_value(seed)
+    offset_value, offset_pointer, _ = by_value(offset)
+    c = 1.0 if softcap is None else softcap
+    geometry = (rows, shape[1], vocab, tiles, logits.stride(0), logits.stride(1), t_stride, ts_stride)
+    programs = triton.cdiv(rows, rows_per_program)
+    with on_device(logits):
+        tile_stats_kernel[(programs * tiles,)](
+            logits, *partials, t, ts, c, *geometry,
+            TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
+            SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span,
+            num_warps=config["num_warps"],
+        )  # fmt: skip
+        merge_kernel[(programs,)](
+            logits, *partials, *integers, *floats, t, ts, c, uniform, seed_value, offset_value, *geometry,
+            TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
+            SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, UNIFORM=uniform is not None,
+            SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span, LANES=min(span, 128),
+            TILES=next_power_of_2(tiles), num_warps=config["merge_warps"],
+        )  # fmt: skip
+    return (*integers, *floats)
