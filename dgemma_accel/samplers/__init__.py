@@ -1,5 +1,14 @@
-"""Rules and writes of `commit`, and the named strategies built on them."""
+"""Rules and writes of `commit`, the named strategies built on them, and the sampler that runs a strategy.
 
+A rule (`Threshold(0.9)`) says which positions one `commit` takes. A strategy (`LowConfidence()`) is a published
+algorithm: it gives a rule for every step. `MaskedDiffusionSampler` takes either. docs/samplers.md lists them all.
+"""
+
+from . import interfaces
+from .generation import GenerateResult
+from .interfaces import DREAM, BlockCache, DualCache, FullSequence, PrefixCache
+from .masked import MaskedDiffusionSampler
+from .proposals import Proposal
 from .rules import (
     Bernoulli,
     CanvasState,
@@ -19,23 +28,70 @@ from .rules import (
     Threshold,
     TopK,
 )
+from .strategies import (
+    BlockState,
+    CreditThreshold,
+    DInferThreshold,
+    Entropy,
+    EntropyBoundRenoise,
+    Hierarchy,
+    HierarchyWithRemask,
+    JointThresholdEdit,
+    LowConfidence,
+    LowConfidenceDynamic,
+    MaskgitPlus,
+    MinimalTopK,
+    Origin,
+    SequentialWindow,
+    SGLangLowConfidence,
+    Step,
+    Strategy,
+    TopkMargin,
+)
 
 __all__ = [
+    "DREAM",
     "Bernoulli",
+    "BlockCache",
+    "BlockState",
     "CanvasState",
+    "CreditThreshold",
+    "DInferThreshold",
+    "DualCache",
     "Edit",
+    "Entropy",
     "EntropyBound",
+    "EntropyBoundRenoise",
     "Factor",
+    "FullSequence",
+    "GenerateResult",
+    "Hierarchy",
+    "HierarchyWithRemask",
+    "JointThresholdEdit",
     "Keep",
+    "LowConfidence",
+    "LowConfidenceDynamic",
     "Margin",
+    "MaskedDiffusionSampler",
+    "MaskgitPlus",
     "Measure",
+    "MinimalTopK",
+    "Origin",
+    "PrefixCache",
+    "Proposal",
     "Random",
     "Remask",
     "Renoise",
     "Rule",
     "RunBest",
+    "SGLangLowConfidence",
     "Sequential",
+    "SequentialWindow",
     "StableAndConfident",
+    "Step",
+    "Strategy",
     "Threshold",
     "TopK",
+    "TopkMargin",
+    "interfaces",
 ]

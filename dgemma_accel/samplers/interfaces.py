@@ -1,0 +1,279 @@
+"""How models are called: what a sampler has to know about a model's `forward`, and the caches it can keep.
+
+An interface opens a session for one batch; the session turns (tokens, block) into the block's logits. The models
+themselves stay as they are published:
+
+- `FullSequence`: the whole sequence at every evaluation. LLaDA, BERT-like models of transformers, and Dream
+  (`DREAM`: logits shifted right by one position, 4-d attention mask and position ids for padded batches).
+- `PrefixCache`, `DualCache`: Fast-dLLM's caches, for models that return and accept `past_key_values` (and, for the
+  dual cache, `replace_position`).
+- `BlockCache`: SDAR's block diffusion, for models that accept `past_key_values` and `store_kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, a tuple that begins with one, a mapping, or `.logits`."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model: must return logits as a tensor, a tuple that begins with them, or an object with .logits, "
+            f"got {type(output).__name__}"
+        )
+    return logits
+
+
+def past_of(output: Any) -> Any:
+    past = getattr(output, "past_key_values", None)
+    if past is None and isinstance(output, dict):
+        past = output.get("past_key_values")
+    if past is None:
+        raise TypeError(
+            f"model: must return past_key_values for this cache, got {type(output).__name__} without it; "
+            "FullSequence() needs no cache"
+        )
+    return past
+
+
+class Session:
+    """One batch with one model.
+
+    calls: how often the model was called.
+    """
+
+    def __init__(self, interface: Interface, model: Callable, valid: Tensor):
+        self.interface = interface
+        self.model = model
+        self.valid = valid
+        self.calls = 0
+
+    def call(self, tokens: Tensor, **kwargs) -> Any:
+        self.calls += 1
+        return self.model(tokens, **kwargs)
+
+    def checked(self, output: Any, tokens: Tensor) -> Tensor:
+        """The logits of a call, whose batch and length have to be those of the tokens."""
+        logits = logits_of(output)
+        if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(tokens.shape):
+            raise ValueError(
+                f"model: logits must be [{tokens.shape[0]}, {tokens.shape[1]}, V] like its tokens, "
+                f"got {tuple(logits.shape)}"
+            )
+        return logits
+
+    def block_of(self, logits: Tensor, start: int, end: int) -> Tensor:
+        """Logits of positions start..end - 1, counted in the tokens that were fed."""
+        if not self.interface.shift_logits:
+            return logits[:, start:end]
+        if start > 0:
+            return logits[:, start - 1 : end - 1]
+        return torch.cat([logits[:, :1], logits[:, : end - 1]], 1)
+
+    def prefill(self, tokens: Tensor, length: int) -> None:
+        """Called once, before the first block, which starts at `length`."""
+
+    def begin_block(self, start: int, end: int) -> None:
+        """Called before the first evaluation of a block."""
+
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """Logits [B, end - start, V] of a block of tokens [B, N]."""
+        raise NotImplementedError
+
+    def end_block(self, tokens: Tensor, start: int, end: int) -> None:
+        """Called when a block is done and another follows."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Base of the interfaces.
+
+    shift_logits: the logits that predict position i stand at i - 1 (Dream). Position 0 reads its own.
+    """
+
+    shift_logits: bool = False
+
+    session = Session
+    # Rows of a batch must have prompts of one length; other batches are split by length.
+    same_length = True
+    # Blocks begin at multiples of the block length, so that the first one may hold the end of the prompt.
+    aligned = False
+
+    def open(self, model: Callable, valid: Tensor) -> Session:
+        """A session for a batch; valid [B, N] bool is False on padding."""
+        return self.session(self, model, valid)
+
+
+class _FullSession(Session):
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        kwargs = self.interface.padding_arguments(self.valid)
+        return self.block_of(self.checked(self.call(tokens, **kwargs), tokens), start, end)
+
+
+@dataclass(frozen=True)
+class FullSequence(Interface):
+    """model(tokens [B, N]) at every evaluation; where a batch is padded (on the left), with its mask.
+
+    attention_mask: "2d" passes attention_mask [B, N] int64; "4d" [B, 1, N, N] bool; None passes none, and
+        batches of different lengths are split instead.
+    position_ids: pass position_ids [B, N] that count from each row's first token.
+    """
+
+    attention_mask: str | None = "2d"
+    position_ids: bool = False
+    session = _FullSession
+
+    def __post_init__(self) -> None:
+        if self.attention_mask not in ("2d", "4d", None):
+            raise ValueError(f"attention_mask: must be '2d', '4d' or None, got {self.attention_mask!r}")
+
+    @property
+    def same_length(self) -> bool:
+        return self.attention_mask is None
+
+    def padding_arguments(self, valid: Tensor) -> dict[str, Tensor]:
+        if bool(valid.all()):
+            return {}
+        arguments = {}
+        if self.attention_mask == "2d":
+            arguments["attention_mask"] = valid.long()
+        elif self.attention_mask == "4d":
+            arguments["attention_mask"] = valid[:, None, :, None] & valid[:, None, None, :]
+        if self.position_ids:
+            arguments["position_ids"] = (valid.long().cumsum(-1) - 1).clamp_min(0)
+        return arguments
+
+
+def _cropped(past: Any, length: int) -> Any:
+    """The first `length` slots of a cache: one with `crop`, or layers of (key, value) [B, H, L, D]."""
+    if hasattr(past, "crop"):
+        past.crop(length)
+        return past
+    return [tuple(tensor[:, :, :length] for tensor in layer) for layer in past]
+
+
+class _PrefixSession(Session):
+    def begin_block(self, start: int, end: int) -> None:
+        self.past = None
+
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        # With shifted logits the position before the block predicts its first one, so it is fed again.
+        first = max(0, start - 1) if self.interface.shift_logits else start
+        if self.past is None or first == 0:
+            output = self.call(tokens, use_cache=True)
+            logits = self.checked(output, tokens)
+            self.past = past_of(output)
+            return self.block_of(logits, start, end)
+        self.past = _cropped(self.past, first)
+        fed = tokens[:, first:]
+        logits = self.checked(self.call(fed, past_key_values=self.past, use_cache=True), fed)
+        return self.block_of(logits, start - first, end - first)
+
+
+@dataclass(frozen=True)
+class PrefixCache(Interface):
+    """Fast-dLLM's prefix cache: keys and values of all that stands before a block are those of its first evaluation.
+
+    The first evaluation of a block is model(tokens, use_cache=True), whose past_key_values are cut at the
+    block's start; the others are model(tokens from the block on, past_key_values=..., use_cache=True).
+    """
+
+    session = _PrefixSession
+
+
+class _DualSession(_PrefixSession):
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        if self.past is None:
+            return super().logits(tokens, start, end)
+        first = max(0, start - 1) if self.interface.shift_logits else start
+        replaced = torch.zeros_like(tokens, dtype=torch.bool)
+        replaced[:, first:end] = True
+        fed = tokens[:, first:end]
+        output = self.call(fed, past_key_values=self.past, use_cache=True, replace_position=replaced)
+        return self.block_of(self.checked(output, fed), start - first, end - first)
+
+
+@dataclass(frozen=True)
+class DualCache(Interface):
+    """Fast-dLLM's dual cache: what stands before and after a block is cached, only the block is evaluated.
+
+    As `PrefixCache`, and after a block's first evaluation model(block, past_key_values=..., use_cache=True,
+    replace_position=[B, N] bool), which puts the block's keys and values in their place of the cache.
+    """
+
+    session = _DualSession
+
+
+class _BlockSession(Session):
+    def prefill(self, tokens: Tensor, length: int) -> None:
+        self.past = self.interface.new_cache()
+        if not length:
+            return
+        size = self.interface.block_length
+        block = torch.arange(length, device=tokens.device) // size
+        visible = (block[:, None] >= block[None]).to(torch.get_default_dtype())
+        self._run(tokens, 0, length, visible[None, None], store=True)
+
+    def _run(self, tokens: Tensor, start: int, end: int, mask: Tensor, store: bool) -> Any:
+        positions = torch.arange(start, end, device=tokens.device)[None]
+        return self.call(
+            tokens[:, start:end],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.past,
+            use_cache=True,
+            store_kv=store,
+        )
+
+    def _sees_all(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        return torch.ones(1, 1, end - start, end, device=tokens.device)
+
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        output = self._run(tokens, start, end, self._sees_all(tokens, start, end), store=False)
+        return self.checked(output, tokens[:, start:end])
+
+    def end_block(self, tokens: Tensor, start: int, end: int) -> None:
+        self._run(tokens, start, end, self._sees_all(tokens, start, end), store=True)
+
+
+def _dynamic_cache():
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+@dataclass(frozen=True)
+class BlockCache(Interface):
+    """SDAR's block diffusion: blocks see themselves and those before, whose keys and values are stored when done.
+
+    model(block, attention_mask=[1, 1, C, end] of ones, position_ids=[1, C], past_key_values=cache, use_cache=True,
+    store_kv=...): True for the prompt's whole blocks, which go first under a block-causal mask, and once
+    for each finished block; False while a block is denoised. Blocks begin at multiples of the block length.
+
+    new_cache: makes the cache; transformers' DynamicCache by default.
+    """
+
+    new_cache: Callable[[], Any] = _dynamic_cache
+    block_length: int = 0  # set by the sampler
+    session = _BlockSession
+    aligned = True
+
+    def __post_init__(self) -> None:
+        if self.shift_logits:
+            raise ValueError("shift_logits: BlockCache has no shifted form")
+
+
+DREAM = FullSequence(shift_logits=True, attention_mask="4d", position_ids=True)

@@ -1,0 +1,299 @@
+"""`MaskedDiffusionSampler`: one strategy, the numbers around it, and text from any model that returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..ops import checks
+from .generation import GenerateResult, generate
+from .interfaces import DREAM, BlockCache, FullSequence, Interface
+from .proposals import Proposal
+from .rules import Rule, check_number
+from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
+from .strategies.dream import Entropy
+from .strategies.llada import LowConfidence, LowConfidenceDynamic
+
+
+@dataclass(frozen=True)
+class MaskedDiffusionSampler:
+    """Turns the logits of a masked diffusion model into tokens, a block at a time.
+
+    Every step reads the block's logits once (`row_stats`) and decides once (`commit`).
+
+        sampler = MaskedDiffusionSampler(Threshold(0.9), mask_id=126336, block_length=32)
+        result = sampler.generate(model, prompt_ids, max_new_tokens=256)
+
+    Args:
+        strategy: a `samplers.Strategy` (LowConfidence(), CreditThreshold(), ...) or a `samplers.Rule`, which is
+            then applied at every step (Threshold(0.9), Factor(1.0), EntropyBound(0.1), ...); Random(), Margin()
+            and Sequential() without k take it from the schedule.
+        mask_id: the mask token.
+        block_length: positions decided together; blocks go from left to right. None: all new tokens are
+            one block (Dream).
+        steps: evaluations per block, >= 1. Strategies that follow a schedule spread the block over them; None
+            means one position per step. For the others it is an upper limit, and None means as many
+            as they need; a block that is not done by then ends with its masks and the flag `stuck`.
+        temperature: >= 0; a number, a tensor [B], or a function of (step, steps). 0 proposes the argmax.
+        top_k, top_p, top_k_first: filters of the proposals, as in `proposals.Proposal`.
+        confidence: "untempered" or "proposal", as in `proposals.Proposal`; None takes what the strategy's
+            publication does.
+        schedule: "masked" spreads the masks of the block over the steps, "block" the block's whole length (SDAR).
+        guidance_scale: w >= 0. More than 0 takes l = l_u + (w + 1)(l_c - l_u), with l_u the logits where the
+            prompt is masked; both halves go through the model as one batch of twice the size.
+        eos_id: one token or several that end a row; what follows the first becomes `pad_id`.
+        pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0.
+        interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
+            `DualCache()`, `BlockCache()`.
+        softcap: c > 0 for logits that are still to be capped, or None.
+        backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
+    """
+
+    strategy: Strategy | Rule
+    mask_id: int
+    block_length: int | None = 32
+    steps: int | None = None
+    temperature: float | Tensor | Callable[[int, int], float] = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    top_k_first: bool = False
+    confidence: str | None = None
+    schedule: str = "masked"
+    guidance_scale: float = 0.0
+    eos_id: int | tuple[int, ...] | None = None
+    pad_id: int | None = None
+    interface: Interface = field(default_factory=FullSequence)
+    softcap: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        decider = self.decider
+        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
+        if self.block_length is not None:
+            check_number("block_length", self.block_length, 1, integer=True)
+        if self.steps is not None:
+            check_number("steps", self.steps, 1, integer=True)
+        if not callable(self.temperature):
+            check_number("temperature", self.temperature, 0.0)
+        if self.top_k is not None:
+            check_number("top_k", self.top_k, 0, integer=True)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 0.0, 1.0)
+        check_number("guidance_scale", self.guidance_scale, 0.0)
+        if self.confidence not in (*CONFIDENCES, None):
+            raise ValueError(f"confidence: must be one of {CONFIDENCES} or None, got {self.confidence!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: must be one of {SCHEDULES}, got {self.schedule!r}")
+        if not isinstance(self.interface, Interface):
+            raise TypeError(
+                f"interface: a samplers.interfaces.Interface expected, got {type(self.interface).__name__}"
+            )
+        decider.check(self.block_length, self.steps, self.temperature)
+        if isinstance(self.interface, BlockCache):
+            if self.block_length is None:
+                raise ValueError(
+                    "block_length: BlockCache() needs the length of the model's blocks, got None"
+                )
+            interface = replace(self.interface, block_length=self.block_length)
+            object.__setattr__(self, "interface", interface)
+
+    @classmethod
+    def for_llada(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """LLaDA's numbers: mask 126336, low confidence unless another strategy is given."""
+        return cls(strategy or LowConfidence(), **{"mask_id": 126336, **options})
+
+    @classmethod
+    def for_dream(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """Dream's numbers: mask 151666, shifted logits, one block, entropy unless another strategy is given."""
+        numbers = {"mask_id": 151666, "block_length": None, "interface": DREAM, "confidence": "proposal"}
+        return cls(strategy or Entropy(), **{**numbers, **options})
+
+    @classmethod
+    def for_sdar(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """SDAR's numbers: mask 151669, cached blocks of 4, `LowConfidenceDynamic` unless another is given."""
+        numbers = {
+            "mask_id": 151669,
+            "block_length": 4,
+            "schedule": "block",
+            "confidence": "proposal",
+            "top_k_first": True,
+            "interface": BlockCache(),
+        }
+        return cls(strategy or LowConfidenceDynamic(), **{**numbers, **options})
+
+    @cached_property
+    def decider(self) -> Strategy:
+        """The strategy, or the one that a rule stands for."""
+        return as_strategy(self.strategy)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        if self.eos_id is None:
+            return ()
+        return (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+
+    @property
+    def padding(self) -> int:
+        if self.pad_id is not None:
+            return self.pad_id
+        return self.eos_ids[0] if self.eos_ids else 0
+
+    def start(
+        self,
+        tokens: Tensor,
+        *,
+        open: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        offset: int = 0,
+    ) -> BlockState:
+        """The state before the first step of a block.
+
+        Args:
+            tokens: [B, C] int64.
+            open: [B, C] bool, positions that the sampler may write; those that hold the mask by default.
+            seed: as in `row_stats`. offset: the number of the first draw.
+        """
+        checks.is_tensor("tokens", tokens)
+        checks.has_dtype("tokens", tokens, (torch.int64,))
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: shape must be [B, C], got {tuple(tokens.shape)}")
+        masked = tokens == self.mask_id
+        if open is None:
+            open = masked
+        else:
+            checks.has_dtype("open", checks.is_tensor("open", open), (torch.bool,))
+            checks.has_shape("open", open, tuple(tokens.shape), "as tokens")
+        masked_at_start = (masked & open).sum(-1)
+        noise = self.decider.starts_from_noise
+        most = self._steps(tokens.shape[1])
+        if not self.decider.scheduled:
+            masked = int(masked_at_start.max()) if tokens.numel() else 0
+            needed = self.decider.most_steps(masked, tokens.shape[1])
+            most = needed if self.steps is None else min(needed, self.steps)
+        state = BlockState(
+            open=open,
+            masked_at_start=masked_at_start,
+            active=open.any(-1) if noise else masked_at_start > 0,
+            stuck=torch.zeros_like(masked_at_start, dtype=torch.bool),
+            nfe=torch.zeros_like(masked_at_start),
+            committed=torch.zeros_like(open),
+            seed=checks.seed_and_offset(seed, offset, tokens.device)[0],
+            most_steps=most,
+            offset=offset,
+        )
+        self.decider.start(state, tokens)
+        return state
+
+    def _steps(self, length: int) -> int:
+        return length if self.steps is None else self.steps
+
+    def _proposal(self, number: int, length: int) -> Proposal:
+        temperature = self.temperature
+        if callable(temperature):
+            temperature = float(temperature(number, self._steps(length)))
+        return Proposal(
+            temperature,
+            self.top_k,
+            self.top_p,
+            self.top_k_first,
+            self.confidence or self.decider.confidence,
+            self.softcap,
+            self.backend,
+        )
+
+    def step(self, logits: Tensor, tokens: Tensor, state: BlockState | None = None) -> Tensor:
+        """One step of one block.
+
+        Args:
+            logits: [B, C, V] bf16, fp16 or fp32, aligned with the tokens (already shifted for Dream).
+            tokens: [B, C] int64.
+            state: from `start`, and then carried from step to step; it is updated in place. None takes a
+                first step.
+
+        Returns:
+            The new tokens [B, C]. `state.active` says which rows go on, `state.committed` what was committed.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value.
+        """
+        checks.is_tensor("logits", logits)
+        checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
+        if state is None:
+            state = self.start(tokens)
+        if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(tokens.shape):
+            raise ValueError(
+                f"logits: shape must be [{tokens.shape[0]}, {tokens.shape[1]}, V] like tokens, "
+                f"got {tuple(logits.shape)}"
+            )
+        if logits.shape[-1] <= self.mask_id:
+            raise ValueError(
+                f"mask_id: {self.mask_id} is outside the vocabulary of the logits, [0, {logits.shape[-1]})"
+            )
+        checks.has_shape("state.open", state.open, tuple(tokens.shape), "as tokens")
+
+        decider = self.decider
+        owned = state.open & state.active[:, None]
+        masked = (tokens == self.mask_id) & owned
+        proposal = self._proposal(state.step, tokens.shape[1])
+        stats = decider.propose(logits, state, masked, proposal)
+        step = Step(
+            tokens=tokens,
+            masked=masked,
+            open=owned,
+            stats=stats,
+            state=state,
+            steps=self._steps(tokens.shape[1]),
+            schedule=self.schedule,
+            mask_id=self.mask_id,
+            vocab_size=logits.shape[-1],
+            backend=self.backend,
+        )
+        result = decider.decide(step)
+
+        state.nfe = state.nfe + state.active
+        state.step += 1
+        state.offset += 1
+        state.committed = result.committed
+        ended = state.active & decider.finished(step, result)
+        if state.step >= state.most_steps:
+            ended = state.active
+        elif proposal.greedy and decider.repeats and not decider.scheduled:
+            # The same tokens would bring the same proposals again.
+            ended = ended | state.active & (result.tokens == tokens).all(-1)
+        if not decider.starts_from_noise:
+            masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
+            state.stuck = state.stuck | ended & masks_left
+        state.active = state.active & ~ended
+        return result.tokens
+
+    def generate(
+        self,
+        model: Callable,
+        prompt_ids,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        streamer=None,
+        callback: Callable[[Tensor, int, int], None] | None = None,
+    ) -> GenerateResult:
+        """Text after each prompt.
+
+        Args:
+            model: called as the interface says; returns logits as a tensor, a tuple or an object with `.logits`.
+            prompt_ids: [B, L] int64, or a list of B sequences of token ids, of any lengths (0 included).
+            max_new_tokens: >= 1; the last block is cut where it would go beyond.
+            attention_mask: [B, L], 0 on padding of `prompt_ids`.
+            seed: as in `row_stats`; None draws one from torch's default generator.
+            streamer: gets `put(prompt)`, `put_draft(block)` after every step if it has that method,
+                `put(block)` when a block is done, and `end()`, as transformers' TextDiffusionStreamer.
+            callback: called with (tokens [B, N], number of the block, number of the step) after every step.
+
+        Returns:
+            `GenerateResult`.
+        """
+        return generate(self, model, prompt_ids, max_new_tokens, attention_mask, seed, streamer, callback)

@@ -1,0 +1,248 @@
+"""Proposals: what is sampled for each position, and which distribution its confidence comes from.
+
+Without a filter this is one `row_stats`: the sample is drawn from the tempered distribution and the statistics are
+those of the untempered one, in the same pass. Top-k and top-p need a threshold per row: it is found from
+the maxima of tiles of the vocabulary and the few tiles that they name, then one more pass draws. The
+vocabulary is never sorted, and no more than a few rows at a time exist in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.row_stats import RowStats, row_stats
+from ..reference.row_stats import apply_softcap, row_uniform
+
+TILE = 64
+# Tiles of a row that the top-p threshold looks into before it turns to bisection.
+TOP_TILES = 64
+# Elements of a chunk of rows, so that its fp32 copies take some tens of megabytes.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest value of each row, counting ties one by one.
+
+    At least k values reach the k-th largest tile maximum, and no tile below it holds a larger value; so
+    the k tiles of largest maximum hold the answer.
+
+    Args:
+        x: [R, V].
+        k: in [1, V].
+
+    Returns:
+        [R].
+    """
+    vocab = x.shape[1]
+    if k == 1:
+        return x.amax(-1)
+    width = min(TILE, vocab // (2 * k))
+    if width < 2:
+        return x.kthvalue(vocab - k + 1, dim=-1).values
+    return _top_tiles(x, width, k)[0].flatten(1).topk(k, dim=-1).values[:, -1]
+
+
+def _top_tiles(x: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """(values [R, count, width] of the tiles of largest maximum, the least of those maxima [R])."""
+    rows, vocab = x.shape
+    whole = vocab - vocab % width
+    tiles = x[:, :whole].reshape(rows, -1, width)
+    maxima = tiles.amax(-1)
+    if whole < vocab:
+        rest = x.new_full((rows, 1, width), float("-inf"))
+        rest[:, 0, : vocab - whole] = x[:, whole:]
+        maxima = torch.cat([maxima, rest.amax(-1)], -1)
+        # The short tile is always looked at, so that x need not be copied to append it.
+        top, index = maxima.topk(min(count, maxima.shape[1]), dim=-1)
+        chosen = tiles.gather(1, index.clamp_max(tiles.shape[1] - 1)[..., None].expand(-1, -1, width))
+        last = (index == tiles.shape[1])[..., None]
+        return torch.where(last, rest, chosen), top[:, -1]
+    top, index = maxima.topk(min(count, maxima.shape[1]), dim=-1)
+    return tiles.gather(1, index[..., None].expand(-1, -1, width)), top[:, -1]
+
+
+def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
+    """The least value of each row that top-p keeps.
+
+    A token is kept when the tokens of strictly larger logit hold at most `mass`; so tied tokens are kept
+    or dropped together, and the largest is always kept. Published code sorts and cuts inside a tie, at whatever
+    place the sort gave.
+
+    Args:
+        x: [R, V] fp32, rows shifted so that their maximum is 0; -inf allowed.
+        mass: [R] fp64, p times the sum of exp(x) over the tokens in the race.
+
+    Returns:
+        [R] fp32.
+    """
+    if x.shape[1] <= 2 * TILE * TOP_TILES:
+        return _bisect(x, mass)
+    values, bound = _top_tiles(x, TILE, TOP_TILES)
+    values = values.flatten(1).sort(-1, descending=True).values
+    exclusive = _exclusive_mass(values)
+    kept = exclusive <= mass[:, None]
+    threshold = torch.where(kept, values, float("inf")).amin(-1)
+    # Below the bound there may be tokens in tiles that were not looked at.
+    unsure = ~(threshold > bound)
+    if bool(unsure.any()):
+        index = unsure.nonzero()[:, 0]
+        threshold[index] = _bisect(x[index], mass[index])
+    return threshold
+
+
+def _exclusive_mass(values: Tensor) -> Tensor:
+    """For descending values [R, N]: the mass of strictly larger ones, in fp64, the same for tied values."""
+    cumulated = values.double().exp().cumsum(-1)
+    before = torch.cat([torch.zeros_like(cumulated[:, :1]), cumulated[:, :-1]], -1)
+    first = torch.ones_like(values, dtype=torch.bool)
+    first[:, 1:] = values[:, 1:] < values[:, :-1]
+    # Every member of a tie takes the sum before its first member; the sums rise along the row.
+    return torch.where(first, before, 0.0).cummax(-1).values
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """fp32 as int64 in the same order (-0.0 as 0.0)."""
+    bits = (x + 0.0).contiguous().view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _from_ordered(key: Tensor) -> Tensor:
+    sign = torch.where(key < 0, -(2**31), 0)
+    return (key.abs() + sign).to(torch.int32).view(torch.float32)
+
+
+def _bisect(x: Tensor, mass: Tensor) -> Tensor:
+    """`top_p_threshold` by bisection on the bits of the value: at most 32 masses above a threshold."""
+    weights = x.exp()
+    high = _ordered(x.amax(-1))  # kept: nothing is above the maximum
+    low = _ordered(torch.full_like(mass, float("-inf"), dtype=torch.float32)) - 1
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        above = torch.where(x > _from_ordered(middle)[:, None], weights, 0.0).sum(-1, dtype=torch.float64)
+        kept = above <= mass
+        high, low = torch.where(kept, middle, high), torch.where(kept, low, middle)
+    # The least number that keeps; the least token at or above it is the threshold.
+    return torch.where(x >= _from_ordered(high)[:, None], x, float("inf")).amin(-1)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """How proposals are drawn and where their statistics come from.
+
+    The sample comes from softmax(x / T), x = softcap(l), restricted by top-k and top-p of that distribution.
+
+    temperature: T >= 0; 0 proposes the argmax. A number, a 0-d tensor or [B].
+    top_k: keep tokens that reach the k-th largest logit; ties at the k-th all stay. None or 0 keeps all.
+    top_p: keep tokens before which (strictly larger) there is at most this mass; see `top_p_threshold`. None or
+        1.0 keeps all.
+    top_k_first: SDAR filters by top-k and takes top-p of what is left; Dream by top-p, then top-k.
+    confidence: "untempered": statistics of softmax(x), whatever the temperature and the filters.
+        "proposal": statistics of the distribution that is sampled.
+    softcap: c > 0, or None.
+    """
+
+    temperature: float | Tensor = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    top_k_first: bool = False
+    confidence: str = "untempered"
+    softcap: float | None = None
+    backend: str = "auto"
+
+    @property
+    def greedy(self) -> bool:
+        return not isinstance(self.temperature, Tensor) and self.temperature == 0
+
+    @property
+    def filtered(self) -> bool:
+        return bool(self.top_k) or (self.top_p is not None and self.top_p < 1)
+
+    def _temperature(self, logits: Tensor):
+        """A number, or one value per row of logits [B, C, V]."""
+        if not isinstance(self.temperature, Tensor) or self.temperature.ndim == 0:
+            return self.temperature
+        return self.temperature.to(logits.device)[:, None].expand(logits.shape[:-1])
+
+    def stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
+        """Proposals and statistics of logits [B, C, V], fields [B, C]."""
+        temperature = self._temperature(logits)
+        untempered = self.confidence == "untempered"
+        if not self.filtered or (self.greedy and untempered):
+            return row_stats(
+                logits,
+                temperature=temperature,
+                stats_temperature=1.0 if untempered else None,
+                softcap=self.softcap,
+                seed=seed,
+                offset=offset,
+                backend=self.backend,
+            )
+        drawn = self._filtered_stats(logits, temperature, seed, offset)
+        if not untempered:
+            return drawn
+        stats = row_stats(
+            logits, temperature=0.0, softcap=self.softcap, seed=seed, offset=offset, backend=self.backend
+        )
+        x = apply_softcap(logits.gather(-1, drawn.sample[..., None])[..., 0], self.softcap)
+        probability = torch.where(stats.logsumexp.isnan(), 0.0, torch.exp(x - stats.logsumexp))
+        return stats._replace(sample=drawn.sample, sample_prob=probability)
+
+    def filtered_chunks(self, logits: Tensor):
+        """(rows, x): a few rows of logits at a time, fp32, softcapped, tempered, -inf where a filter drops.
+
+        rows: a slice of the flattened rows. x: [r, V]; where T = 0 it is not tempered.
+        """
+        vocab = logits.shape[-1]
+        blocks = logits.reshape(-1, *logits.shape[-2:])
+        temperature = self._temperature(logits)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.expand(logits.shape[:-1]).reshape(-1).to(torch.float32)
+        rows = logits.shape[:-1].numel()
+        count = max(1, CHUNK_ELEMENTS // vocab)
+        for start in range(0, rows, count):
+            part = slice(start, min(start + count, rows))
+            # Gathered by index, so that a slice of a longer sequence is not copied whole.
+            index = torch.arange(part.start, part.stop, device=logits.device)
+            chunk = blocks[index // blocks.shape[1], index % blocks.shape[1]]
+            x = apply_softcap(chunk, self.softcap)
+            if isinstance(temperature, Tensor):
+                t = temperature[part, None]
+                x = x / torch.where(t == 0, 1.0, t)
+            elif temperature > 0:
+                x = x / temperature
+            yield part, self._filter(x)
+
+    def _filter(self, x: Tensor) -> Tensor:
+        vocab = x.shape[-1]
+        threshold = x.new_full((x.shape[0],), float("-inf"))
+        if self.top_k:
+            threshold = kth_largest(x, min(self.top_k, vocab))
+        if self.top_p is not None and self.top_p < 1:
+            top = x.amax(-1, keepdim=True)
+            shifted = x - torch.where(top.isfinite(), top, 0.0)
+            weights = shifted.exp()
+            if self.top_k and self.top_k_first:
+                weights = torch.where(x >= threshold[:, None], weights, 0.0)
+            mass = self.top_p * weights.sum(-1, dtype=torch.float64)
+            least = top_p_threshold(shifted, mass)
+            # Compared in the shifted row: adding the maximum back could round across a neighbour.
+            x = torch.where(shifted >= least[:, None], x, float("-inf"))
+        return torch.where(x >= threshold[:, None], x, float("-inf"))
+
+    def _filtered_stats(self, logits: Tensor, temperature, seed: Tensor, offset: int) -> RowStats:
+        shape = logits.shape[:-1]
+        uniform = row_uniform(None, seed, torch.as_tensor(offset), shape.numel(), logits.device)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.expand(shape).reshape(-1)
+        parts = []
+        for part, x in self.filtered_chunks(logits):
+            if isinstance(temperature, Tensor):
+                # x is tempered already: what is left to say is which rows are greedy.
+                t = (temperature[part] != 0).to(torch.float32)
+            else:
+                t = 0.0 if temperature == 0 else 1.0
+            parts.append(row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend))
+        return RowStats(*(torch.cat(fields).reshape(shape) for fields in zip(*parts)))

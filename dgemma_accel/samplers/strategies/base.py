@@ -1,0 +1,212 @@
+"""What a strategy is: from the statistics of one block of logits to one `commit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...ops.commit import CommitResult, commit
+from ...ops.row_stats import RowStats
+from ..rules import EntropyBound, Flag, Measure, Remask, Rule, check_number
+
+CONFIDENCES = ("untempered", "proposal")
+SCHEDULES = ("masked", "block")
+
+
+def even_count(masked: Tensor, steps: int, step: int) -> Tensor:
+    """k_s = floor(n / S) + [s < n mod S]: n positions spread evenly over S steps, the remainder first.
+
+    Source: get_num_transfer_tokens of LLaDA's generate.py.
+
+    Args:
+        masked: n, int64 of any shape.
+        steps: S >= 1.
+        step: s in [0, S); a later step commits nothing more.
+    """
+    if step >= steps:
+        return torch.zeros_like(masked)
+    return masked // steps + (step < masked % steps).long()
+
+
+@dataclass
+class BlockState:
+    """What a sampler carries from step to step of one block. `MaskedDiffusionSampler.start` makes it, `step` moves it.
+
+    step: number of steps taken so far.
+    open: [B, C] bool, positions that belong to the sampler; the others were given and never change.
+    masked_at_start: [B] int64.
+    active: [B] bool, rows that still have something to decide.
+    stuck: [B] bool, rows that ended although masks remain, because no progress was possible.
+    nfe: [B] int64, steps taken while the row was active: its function evaluations.
+    committed: [B, C] bool, what the last step committed.
+    most_steps: the block ends after this many steps in any case.
+    seed, offset: the seed of the draws and the number of the next draw.
+    memory: what the strategy itself remembers.
+    """
+
+    open: Tensor
+    masked_at_start: Tensor
+    active: Tensor
+    stuck: Tensor
+    nfe: Tensor
+    committed: Tensor
+    seed: Tensor
+    most_steps: int
+    offset: int = 0
+    step: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a strategy decides from: one step of one block.
+
+    tokens: [B, C] int64. masked: [B, C] bool, open mask tokens of active rows. open: [B, C] bool, positions
+    of active rows that the strategy may write. stats: `RowStats` [B, C]. steps: evaluations per block.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    open: Tensor
+    stats: RowStats
+    state: BlockState
+    steps: int
+    schedule: str
+    mask_id: int
+    vocab_size: int
+    backend: str
+
+    @property
+    def number(self) -> int:
+        """The number of this step in its block, from 0."""
+        return self.state.step
+
+    def even_count(self) -> Tensor:
+        """k of this step [B] by the even schedule over the positions masked at the start, or over the whole block."""
+        total = self.state.masked_at_start
+        if self.schedule == "block":
+            total = torch.full_like(total, self.tokens.shape[1])
+        return even_count(total, self.steps, self.number)
+
+    def commit(
+        self, rule: Rule, write=None, candidates: Tensor | None = None, tokens=None, **kwargs
+    ) -> CommitResult:
+        """`commit` of this step: masked positions are the candidates and what is not committed is masked again."""
+        return commit(
+            self.tokens if tokens is None else tokens,
+            self.stats,
+            rule,
+            Remask(self.mask_id) if write is None else write,
+            candidates=self.masked if candidates is None else candidates,
+            seed=self.state.seed,
+            offset=self.state.offset,
+            backend=self.backend,
+            **kwargs,
+        )
+
+
+class Strategy:
+    """Base of the strategies. Each one maps the statistics of a step to a rule and a write of `commit`.
+
+    A subclass is a frozen dataclass and defines `rule`, or `decide` where one rule does not say it all.
+
+    scheduled: the number of commits follows the sampler's `steps`, so a block takes at most that many.
+    confidence: where the statistics come from when the sampler does not say: "untempered" softmax(l) (LLaDA,
+        Fast-dLLM, dInfer, SGLang), or the "proposal" distribution, tempered and filtered (Dream, SDAR,
+        DiffusionGemma).
+    repeats: if not scheduled, the decision depends on the proposals alone, so a greedy step that changes
+        nothing would come again for ever.
+    starts_from_noise: a block starts as random tokens of `noise`, not as masks.
+    """
+
+    scheduled: ClassVar[bool] = False
+    confidence: ClassVar[str] = "untempered"
+    repeats: ClassVar[bool] = True
+    starts_from_noise: ClassVar[bool] = False
+
+    def check(self, block_length: int | None, steps: int | None, temperature) -> None:
+        """Raise ValueError where the sampler's numbers make no sense for this strategy."""
+
+    def most_steps(self, masked: int, length: int) -> int:
+        """Steps after which a block of `length` with `masked` open masks ends in any case, if not scheduled."""
+        return masked
+
+    def start(self, state: BlockState, tokens: Tensor) -> None:
+        """Prepare `state.memory` at the start of a block."""
+
+    def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
+        """Statistics and proposals of the block's logits [B, C, V]; `proposal` is the sampler's `Proposal`."""
+        return proposal.stats(step_logits, state.seed, state.offset)
+
+    def rule(self, step: Step) -> Rule:
+        """The rule of this step."""
+        raise NotImplementedError(f"{type(self).__name__} has to define rule() or decide()")
+
+    def decide(self, step: Step) -> CommitResult:
+        """The decision of this step."""
+        return step.commit(self.rule(step))
+
+    def finished(self, step: Step, result: CommitResult) -> Tensor:
+        """[B] bool: rows with nothing left to decide after this step."""
+        return ~((result.tokens == step.mask_id) & step.state.open).any(-1)
+
+    def final_tokens(self, tokens: Tensor, state: BlockState) -> Tensor:
+        """The block's text when it ends."""
+        return tokens
+
+
+@dataclass(frozen=True)
+class EveryStep(Strategy):
+    """A rule as a strategy: the same rule at every step; a missing k comes from the schedule."""
+
+    fixed: Rule
+
+    @property
+    def scheduled(self) -> bool:
+        return getattr(self.fixed, "k", 0) is None
+
+    @property
+    def confidence(self) -> str:
+        return "proposal" if isinstance(self.fixed, EntropyBound) else "untempered"
+
+    @property
+    def repeats(self) -> bool:
+        encoded = (dataclasses.replace(self.fixed, k=0) if self.scheduled else self.fixed).encode()
+        return encoded.measure != Measure.RANDOM and not encoded.flags & Flag.GUMBEL
+
+    def check(self, block_length: int | None, steps: int | None, temperature) -> None:
+        k = getattr(self.fixed, "k", None)
+        if not isinstance(k, int) or block_length is None:
+            return
+        if k > block_length:
+            raise ValueError(f"k: {k} is more than the {block_length} positions of a block")
+        if steps is not None and k * steps < block_length:
+            raise ValueError(
+                f"steps: {steps} steps of k = {k} cover {k * steps} of a block's {block_length} positions"
+            )
+
+    def rule(self, step: Step) -> Rule:
+        return dataclasses.replace(self.fixed, k=step.even_count()) if self.scheduled else self.fixed
+
+
+def as_strategy(strategy: Strategy | Rule) -> Strategy:
+    """A strategy as it is; a rule as the strategy that applies it at every step."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    if isinstance(strategy, Rule):
+        return EveryStep(strategy)
+    raise TypeError(
+        f"strategy: a samplers.Strategy such as LowConfidence(), or a samplers.Rule such as Threshold(0.9), "
+        f"expected, got {type(strategy).__name__}"
+    )
+
+
+def check_positive(name: str, value, low: float = 0.0, high: float = float("inf")) -> None:
+    """`check_number` with an open lower end."""
+    check_number(name, value, low, high)
+    if not isinstance(value, Tensor) and value == low:
+        raise ValueError(f"{name}: must be more than {low}, got {value}")

@@ -1,0 +1,78 @@
+"""Strategies of SGLang's diffusion decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ops.commit import CommitResult
+from ..rules import Edit, Keep, Rule, Threshold, check_number
+from .base import BlockState, Step, Strategy
+
+
+@dataclass(frozen=True)
+class SGLangLowConfidence(Strategy):
+    """Masked positions with c > tau, strictly; if there is none, the single best.
+
+    tau in [0, 1] (0.95 published).
+
+    Source: LowConfidence in SGLang's dllm/algorithm.
+    """
+
+    tau: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_number("tau", self.tau, 0.0, 1.0)
+
+    def rule(self, step: Step) -> Rule:
+        return Threshold(self.tau, min_count=1, strict=True)
+
+
+@dataclass(frozen=True)
+class JointThresholdEdit(Strategy):
+    """Masks become tokens as in `SGLangLowConfidence`, and tokens already written may be edited.
+
+    A written token is replaced where the proposal differs from it and p(x0) > tau_edit. What was given at the
+    start of the block is never edited. A row ends when a step changes nothing, or when it has been without masks
+    for more than `edit_budget` steps.
+
+    Args:
+        tau: in [0, 1].
+        tau_edit: in [0, 1].
+        edit_budget: steps without masks, >= 0.
+
+    Source: JointThreshold in SGLang's dllm/algorithm (LLaDA 2.1).
+    """
+
+    tau: float = 0.5
+    tau_edit: float = 0.0
+    edit_budget: int = 16
+
+    def __post_init__(self) -> None:
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("tau_edit", self.tau_edit, 0.0, 1.0)
+        check_number("edit_budget", self.edit_budget, 0, integer=True)
+
+    def check(self, block_length, steps, temperature) -> None:
+        if isinstance(temperature, (int, float)) and temperature == 0:
+            return
+        raise ValueError(
+            "temperature: JointThresholdEdit edits until nothing changes, which needs temperature 0"
+        )
+
+    def most_steps(self, masked: int, length: int) -> int:
+        return length + self.edit_budget
+
+    def start(self, state: BlockState, tokens: Tensor) -> None:
+        state.memory["edits"] = torch.zeros_like(state.masked_at_start)
+
+    def decide(self, step: Step) -> CommitResult:
+        edits = step.state.memory["edits"]
+        edits += step.state.active & ~step.masked.any(-1)
+        candidates = step.open & (edits <= self.edit_budget)[:, None]
+        return step.commit(Edit(self.tau, self.tau_edit, step.mask_id), write=Keep(), candidates=candidates)
+
+    def finished(self, step: Step, result: CommitResult) -> Tensor:
+        return result.num_committed == 0
