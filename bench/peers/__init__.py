@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-
 MODULES = (
     "torch_chain",
     "sdpa",

@@ -1,0 +1,373 @@
+"""`python -m bench step`: a whole denoising step of DiffusionGemma, ours beside transformers, and plain decoding.
+
+The time of a step is that of `generate` with N fixed steps minus that with one, over N - 1: the prompt's pass and
+all that happens once a call cancel out, whatever the implementation does inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import ceilings, environment, floors, memory, schema, step_model, step_trace, table
+from .bench_ops import complain, pick_device
+from .cases import BenchError
+from .runner import _one_line, within
+
+# What published figures assume one step to write: 256 tokens in 16 steps, and the mean of natural text.
+TOKENS_PER_STEP = (16, 19.7)
+CONTEXTS = (1024, 8192, 32_768, 131_072)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a step. eager: whether module hooks see inside it."""
+
+    name: str
+    static: bool
+    ours: bool
+    eager: bool
+
+
+WAYS = (
+    Way("transformers, dynamic cache", static=False, ours=False, eager=True),
+    Way("transformers, static cache, compiled", static=True, ours=False, eager=False),
+    Way("dgemma_accel", static=False, ours=True, eager=True),
+)
+AUTOREGRESSIVE = (
+    Way("autoregressive, dynamic cache", static=False, ours=False, eager=True),
+    Way("autoregressive, static cache, compiled", static=True, ours=False, eager=False),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench step", description="Time a whole denoising step.")
+    parser.add_argument("--model", choices=("full", "tiny"), help="default: full on a GPU, tiny on a CPU")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers of the full model instead of 30")
+    parser.add_argument("--context", type=int, nargs="+", metavar="L", help="tokens before the canvas")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--backend", default="auto", help="backend of our ops")
+    parser.add_argument("--compiled", action="store_true", help="compiled variants on a CPU too")
+    parser.add_argument("--way", action="append", metavar="TEXT", help="only variants whose name contains TEXT")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further variant after this time")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--save", action="store_true", help="write bench/results/<device>/step-<model>.json")
+    parser.add_argument("--plot", type=Path, metavar="DIR")
+    return parser
+
+
+@contextlib.contextmanager
+def way_of(model, way: Way, backend: str, *, traced: bool = False) -> Iterator[None]:
+    """The model as the way has it: as it is, or accelerated; with a trace, without a graph that would hide it."""
+    if not way.ours:
+        yield
+        return
+    import dgemma_accel
+
+    options = {"backend": backend}
+    if traced and "graph" in inspect.signature(dgemma_accel.accelerate).parameters:
+        options["graph"] = False
+    with dgemma_accel.accelerated(model, **options):
+        yield
+
+
+def denoiser(model, cache, batch: int) -> Callable[[int], object]:
+    """A call that runs `generate` for one canvas of exactly n steps behind what the cache holds."""
+    canvas = model.config.canvas_length
+    device = model.device
+    prompt = torch.full((batch, 1), 5, device=device)
+
+    def run(steps: int):
+        # A history as long as the run is never complete, so no row stops early.
+        return model.generate(
+            prompt, past_key_values=cache, max_new_tokens=canvas, max_denoising_steps=steps, stability_threshold=steps,
+        )
+
+    return run
+
+
+def decoder(model, cache, batch: int, context: int, compiled: bool) -> Callable[[int], object]:
+    """A call that decodes n tokens one by one with the encoder's causal pass, greedily."""
+    encoder = model.model.encoder
+    forward = torch.compile(encoder, mode="reduce-overhead", fullgraph=True) if compiled else encoder
+    device, softcap = model.device, model.config.text_config.final_logit_softcapping
+    position = context
+
+    @torch.no_grad()
+    def run(tokens: int):
+        nonlocal position
+        token = torch.full((batch, 1), 5, device=device)
+        for _ in range(tokens):
+            positions = torch.full((batch, 1), position, device=device, dtype=torch.int32)
+            masks = encoder.create_masks_for_generate(
+                config=model.config, inputs_embeds=torch.empty(batch, 1, 0, dtype=model.dtype, device=device),
+                attention_mask=torch.ones(batch, position + 1, dtype=torch.bool, device=device),
+                past_key_values=cache, position_ids=positions,
+            )
+            hidden = forward(
+                input_ids=token, attention_mask=masks, past_key_values=cache, position_ids=positions
+            ).last_hidden_state
+            logits = softcap * torch.tanh(model.lm_head(hidden[:, -1]).float() / softcap)
+            token = logits.argmax(-1, keepdim=True)
+            position += 1
+        return token
+
+    return run
+
+
+def clock(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def per_step(run: Callable[[int], object], steps: int, repeats: int, device: torch.device) -> float:
+    """Milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1)."""
+    run(1)
+    run(2)
+    found = []
+    for _ in range(repeats):
+        one = clock(lambda: run(1), device)
+        found.append((clock(lambda: run(steps), device) - one) / (steps - 1))
+    return statistics.median(found)
+
+
+def counted(run: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
+    """(launches, host reads) of a step, by the same difference."""
+    one, many = step_trace.count(lambda: run(1), device), step_trace.count(lambda: run(steps), device)
+    return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
+
+
+def blank_row(way: Way, options, context: int, floor: dict) -> dict:
+    return {
+        "variant": way.name, "context": context, "batch": options.batch, "steps": options.steps, "status": "ok",
+        "error": None, "step_ms": None, "components_ms": None, "launches": None, "host_syncs": None,
+        "peak_extra_bytes": None, "floor_ms": floor["total"], "floor_multiple": None,
+    }
+
+
+# Tokens that all calls of one variant may add to its cache.
+ROOM = 4096
+
+
+def measure_way(model, way: Way, options, context: int, floor: dict) -> dict:
+    """The row of one way at one context."""
+    device, steps = model.device, options.steps
+    row = blank_row(way, options, context, floor)
+    try:
+        cache = step_model.random_cache(model, options.batch, context, static=way.static, room=ROOM)
+        with way_of(model, way, options.backend):
+            run = denoiser(model, cache, options.batch)
+            row["step_ms"] = per_step(run, steps, options.repeats, device)
+            row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
+            row["launches"], row["host_syncs"] = counted(run, min(steps, 4), device)
+        row["floor_multiple"] = row["step_ms"] / floor["total"]
+        if way.eager:
+            with way_of(model, way, options.backend, traced=True):
+                run(1)
+                with step_trace.component_timeline(model) as timeline:
+                    run(steps)
+                components = {name: spent / steps for name, spent in timeline.milliseconds().items()}
+            # Nothing was seen of the layers where a loop does not call them as modules.
+            row["components_ms"] = components if components["rest"] > 0 else None
+    except Exception as error:
+        row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+    return row
+
+
+def measure_decoding(model, way: Way, options, context: int, floor: dict) -> dict:
+    """The row of decoding one token a step; its floor is that of one row instead of a canvas."""
+    device = model.device
+    row = blank_row(way, options, context, floor)
+    try:
+        cache = step_model.random_cache(model, options.batch, context, static=way.static, room=ROOM)
+        run = decoder(model, cache, options.batch, context, compiled=way.static)
+        row["step_ms"] = per_step(run, options.steps, options.repeats, device)
+        row["floor_multiple"] = row["step_ms"] / floor["total"]
+        row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
+        row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
+    except Exception as error:
+        row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+    return row
+
+
+def floor_of(model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int) -> dict[str, float]:
+    figures, wide = step_model.text_figures(model.config)
+    size = model.dtype.itemsize
+    parts = floors.components(figures, canvas, context, batch, floors.Precision(size, size), global_layers=wide)
+    if canvas == 1:
+        # A decoded token is not fed back as a soft embedding.
+        del parts["self-conditioning"]
+    return floors.step_ms(parts, limits.bandwidth, limits.matrix(model.dtype))
+
+
+def step_lines(rows: list[dict]) -> list[str]:
+    """The table of one context."""
+    counted_as = "launches"
+    cells = [["", "step", "floor", "multiple", counted_as, "host syncs", "extra memory", *step_trace.COMPONENTS]]
+    errors = []
+    for row in rows:
+        if row["status"] != "ok":
+            errors.append(f"  {row['variant']} failed: {row['error']}")
+            continue
+        split = row["components_ms"] or {}
+        cells.append([
+            row["variant"], table.duration(row["step_ms"] * 1e3), table.duration(row["floor_ms"] * 1e3),
+            f"{row['floor_multiple']:.3g}x", f"{row['launches']:.0f}", f"{row['host_syncs']:.1f}",
+            table.size(row["peak_extra_bytes"]),
+            *(table.duration(split[name] * 1e3) if name in split else "-" for name in step_trace.COMPONENTS),
+        ])
+    lines = table.columns(cells) + errors
+    for line in speedups(rows):
+        lines.append(f"  {line}")
+    return lines
+
+
+def speedups(rows: list[dict]) -> list[str]:
+    """How much faster than decoding token by token each way writes text, at a stated number of tokens a step."""
+    good = {row["variant"]: row for row in rows if row["status"] == "ok"}
+    decoding = [good[way.name] for way in AUTOREGRESSIVE if way.name in good]
+    if not decoding:
+        return []
+    best = min(decoding, key=lambda row: row["step_ms"])
+    lines = []
+    for way in WAYS:
+        if way.name in good:
+            ratios = ", ".join(
+                f"{tokens * best['step_ms'] / good[way.name]['step_ms']:.2f}x at {tokens:g} tokens a step"
+                for tokens in TOKENS_PER_STEP
+            )
+            lines.append(f"{way.name} against {best['variant']}: {ratios}")
+    return lines
+
+
+def prepare_model(options, device: torch.device):
+    """(model, name of it).
+
+    Raises:
+        BenchError: transformers is missing, or the model does not fit or cannot be run here.
+    """
+    try:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        from transformers import DiffusionGemmaForBlockDiffusion  # noqa: F401
+    except ImportError as error:
+        raise BenchError(f"step needs transformers >= 5.17: {error}") from error
+    kind = options.model or ("full" if device.type == "cuda" else "tiny")
+    if kind == "tiny":
+        if options.layers:
+            raise BenchError("--layers: only the full model can be made smaller")
+        model, source = step_model.tiny(device)
+        return model, f"tiny ({source})"
+    if options.layers is not None and options.layers < 1:
+        raise BenchError(f"--layers: must be at least 1, got {options.layers}")
+    config = step_model.full_config(options.layers)
+    model = step_model.build(config, device, torch.bfloat16)
+    layers = config.text_config.num_hidden_layers
+    return model, f"full ({layers} layers, random weights)"
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        if options.steps < 2 or options.batch < 1 or options.repeats < 1:
+            raise BenchError("--steps must be at least 2, --batch and --repeats at least 1")
+        device = pick_device(options.device)
+        model, name = prepare_model(options, device)
+    except BenchError as error:
+        complain(str(error))
+        return 2
+    return bench(model, name, options, device)
+
+
+def bench(model, name: str, options, device: torch.device) -> int:
+    """Measure all ways at all contexts, print and write; the exit status."""
+    longest = model.config.text_config.max_position_embeddings
+    default = CONTEXTS if name.startswith("full") else (64, 256)
+    contexts, refused = [], []
+    for context in options.context or default:
+        if 1 <= context <= longest - model.config.canvas_length:
+            contexts.append(context)
+        else:
+            refused.append(f"--context {context}: must be in [1, {longest - model.config.canvas_length}]")
+    for line in refused:
+        complain(line)
+    facts, before = environment.describe(device), environment.clocks(device)
+    limits = ceilings.measure(device)
+    limits.matrix(model.dtype)
+    print(f"{facts['device']}, {name}, {options.steps} steps, batch {options.batch}")
+    has_time = within(options.budget)
+    ways = [(way, measure_way, model.config.canvas_length) for way in WAYS]
+    ways += [(way, measure_decoding, 1) for way in AUTOREGRESSIVE]
+    ways = [one for one in ways if not options.way or any(text in one[0].name for text in options.way)]
+    if device.type == "cpu" and not options.compiled:
+        print("compiled variants are left out on a CPU (--compiled includes them)")
+        ways = [one for one in ways if not one[0].static]
+    rows, failures = [], []
+    for context in contexts:
+        here = []
+        for way, measure, canvas in ways:
+            if not has_time():
+                failures.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
+                continue
+            floor = floor_of(model, limits, context, options.batch, canvas)
+            row = measure(model, way, options, context, floor)
+            here.append(row)
+            if row["status"] != "ok":
+                failures.append(f"{way.name} at context {context}: {row['error']}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if here:
+            print(f"\ncontext {context}")
+            print("\n".join(step_lines(here)), flush=True)
+        rows += here
+    if device.type == "cuda":
+        print("\nlaunches: kernel and graph launches by the host; host syncs: as CUDA's sync debug mode reports them")
+    else:
+        print("\nlaunches: non-view aten ops and compiled kernels; host syncs: host reads in the dispatch trace")
+    result = {
+        "schema": schema.SCHEMA,
+        "kind": "step",
+        "environment": facts,
+        "clocks": {"before": before, "after": environment.clocks(device)},
+        "ceilings": limits.as_dict(),
+        "options": {"model": name, "layers": model.config.text_config.num_hidden_layers, "dtype": str(model.dtype)},
+        "rows": rows,
+        "problems": refused + failures,
+    }
+    write_result(result, options, facts, name.split()[0])
+    for line in failures:
+        complain(line)
+    return 2 if refused else 1 if failures else 0
+
+
+def write_result(result: dict, options, facts: dict, kind: str) -> None:
+    targets = [options.json] if options.json else []
+    if options.save:
+        folder = environment.ROOT / "bench" / "results" / environment.folder_name(facts)
+        targets.append(folder / f"step-{kind}.json")
+    for path in targets:
+        schema.write(result, path)
+        print(f"written {path}")
+    if options.plot:
+        from . import plots
+
+        for path in plots.steps([result], options.plot):
+            print(f"written {path}")

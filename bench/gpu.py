@@ -1,0 +1,301 @@
+"""`python -m bench gpu`: everything that needs a GPU, part by part inside a time budget; `sanitize` beside it.
+
+Parts run as processes of their own with a time limit each, so that one which hangs or crashes leaves the others
+theirs. Time that a part leaves over goes to those after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
+ALIASES = {"attention": "block_attention", "ops": OPS}
+NO_GPU = "no NVIDIA GPU that PyTorch can use is present; nothing was run"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, what it is called, the share of the time it may take, and environment variables of its own."""
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended. status: "ok", "failed", "timeout" or "no time left"."""
+
+    name: str
+    status: str
+    code: int | None
+    seconds: float
+
+
+def device_facts() -> dict | None:
+    """{"name", "capability"} of the first GPU, None where PyTorch or a GPU is missing."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    return {"name": torch.cuda.get_device_name(0), "capability": torch.cuda.get_device_capability(0)}
+
+
+def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executable) -> list[Part]:
+    """Every part in order. The results of op and step parts go to files under `out`."""
+    major, minor = capability
+    # Architecture-specific instructions (wgmma) are there only under the suffixed name.
+    architecture = f"{major}{minor}" + ("a" if major == 9 else "")
+    build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", ".")
+    weights = {"block_attention": 2.0, "commit": 0.5, "samplers": 0.5}
+    parts = [
+        Part("build", build, 3.0, (("DGEMMA_ACCEL_CUDA", "1"), ("DGEMMA_ACCEL_CUDA_ARCHS", architecture))),
+        Part("test", (python, "-m", "pytest", "-m", "gpu", "-q", "-x", "--maxfail", "20"), 2.0),
+    ]
+    for op in OPS:
+        command = (python, "-m", "bench", op, "--device", "cuda", "--json", str(out / f"{op}.json"))
+        parts.append(Part(op, command, weights.get(op, 1.0)))
+    step = (python, "-m", "bench", "step", "--model", "full", "--json", str(out / "step-full.json"))
+    parts.append(Part("step", step, 3.0))
+    return parts
+
+
+def choose(parts: list[Part], names: list[str]) -> tuple[list[Part], list[str]]:
+    """(the parts named, in their own order; one line for each unknown name). No names: all parts."""
+    if not names:
+        return parts, []
+    known = {part.name for part in parts}
+    wanted, problems = set(), []
+    for name in names:
+        found = ALIASES.get(name, name)
+        found = {found} if isinstance(found, str) else set(found)
+        if not found <= known:
+            problems.append(f"unknown part {name!r}; known are {', '.join([*(part.name for part in parts), *ALIASES])}")
+            continue
+        wanted |= found
+    return [part for part in parts if part.name in wanted], problems
+
+
+def with_budget(part: Part, seconds: float) -> tuple[str, ...]:
+    """The command, told its time where it can end by itself and still write what it has."""
+    if "bench" not in part.command:
+        return part.command
+    # The rest is for starting Python, the last case and the result file.
+    return (*part.command, "--budget", f"{max(5.0, 0.75 * seconds):.0f}")
+
+
+def run_process(command: tuple[str, ...], environment: Mapping[str, str], seconds: float, log: Path) -> int | None:
+    """Run, copying the output to the terminal and to a file; the exit status, None when the time was over."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )
+        timer = _Deadline(process, seconds)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            sink.write(line)
+        code = process.wait()
+        return None if timer.cancel() else code
+
+
+class _Deadline:
+    """Ends a process and all it started when its time is over."""
+
+    def __init__(self, process: subprocess.Popen, seconds: float):
+        import threading
+
+        self.process, self.fired = process, False
+        self.timer = threading.Timer(seconds, self._end)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _end(self) -> None:
+        self.fired = True
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                return
+            time.sleep(3)
+
+    def cancel(self) -> bool:
+        """Stop waiting; whether the process was ended by it."""
+        self.timer.cancel()
+        return self.fired
+
+
+def run_parts(
+    parts: list[Part],
+    seconds: float,
+    out: Path,
+    execute: Callable[..., int | None] = run_process,
+    now: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Run parts one after another, each within its share of what is left of `seconds`."""
+    end = now() + seconds
+    outcomes = []
+    for position, part in enumerate(parts):
+        left = end - now()
+        share = left * part.weight / sum(other.weight for other in parts[position:])
+        if share < 1:
+            outcomes.append(Outcome(part.name, "no time left", None, 0.0))
+            continue
+        print(f"\n== {part.name} (up to {share:.0f} s)", flush=True)
+        begun = now()
+        environment = os.environ | dict(part.environment)
+        try:
+            code = execute(with_budget(part, share), environment, share, out / f"{part.name}.log")
+        except OSError as error:
+            print(f"{part.name}: cannot be started: {error}")
+            code = 127
+        status = "timeout" if code is None else "ok" if code == 0 else "failed"
+        outcomes.append(Outcome(part.name, status, code, now() - begun))
+    return outcomes
+
+
+def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
+    """The parts with their outcome, then one line for each figure in the result files they left."""
+    from . import schema, table
+    from .cases import BenchError
+
+    lines = ["part  outcome"]
+    for outcome in outcomes:
+        code = f" (exit {outcome.code})" if outcome.code else ""
+        lines.append(f"{outcome.name}: {outcome.status}{code}, {outcome.seconds:.0f} s")
+    for path in sorted(out.glob("*.json")):
+        if path.name == "summary.json":
+            continue
+        try:
+            result = schema.read(path)
+        except BenchError as error:
+            lines.append(str(error))
+            continue
+        lines.append("")
+        if result["kind"] == "step":
+            for row in result["rows"]:
+                if row["status"] == "ok":
+                    lines.append(
+                        f"step, context {row['context']}, {row['variant']}: {row['step_ms']:.2f} ms, "
+                        f"{row['floor_multiple']:.2f}x the floor"
+                    )
+            continue
+        for row in result["rows"]:
+            title = f"{row['op']} {row['shape']} {row['dtype']} {row['case']}".rstrip()
+            if row["status"] != "ok":
+                lines.append(f"{title}, {row['backend']}: {row['status']}: {row['error']}")
+                continue
+            against = [
+                f"{peer['ratio']:.2f}x {peer['peer']} ({peer['variant']})" for peer in row["peers"] if peer["ratio"]
+            ]
+            lines.append(
+                f"{title}, {row['backend']}: {table.duration(row['median_us'])}, {row['roofline_percent']:.1f}% of the "
+                f"roofline" + (f"; {', '.join(against)}" if against else "")
+            )
+    return lines
+
+
+def output_folder(facts: dict) -> Path:
+    """$OUT where it is set, else bench/results/<device>."""
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    from .environment import folder_name
+
+    return ROOT / "bench" / "results" / folder_name({"device": facts["name"], "device_type": "cuda"})
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description="Everything that needs a GPU.")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
+    parser.add_argument("--parts", nargs="*", default=[], metavar="PART", help="build, test, step, attention, an op, ops")
+    parser.add_argument("--list", action="store_true", help="print the parts and their commands, run nothing")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.list:
+        for part in all_parts((9, 0), Path("OUT"))[:]:
+            assignments = [f"{name}={value}" for name, value in part.environment]
+            print(f"{part.name}: {' '.join([*assignments, *with_budget(part, 60)])}")
+        return 0
+    facts = device_facts()
+    if facts is None:
+        print(f"bench gpu: {NO_GPU}", file=sys.stderr)
+        return 2
+    if options.minutes <= 0:
+        print(f"bench gpu: --minutes: must be above 0, got {options.minutes:g}", file=sys.stderr)
+        return 2
+    out = output_folder(facts)
+    out.mkdir(parents=True, exist_ok=True)
+    parts, problems = choose(all_parts(facts["capability"], out), options.parts)
+    for line in problems:
+        print(f"bench gpu: {line}", file=sys.stderr)
+    major, minor = facts["capability"]
+    print(f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}")
+    outcomes = run_parts(parts, 60 * options.minutes, out)
+    write_summary(outcomes, out, facts)
+    if problems:
+        return 2
+    return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
+
+
+def write_summary(outcomes: list[Outcome], out: Path, facts: dict) -> None:
+    lines = summary_lines(outcomes, out)
+    print("\n== summary\n" + "\n".join(lines))
+    major, minor = facts["capability"]
+    head = f"{facts['name']}, compute capability {major}.{minor}"
+    (out / "summary.md").write_text("\n".join([f"# {head}", "", *(f"- {line}" if line else "" for line in lines)]) + "\n")
+    record = {"device": head, "parts": [vars(outcome) for outcome in outcomes]}
+    (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def sanitize(arguments: list[str]) -> int:
+    """The gpu tests under compute-sanitizer, one tool after another; exit 2 without a GPU or the tool."""
+    parser = argparse.ArgumentParser(prog="python -m bench sanitize", description=sanitize.__doc__)
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck", "initcheck"])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("tests", nargs="*", default=["tests"])
+    options = parser.parse_args(arguments)
+    facts = device_facts()
+    if facts is None:
+        print(f"bench sanitize: {NO_GPU}", file=sys.stderr)
+        return 2
+    checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if checker is None:
+        print("bench sanitize: compute-sanitizer (part of the CUDA toolkit) is not on the path", file=sys.stderr)
+        return 2
+    out = output_folder(facts)
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes = run_parts(sanitizer_parts(checker, options.tools, options.tests), 60 * options.minutes, out)
+    for outcome in outcomes:
+        print(f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s")
+    return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
+
+
+def sanitizer_parts(checker: str, tools: list[str], tests: list[str], python: str = sys.executable) -> list[Part]:
+    # PyTorch's caching allocator would hide an access past the end of a tensor inside its larger blocks.
+    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return [
+        Part(
+            tool,
+            (checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all",
+             python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests),
+            1.0, environment,
+        )
+        for tool in tools
+    ]

@@ -1,0 +1,232 @@
+"""What happens inside a step: time by component, launches and waits for the host."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
+
+# Where the ops of this package belong, wherever the denoising loop calls them.
+OP_COMPONENT = {
+    "block_attention": "attention", "experts": "experts", "head_stats": "head", "row_stats": "sampler",
+    "commit": "sampler", "soft_embedding": "self-conditioning",
+}
+
+# Ops that give a tensor its memory or another view of it: nothing runs on the device for them.
+_FREE = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias")
+# Ops whose result the host waits for.
+_HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item")
+
+
+class Timeline:
+    """Attributes the time between marks to the component on top of a stack.
+
+    Before the first decoder call everything is the prompt's and counts for no component.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stack = ["prompt"]
+        self.marks: list[tuple[str, object]] = []
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _mark(self) -> None:
+        self.marks.append((self.stack[-1], self._now()))
+
+    def enter(self, component: str) -> None:
+        self._mark()
+        self.stack.append(component)
+
+    def leave(self) -> None:
+        self._mark()
+        self.stack.pop()
+
+    def become(self, component: str) -> None:
+        self._mark()
+        self.stack[-1] = component
+
+    def milliseconds(self) -> dict[str, float]:
+        """component -> time of all steps together."""
+        self._mark()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        totals: dict[str, float] = defaultdict(float)
+        for (_, start), (component, end) in zip(self.marks, self.marks[1:]):
+            spent = start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+            totals[component] += spent
+        return {name: totals[name] for name in COMPONENTS}
+
+
+class _OpMarks(TorchDispatchMode):
+    """Marks the ops of this package on a timeline."""
+
+    def __init__(self, timeline: Timeline):
+        super().__init__()
+        self.timeline = timeline
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        component = OP_COMPONENT.get(func._opname) if func.namespace == "dgemma" else None
+        if component is None or self.timeline.stack[0] == "prompt":
+            return func(*args, **(kwargs or {}))
+        self.timeline.enter(component)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.timeline.leave()
+            if component == "sampler" and len(self.timeline.stack) == 1:
+                # A fused head has no end of its own: the decision begins with the first of its ops.
+                self.timeline.become("sampler")
+
+
+@contextlib.contextmanager
+def component_timeline(model: nn.Module) -> Iterator[Timeline]:
+    """A timeline fed by hooks on the decoder's modules; the time between two decoder calls is head and sampler."""
+    timeline = Timeline(model.device)
+    decoder = model.model.decoder
+
+    def decoder_starts(*_):
+        if timeline.stack[0] == "prompt":
+            timeline.become("sampler")
+        timeline.enter("self-conditioning")
+
+    def decoder_ends(*_):
+        timeline.leave()
+        # lm_head and softcap follow at once, until the whole model's forward is over.
+        timeline.become("head")
+
+    forward = model.forward
+
+    def forward_and_mark(*arguments, **options):
+        result = forward(*arguments, **options)
+        timeline.become("sampler")
+        return result
+
+    handles = [
+        decoder.register_forward_pre_hook(decoder_starts),
+        decoder.layers[0].register_forward_pre_hook(lambda *_: timeline.become("rest")),
+        decoder.register_forward_hook(decoder_ends),
+    ]
+    for layer in decoder.layers:
+        for module, component in ((layer.self_attn, "attention"), (layer.router, "experts"), (layer.experts, "experts")):
+            handles.append(module.register_forward_pre_hook(lambda *_, c=component: timeline.enter(c)))
+            handles.append(module.register_forward_hook(lambda *_: timeline.leave()))
+    try:
+        # `generate` calls `forward` itself, past the hooks of the whole model.
+        with mock.patch.object(model, "forward", forward_and_mark), _OpMarks(timeline):
+            yield timeline
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts non-view aten ops, calls of compiled kernels, and reads by the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = 0
+        self.host_reads = 0
+        self.by_op: dict[str, int] = defaultdict(int)
+
+    def count(self, name: str) -> None:
+        self.launches += 1
+        self.by_op[name] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._opname
+        if name in _HOST_READS:
+            self.host_reads += 1
+        if func.namespace != "dgemma" and not name.startswith(_FREE) and not _is_view(func):
+            self.count(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_view(func) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[LaunchCounter]:
+    """Counts inside the ops of this package too: a dispatch mode by itself sees each of them as one op.
+
+    The reference backend is counted by the aten ops it calls, a compiled backend as one launch and the aten ops
+    around it.
+    """
+    import importlib
+
+    counter = LaunchCounter()
+
+    def counted_pick(pick: Callable) -> Callable:
+        def wrapper(op, backend, requirements):
+            run = pick(op, backend, requirements)
+
+            def counted(*arguments):
+                if not run.__module__.startswith("dgemma_accel.reference"):
+                    counter.count(f"dgemma::{op}")
+                with counter:
+                    return run(*arguments)
+
+            return counted
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for op in OP_COMPONENT:
+            try:
+                module = importlib.import_module(f"dgemma_accel.ops.{op}")
+            except ModuleNotFoundError:
+                continue
+            if hasattr(module, "pick"):
+                stack.enter_context(mock.patch.object(module, "pick", counted_pick(module.pick)))
+        stack.enter_context(counter)
+        yield counter
+
+
+def count_on_cpu(call: Callable[[], object]) -> tuple[float, float]:
+    """(launches, host reads) of a call, by dispatch trace."""
+    with counting() as counter:
+        call()
+    return counter.launches, counter.host_reads
+
+
+def count_on_cuda(call: Callable[[], object]) -> tuple[float, float]:
+    """(launches of kernels and graphs by the host, host synchronisations) of a call, from profiler and sync debug mode."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    launches = sum(
+        event.count
+        for event in profiler.key_averages()
+        if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"))
+    )
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return launches, sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def count(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    return count_on_cuda(call) if device.type == "cuda" else count_on_cpu(call)
