@@ -1,10 +1,122 @@
-def accelerate(model, *, backend="auto"):
-    raise NotImplementedError
+"""`accelerate`, `restore` and `accelerated`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..backends import MODULES, BackendError, load, requested
+from .attention import decoder_attention_forward
+from .call import generate
+from .conditioning import self_conditioning_forward
+from .denoising import denoising_step
+from .masks import create_decoder_masks
+from .patches import ATTRIBUTE, Acceleration, acceleration_of
+
+MINIMUM_TRANSFORMERS = (5, 17)
+# The ops that the drop-in calls.
+OPS = ("block_attention", "row_stats", "commit", "soft_embedding")
+
+
+def accelerate(model, *, backend: str = "auto"):
+    """Run a DiffusionGemma model's decoder attention and sampler through this package.
+
+    `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
+    from a seed that torch's default generator gives once per canvas, so `torch.manual_seed` makes a run
+    repeatable. Only this instance changes; config, weights and what `save_pretrained` writes do not. Calling it
+    again, also with another backend, replaces the earlier call.
+
+    What the fast path does not serve is served by the original code and logged once per model: user logits
+    processors, streamers that take logits, other samplers or stopping criteria, attention masks with holes, caches that
+    cannot be read in place, training.
+
+    Args:
+        model: a transformers `DiffusionGemmaForBlockDiffusion`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda"; an op that has no such implementation takes "auto".
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: a model of another class.
+        ImportError: transformers is missing or older than 5.17.
+        ValueError: an unknown backend.
+        backends.BackendError: the backend cannot run on this machine.
+    """
+    _check_backend(backend)
+    _check_model(model)
+    restore(model)
+    acceleration = Acceleration(backend)
+    decoder = model.model.decoder
+    for layer in decoder.layers:
+        acceleration.replace(layer.self_attn, "forward", decoder_attention_forward)
+    acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
+    acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
+    acceleration.replace(model, "_denoising_step", denoising_step)
+    acceleration.replace(model, "generate", generate)
+    model.__dict__[ATTRIBUTE] = acceleration
+    return model
 
 
 def restore(model):
-    raise NotImplementedError
+    """Put back exactly what `accelerate` replaced; a model that is not accelerated stays as it is.
+
+    Returns:
+        The model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: a DiffusionGemmaForBlockDiffusion expected, got {type(model).__name__}")
+    acceleration = acceleration_of(model)
+    if acceleration is not None:
+        acceleration.undo()
+        del model.__dict__[ATTRIBUTE]
+    return model
 
 
-def accelerated(model, *, backend="auto"):
-    raise NotImplementedError
+@contextmanager
+def accelerated(model, *, backend: str = "auto") -> Iterator:
+    """`accelerate(model)` for the length of a `with` block; then the model is as it was, also after an exception.
+
+    A model that was accelerated before comes back accelerated, with the backend it had.
+    """
+    before = acceleration_of(model) if isinstance(model, nn.Module) else None
+    earlier_backend = None if before is None else before.backend
+    accelerate(model, backend=backend)
+    try:
+        yield model
+    finally:
+        restore(model)
+        if earlier_backend is not None:
+            accelerate(model, backend=earlier_backend)
+
+
+def _check_backend(backend: str) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: a string expected, got {type(backend).__name__}")
+    name = requested(backend)
+    if name == "auto":
+        return
+    missing = []
+    for op in OPS:
+        implementation, reason = load(op, name) if name in MODULES[op] else (True, None)
+        if implementation is None:
+            missing.append(f"{op}: {reason}")
+    if missing:
+        raise BackendError(f"backend {name!r} cannot accelerate a model here: " + "; ".join(missing))
+
+
+def _check_model(model) -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("accelerate needs transformers >= 5.17: pip install 'dgemma-accel[hf]'") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < MINIMUM_TRANSFORMERS:
+        raise ImportError(f"accelerate needs transformers >= 5.17, got {transformers.__version__}")
+    if not isinstance(model, transformers.DiffusionGemmaForBlockDiffusion):
+        raise TypeError(
+            "model: a transformers DiffusionGemmaForBlockDiffusion expected, got "
+            f"{type(model).__module__}.{type(model).__qualname__}"
+        )

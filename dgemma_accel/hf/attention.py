@@ -1,0 +1,114 @@
+"""The decoder's attention through `block_attention`: the prefix is read where the cache keeps it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.block_attention import block_attention
+from ..ops.checks import FLOAT_DTYPES
+from .cache import readable
+from .masks import PrefixRange, reference_mask
+from .patches import Patch
+
+
+def decoder_attention_forward(
+    patch: Patch,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | PrefixRange | None = None,
+    past_key_values=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`DiffusionGemmaDecoderTextAttention.forward` without cache concatenation and without repeated heads.
+
+    Args:
+        hidden_states: [B, C, E].
+        position_embeddings: (cos, sin), each [1 or B, C, D].
+        attention_mask: None (the whole prefix is visible), a `PrefixRange`, or a mask of the original model, which the
+            original attention serves.
+        past_key_values: the encoder's cache; not written.
+
+    Returns:
+        ([B, C, E], None); attention weights are only made by the original attention.
+    """
+    module = patch.owner
+    reason = _reason_for_reference(module, hidden_states, attention_mask, past_key_values, kwargs)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            patch.acceleration.say("attention", reason)
+        mask = reference_mask(attention_mask, module.layer_type)
+        return patch.original()(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    query, key, value = _project(module, hidden_states, position_embeddings)
+    layer = past_key_values.layers[module.layer_idx]
+    start = end = None
+    if attention_mask is not None:
+        start, end = attention_mask.on(query.device)
+    output = block_attention(
+        query,
+        key,
+        value,
+        layer.keys,
+        layer.values,
+        prefix_start=start,
+        prefix_end=end,
+        scale=float(module.scaling),
+        backend=patch.acceleration.backend_of("block_attention"),
+    )
+    return module.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+def _project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, heads, C, D], normalised and rotated."""
+    from transformers.models.diffusion_gemma.modeling_diffusion_gemma import apply_rotary_pos_emb
+
+    cos, sin = position_embeddings
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    query = module.q_norm(module.q_proj(hidden_states).view(shape))
+    key = module.k_proj(hidden_states).view(shape)
+    # Global layers have one projection for both; they part at the norms.
+    value = key if module.v_proj is None else module.v_proj(hidden_states).view(shape)
+    query = apply_rotary_pos_emb(query, cos, sin, unsqueeze_dim=2)
+    key = apply_rotary_pos_emb(module.k_norm(key), cos, sin, unsqueeze_dim=2)
+    return query.transpose(1, 2), key.transpose(1, 2), module.v_norm(value).transpose(1, 2)
+
+
+def _reason_for_reference(module, hidden_states: Tensor, mask, cache, kwargs: dict) -> str | None:
+    if cache is None:
+        return "no cache was given"
+    if not readable(cache, cache.layers[module.layer_idx]):
+        return f"the keys of {type(cache).__name__} cannot be read in place"
+    if mask is not None and not isinstance(mask, PrefixRange):
+        return "an attention mask that is not a range of the prefix was given"
+    if module.training and module.attention_dropout > 0:
+        return "attention dropout is on"
+    if kwargs.get("output_attentions") or _attentions_are_captured():
+        return "attention weights were asked for"
+    layer = cache.layers[module.layer_idx]
+    if torch.is_grad_enabled() and (
+        hidden_states.requires_grad
+        or layer.keys.requires_grad
+        or any(parameter.requires_grad for parameter in module.parameters())
+    ):
+        return "autograd is on"
+    if hidden_states.dtype not in FLOAT_DTYPES or layer.keys.dtype != hidden_states.dtype:
+        return f"dtypes {hidden_states.dtype} and {layer.keys.dtype} of canvas and cache"
+    if layer.keys.device != hidden_states.device:
+        return f"the cache is on {layer.keys.device} and the canvas on {hidden_states.device}"
+    return None
+
+
+def _attentions_are_captured() -> bool:
+    """Whether a forward of transformers is collecting attention weights from the modules' outputs."""
+    from transformers.utils import output_capturing
+
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and "attentions" in collected

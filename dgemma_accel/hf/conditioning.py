@@ -1,0 +1,95 @@
+"""Self-conditioning: what a denoising step hands to the next one instead of logits in fp32."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.row_stats import RowStats
+from ..ops.soft_embedding import soft_embedding
+from .patches import Patch
+
+
+def draw_seed() -> Tensor:
+    """A 0-d int64 seed from torch's default generator, on the host: repeatable, and the device is not waited for."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+@dataclass(eq=False)
+class StepCarry:
+    """What one step leaves to the next; it travels through `generate` in the place of the self-conditioning logits.
+
+    seed: of the canvas, drawn once. step: number of steps done; it is the offset of the draws.
+    soft: [B, C, E] soft embeddings times embed_scale that the last decoder pass used, None for zeros.
+    logits: [B, C, V] in the model's dtype, raw, of the last decoder pass; None before the first one.
+    stats, temperature: of those logits. frozen: [B] bool, rows that were finished before that pass: their
+        self-conditioning stays what it was.
+    """
+
+    seed: Tensor
+    step: int = 0
+    soft: Tensor | None = None
+    logits: Tensor | None = None
+    stats: RowStats | None = None
+    temperature: Tensor | None = None
+    frozen: Tensor | None = None
+
+    @staticmethod
+    def start(given_logits: Tensor | None, embed_tokens) -> StepCarry:
+        """Before the first step of a canvas; `given_logits` [B, C, V] come from the user."""
+        seed = draw_seed()
+        if given_logits is None:
+            return StepCarry(seed)
+        weight = embed_tokens.weight
+        probabilities = given_logits.softmax(dim=-1, dtype=torch.float32).to(weight.dtype)
+        return StepCarry(
+            seed, soft=torch.matmul(probabilities, weight) * embed_tokens.embed_scale.to(weight.dtype)
+        )
+
+    def soft_embeddings(self, embed_tokens, softcap: float | None, backend: str) -> Tensor | None:
+        """[B, C, E] for the next decoder pass; the logits are let go."""
+        if self.logits is None:
+            return self.soft
+        weight = embed_tokens.weight
+        # exact: the roundings of the original, so that the same noise gives the same tokens.
+        soft = soft_embedding(
+            self.logits.to(weight.device, weight.dtype),
+            self.stats,
+            weight,
+            softcap=softcap,
+            temperature=self.temperature,
+            exact=True,
+            backend=backend,
+        )
+        soft = soft * embed_tokens.embed_scale.to(weight.dtype)
+        # Without a soft embedding there was no earlier step, and so no finished row.
+        if self.frozen is not None and self.soft is not None:
+            soft = torch.where(self.frozen.to(soft.device)[:, None, None], self.soft, soft)
+        self.soft, self.logits, self.stats = soft, None, None
+        return soft
+
+
+_soft_embeddings: ContextVar[Tensor | None] = ContextVar("dgemma_accel_soft_embeddings", default=None)
+
+
+@contextmanager
+def given_soft_embeddings(soft: Tensor | None):
+    """Within it the decoder's self-conditioning takes `soft` instead of what its logits give."""
+    token = _soft_embeddings.set(soft)
+    try:
+        yield
+    finally:
+        _soft_embeddings.reset(token)
+
+
+def self_conditioning_forward(patch: Patch, inputs_embeds: Tensor, soft_embeddings: Tensor, *args, **kwargs):
+    """`DiffusionGemmaSelfConditioning.forward` with the soft embeddings of the denoising step, if there are any."""
+    # Compiled forwards come from the original loop, which conditions by logits.
+    given = None if torch.compiler.is_compiling() else _soft_embeddings.get()
+    if given is not None:
+        soft_embeddings = given.to(inputs_embeds.device)
+    return patch.original()(inputs_embeds, soft_embeddings, *args, **kwargs)

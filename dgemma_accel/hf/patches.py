@@ -1,0 +1,94 @@
+"""What was replaced on a model, so that it can be put back exactly.
+
+A replacement is a `functools.partial` in the `__dict__` of one module, in front of the method of its class: no class
+and no other model sees it. Partials, unlike closures, follow their module through `copy.deepcopy` and `pickle`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..backends import MODULES
+
+logger = logging.getLogger("dgemma_accel")
+
+# Where the record of the replacements lives in the model's `__dict__`.
+ATTRIBUTE = "_dgemma_accel"
+
+
+@dataclass(eq=False)
+class Patch:
+    """One replaced method; the first argument of the function that replaces it."""
+
+    acceleration: Acceleration
+    owner: nn.Module
+    name: str
+    had: bool
+    previous: Callable | None
+    replacement: Callable | None = None
+
+    def original(self) -> Callable:
+        """The method as it was, bound to its owner."""
+        if self.had:
+            return self.previous
+        # Looked up anew each time: a stored bound method does not survive pickling.
+        found = getattr(type(self.owner), self.name)
+        if isinstance(inspect.getattr_static(type(self.owner), self.name), staticmethod):
+            return found
+        return types.MethodType(found, self.owner)
+
+    def undo(self) -> None:
+        attributes = self.owner.__dict__
+        if attributes.get(self.name) is not self.replacement:
+            logger.warning(
+                "%s.%s was replaced again after accelerate(); restore() leaves it alone",
+                type(self.owner).__name__,
+                self.name,
+            )
+        elif self.had:
+            attributes[self.name] = self.previous
+        else:
+            del attributes[self.name]
+
+
+@dataclass(eq=False)
+class Acceleration:
+    """The replacements on one model, the backend they ask for, and what has been said about fallbacks."""
+
+    backend: str = "auto"
+    patches: list[Patch] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+
+    def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
+        """Let `owner.name(...)` call `function(patch, ...)`."""
+        patch = Patch(self, owner, name, name in owner.__dict__, owner.__dict__.get(name))
+        patch.replacement = functools.partial(function, patch)
+        owner.__dict__[name] = patch.replacement
+        self.patches.append(patch)
+
+    def undo(self) -> None:
+        for patch in reversed(self.patches):
+            patch.undo()
+        self.patches.clear()
+
+    def backend_of(self, op: str) -> str:
+        """The backend for an op: the one asked for, or `auto` where the op has no such implementation at all."""
+        return self.backend if self.backend in MODULES[op] else "auto"
+
+    def say(self, what: str, reason: str) -> None:
+        """Log once per model that the reference path serves `what`, and why."""
+        line = f"{what}: the reference path serves this call ({reason})"
+        if line not in self.said:
+            self.said.add(line)
+            logger.warning(line)
+
+
+def acceleration_of(model: nn.Module) -> Acceleration | None:
+    return model.__dict__.get(ATTRIBUTE)
