@@ -63,7 +63,7 @@ def local_gpu_archs() -> list[str]:
     if smi is None:
         return []
     query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    archs = {line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
+    archs = {found.replace(".", "") for found in re.findall(r"^\s*(\d+\.\d)\s*$", query.stdout, re.MULTILINE)}
     return sorted({"90": "90a"}.get(arch, arch) for arch in archs)
 
 
@@ -77,7 +77,7 @@ def cuda_archs(nvcc: str, editable: bool) -> list[str]:
         return archs
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     default = (local_gpu_archs() if editable else []) or list(EDITABLE_ARCHS if editable else WHEEL_ARCHS)
-    archs = [arch for arch in default if f"sm_{arch.removesuffix('+PTX')}" in known]
+    archs = [arch for arch in default if f"sm_{arch.removesuffix('+PTX').rstrip('af')}" in known]
     if not archs:
         raise SystemExit(f"{nvcc} knows none of the architectures {', '.join(default)}; set DGEMMA_ACCEL_CUDA_ARCHS")
     # A GPU that comes later needs PTX, also where this nvcc is too old for the last of the list.
@@ -114,8 +114,9 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
     common = ["-std=c++17", "-O3", *includes]
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     cxx_flags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+    archs = cuda_archs(nvcc, editable) if nvcc else []
     if nvcc:
-        cxx_flags.append("-DDGEMMA_WITH_CUDA")
+        cxx_flags += ["-DDGEMMA_WITH_CUDA", f'-DDGEMMA_CUDA_ARCHS="{" ".join(archs)}"']
     lines = [
         "ninja_required_version = 1.8",
         "rule cxx",
@@ -126,15 +127,15 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
         "rule link",
     ]
     if nvcc:
-        archs = cuda_archs(nvcc, editable)
         print(f"building with {nvcc} for {', '.join(archs)}", flush=True)
         cuda = [
             nvcc, "-ccbin", cxx[0], *common, "-DDGEMMA_WITH_CUDA", *gencode_flags(archs),
-            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xcudafe=--diag_suppress=177",
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas", "-Xcudafe=--diag_suppress=177",
         ]  # fmt: skip
+        link = [nvcc, "-ccbin", cxx[0], "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
-            f"  command = {shlex.join([nvcc, '-ccbin', cxx[0], '-shared', '-cudart=static', *gencode_flags(archs)[:1]])}"
-            " -Xcompiler=-pthread -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
+            f"  command = {shlex.join(link)} -Xcompiler=-pthread"
+            " -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
             "  description = link $out",
             "rule cuda",
             f"  command = {shlex.join(cuda)} -MD -MF $out.d -c $in -o $out",
@@ -173,12 +174,17 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
 class NinjaBuild(build_ext):
     """Compiles all of csrc/ in build/native-<python>; objects stay there, so only what changed is built again."""
 
+    def run(self) -> None:
+        # setuptools clears `inplace` while it builds.
+        self.editable = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / output.name
-        (folder / "build.ninja").write_text(ninja_file(folder, target, bool(self.inplace or self.editable_mode)))
+        (folder / "build.ninja").write_text(ninja_file(folder, target, self.editable))
         jobs = os.environ.get("MAX_JOBS")
         command = [ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command).returncode != 0:

@@ -1,6 +1,7 @@
 #include "../bindings.h"
 #include "../common/bind_params.h"
 #include "commit.h"
+#include "config.h"
 
 namespace dgemma {
 

@@ -1,23 +1,13 @@
 // Total order of scores as integers, so that ranking is a sort of 64-bit keys.
 #pragma once
 
-#include "platform.h"
+#include "numeric.h"
 
 namespace dgemma {
 
-DGEMMA_HD uint32_t float_bits(float value) {
-#if defined(__CUDA_ARCH__)
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
-}
-
 // Rises with the value; -0.0 equals 0.0, and NaN is above everything as in torch.sort.
 DGEMMA_HD uint32_t order_of(float value) {
-  const uint32_t bits = float_bits(value);
+  const uint32_t bits = bits_from_float(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
   if ((bits & 0x7fffffffu) == 0) return 0x80000000u;
   return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;

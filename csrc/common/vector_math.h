@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "platform.h"
+#include "numeric.h"
 #include "statistics.h"
 
 #if defined(DGEMMA_ISA_AVX512)
@@ -25,13 +25,6 @@ typedef float Vector __attribute__((vector_size(4 * DGEMMA_LANES)));
 typedef int32_t VectorInt __attribute__((vector_size(4 * DGEMMA_LANES)));
 typedef uint32_t VectorUint __attribute__((vector_size(4 * DGEMMA_LANES)));
 typedef uint16_t HalfVector __attribute__((vector_size(2 * DGEMMA_LANES)));
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 DGEMMA_HD Vector splat(float value) { return value - Vector{}; }
 
@@ -57,18 +50,6 @@ DGEMMA_HD Vector load(const Float16* pointer) {
   const VectorUint finite = (VectorUint)((Vector)(magnitude << 13) * 0x1p112f);
   const VectorUint special = (magnitude << 13) | 0x7f800000u;
   return (Vector)((magnitude > 0x7bffu ? special : finite) | ((wide & 0x8000u) << 16));
-}
-
-DGEMMA_HD float load_one(const float* pointer) { return *pointer; }
-DGEMMA_HD float load_one(const Bfloat16* pointer) {
-  const uint32_t bits = uint32_t(pointer->bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof result);
-  return result;
-}
-DGEMMA_HD float load_one(const Float16* pointer) {
-  Float16 padded[DGEMMA_LANES] = {*pointer};
-  return load(padded)[0];
 }
 
 DGEMMA_HD void store(float* pointer, Vector value) { __builtin_memcpy(pointer, &value, sizeof value); }

@@ -1,0 +1,91 @@
+// The hardware as kernels see it: indices, barriers, shuffles, shared memory, loads, asynchronous copies, mma.
+//
+// Kernels use only these names, so a host build (DGEMMA_EMULATED) can run the same kernel source thread by thread
+// and check what it does with shared memory. PTX stands here and nowhere else.
+#pragma once
+
+#include "numeric.h"
+
+#if defined(DGEMMA_EMULATED)
+#include "emulated_hardware.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define DGEMMA_KERNEL __global__ void
+
+namespace dgemma::hw {
+
+constexpr int kWarp = 32;
+
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+
+DGEMMA_DEVICE int thread_x() { return threadIdx.x; }
+DGEMMA_DEVICE int block_threads() { return blockDim.x; }
+DGEMMA_DEVICE int64_t block_x() { return blockIdx.x; }
+DGEMMA_DEVICE int64_t block_y() { return blockIdx.y; }
+DGEMMA_DEVICE int64_t block_z() { return blockIdx.z; }
+
+DGEMMA_DEVICE void sync_block() { __syncthreads(); }
+DGEMMA_DEVICE int sync_count(bool predicate) { return __syncthreads_count(predicate); }
+DGEMMA_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+DGEMMA_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class T>
+DGEMMA_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+DGEMMA_DEVICE T shuffle_up(T value, int delta) {
+  return __shfl_up_sync(0xffffffffu, value, delta);
+}
+DGEMMA_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+DGEMMA_DEVICE int find_first_set(uint32_t mask) { return __ffs(mask); }
+DGEMMA_DEVICE int count_leading_zeros(uint32_t mask) { return __clz(mask); }
+
+// A typed view of the block's dynamic shared memory, `offset` bytes from its start.
+template <class T>
+struct Shared {
+  uint32_t offset;
+
+  __device__ __forceinline__ T* pointer() const {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return reinterpret_cast<T*>(memory + offset);
+  }
+  __device__ __forceinline__ T load(int index) const { return pointer()[index]; }
+  __device__ __forceinline__ void store(int index, T value) const { pointer()[index] = value; }
+  __device__ __forceinline__ void atomic_min(int index, T value) const { atomicMin(pointer() + index, value); }
+  __device__ __forceinline__ void atomic_max(int index, T value) const { atomicMax(pointer() + index, value); }
+};
+
+// A 16-byte load from global memory that is read once; the address is a multiple of 16.
+DGEMMA_DEVICE Words4 load_streaming(const void* address) {
+  Words4 result;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result.word[0]), "=r"(result.word[1]), "=r"(result.word[2]), "=r"(result.word[3])
+               : "l"(address));
+  return result;
+}
+
+// 2^x within 2 ulp; results below 2^-126 are 0.
+DGEMMA_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x within 1 ulp; 0 for infinity.
+DGEMMA_DEVICE float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+}  // namespace dgemma::hw
+
+#endif

@@ -1,0 +1,45 @@
+#include <stdexcept>
+
+#include "../common/cuda_check.h"
+#include "kernel.cuh"
+#include "row_stats.h"
+
+namespace dgemma {
+namespace {
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Rows that start on a 16-byte boundary need no room for elements before their first one.
+int64_t tiles_of(const RowStatsParams& params) {
+  const int64_t size = element_size(params.dtype);
+  const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 && params.stride0 * size % 16 == 0 &&
+                       params.stride1 * size % 16 == 0;
+  const int64_t elements = params.vocab + (aligned ? 0 : 16 / size - 1);
+  return (elements + kRowStatsTile - 1) / kRowStatsTile;
+}
+
+template <class T>
+void launch_both(const RowStatsParams& params, void* stream) {
+  const int64_t rows = params.rows0 * params.rows1, tiles = tiles_of(params);
+  if (rows * tiles > 0x7fffffff) throw std::runtime_error("row_stats: more than 2^31 - 1 tiles of logits");
+  launch("row_stats", row_stats_tile_kernel<T>, dim3(unsigned(rows * tiles)), kRowStatsThreads,
+         kRowStatsWarps * sizeof(TileRecord), stream, params, int(tiles));
+  launch("row_stats", row_stats_row_kernel<T>, dim3(unsigned(rows)), kRowStatsThreads, RowShared::kBytes, stream,
+         params, int(tiles));
+}
+
+}  // namespace
+
+size_t row_stats_cuda_workspace(const RowStatsParams& params) {
+  return size_t(params.rows0 * params.rows1 * tiles_of(params)) * sizeof(TileRecord);
+}
+
+void row_stats_cuda(const RowStatsParams& params, void* stream) {
+  switch (params.dtype) {
+    case Dtype::kFloat32: return launch_both<float>(params, stream);
+    case Dtype::kFloat16: return launch_both<Float16>(params, stream);
+    case Dtype::kBFloat16: return launch_both<Bfloat16>(params, stream);
+  }
+}
+
+}  // namespace dgemma

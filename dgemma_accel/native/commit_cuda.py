@@ -1,0 +1,27 @@
+"""`commit` by the extension's CUDA kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .commit_params import prepare
+from .params import AtMost, CapabilityAtLeast, extension, missing_cuda
+
+# A block ranks a canvas with one thread per position.
+FEATURES = {"device": {"cuda"}, "canvas_length": AtMost(1024), "compute_capability": CapabilityAtLeast(8, 0)}
+
+unavailable = missing_cuda
+
+
+def commit(*arguments) -> tuple[Tensor, ...]:
+    """As `reference.commit`, with its arguments, on the current stream of the tokens' device; waits for nothing."""
+    device = arguments[0].device
+    with torch.cuda.device(device):
+        params, result, alive = prepare(*arguments)
+        if result[2].numel() == 0:
+            return result
+        extension().commit_cuda(params, torch.cuda.current_stream(device).cuda_stream)
+        # The launch is queued: the caching allocator hands this memory on in stream order only.
+        del alive
+    return result
