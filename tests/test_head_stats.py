@@ -7,6 +7,7 @@ import torch
 
 import dgemma_accel
 from dgemma_accel.reference.budget import check_row_stats
+from dgemma_accel.reference.row_stats import row_uniform
 
 OP = "head_stats"
 
@@ -60,6 +61,32 @@ def test_rows_without_a_distribution(backend, device):
         dgemma_accel.head_stats(hidden, weight, seed=0, check=True, backend=backend)
 
 
+@pytest.mark.parametrize("stats_temperature", [None, 1.0])
+def test_without_logits(monkeypatch, stats_temperature):
+    from dgemma_accel.native import head_stats_sliced
+
+    monkeypatch.setattr(head_stats_sliced, "SLICE", 70)
+    hidden, weight = torch.randn(3, 8, 32), torch.randn(501, 32)
+    temperature = torch.linspace(0, 2, 24).reshape(3, 8)
+    settings = {
+        "softcap": 20.0,
+        "temperature": temperature,
+        "stats_temperature": stats_temperature,
+        "seed": 7,
+    }
+    logits, stats = dgemma_accel.head_stats(
+        hidden, weight, keep_logits=False, backend="reference", **settings
+    )
+    assert logits is None
+    kept, expected = dgemma_accel.head_stats(hidden, weight, backend="reference", **settings)
+    assert torch.equal(stats.sample, expected.sample) and torch.equal(stats.argmax, expected.argmax)
+    uniform = row_uniform(None, torch.tensor(7), torch.tensor(0), 24, "cpu").reshape(3, 8)
+    del settings["seed"]
+    assert not check_row_stats(stats, kept, uniform=uniform, **settings)
+    greedy = temperature == 0
+    assert torch.equal(stats.sample[greedy], stats.argmax[greedy])
+
+
 HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(7, 4)
 
 
@@ -97,6 +124,7 @@ def test_opcheck(backend, device):
         torch.tensor(1),
         torch.tensor(0),
         30.0,
+        True,
         False,
         backend,
     )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import dgemma_accel
+from dgemma_accel.ops.shards import merge_tables, shard_table
 from dgemma_accel.reference.budget import check_row_stats
 
 VOCAB, ROWS, SPLIT = 1000, 24, 360
@@ -95,6 +96,19 @@ def test_equals_one_device(outcome):
 
             uniform = row_uniform(None, torch.tensor(5), torch.tensor(2), ROWS, "cpu").reshape(2, ROWS // 2)
             assert not check_row_stats(merged, logits, uniform=uniform, **kwargs)
+
+
+def test_exact_ties_go_to_the_lower_token():
+    for trial in range(50):
+        torch.manual_seed(trial)
+        logits = torch.randn(4, 90)
+        logits[:, 70] = logits[:, 20] = logits.amax(-1) + 0.3
+        tables = []
+        for start, stop in ((0, 40), (40, 90)):
+            part = logits[:, start:stop]
+            stats = dgemma_accel.row_stats(part, seed=0, backend="reference")
+            tables.append(shard_table(part, stats, start, None, torch.ones(4), None, "reference"))
+        assert merge_tables(torch.stack(tables)).argmax.tolist() == [20] * 4
 
 
 def test_rows_without_a_distribution(outcome):

@@ -22,6 +22,7 @@ def _head_stats(
     seed: Tensor | None,
     offset: Tensor,
     softcap: float | None,
+    keep_logits: bool,
     check: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -34,14 +35,33 @@ def _head_stats(
     capability = compute_capability(hidden.device)
     if capability is not None:
         needs["compute_capability"] = capability
+    if not keep_logits:
+        from ..native.head_stats_sliced import head_stats_sliced
+
+        sliced = head_stats_sliced(
+            hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap, backend
+        )
+        return hidden.new_empty(0), *sliced
     run = pick("head_stats", backend, needs)
     return tuple(run(hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap))
 
 
 @_head_stats.register_fake
-def _(hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend):
+def _(
+    hidden,
+    weight,
+    temperature,
+    stats_temperature,
+    uniform,
+    seed,
+    offset,
+    softcap,
+    keep_logits,
+    check,
+    backend,
+):
     shape = hidden.shape[:-1]
-    logits = hidden.new_empty(*shape, weight.shape[0])
+    logits = hidden.new_empty(*shape, weight.shape[0]) if keep_logits else hidden.new_empty(0)
     integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
     return (logits, *integers, *floats)
@@ -66,9 +86,10 @@ def head_stats(
     uniform: Tensor | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
+    keep_logits: bool = True,
     check: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, RowStats]:
+) -> tuple[Tensor | None, RowStats]:
     """logits = hidden @ weight^T in the model's dtype, and `row_stats` of them.
 
     The logits are rounded to the dtype of `weight` before softcap and temperature, as the model's lm_head does.
@@ -76,10 +97,13 @@ def head_stats(
     Args:
         hidden: [..., E] bf16, fp16 or fp32, the last hidden states.
         weight: [V, E] of the same dtype and device, the lm_head (tied to the embedding).
+        keep_logits: False returns None for the logits and never holds more than a slice of them; slices that
+            hold a sample are computed twice. For callers without self-conditioning.
         The others as in `row_stats`.
 
     Returns:
-        (logits [..., V] in the dtype of `weight`, without softcap or temperature; `RowStats` of shape [...]).
+        (logits [..., V] in the dtype of `weight`, without softcap or temperature, or None;
+        `RowStats` of shape [...]).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value.
@@ -106,9 +130,19 @@ def head_stats(
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
     rows = hidden.reshape(1, -1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
     logits, *fields = torch.ops.dgemma.head_stats(
-        rows, weight, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend
+        rows,
+        weight,
+        temperature,
+        stats_temperature,
+        uniform,
+        seed,
+        offset,
+        softcap,
+        keep_logits,
+        check,
+        backend,
     )
     stats = RowStats(*(field.reshape(shape) for field in fields))
     if check:
         raise_for_rows_without_a_distribution(stats)
-    return logits.reshape(*shape, weight.shape[0]), stats
+    return (logits.reshape(*shape, weight.shape[0]) if keep_logits else None), stats
