@@ -87,4 +87,34 @@ struct CommitParams {
   bool* new_finished = nullptr;              // [B]
 };
 
+// Keys, values or queries of every head: [B, H, slots, D], last stride 1.
+struct HeadsView {
+  const void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, slot_stride = 0;  // elements
+  bool aligned = false;                      // every row starts on a 16-byte boundary
+};
+
+struct BlockAttentionParams {
+  Dtype dtype = Dtype::kBFloat16;            // of queries, keys, values and output; fp16 or bf16
+  int64_t batch = 0, query_heads = 0, kv_heads = 0;  // B, Hq, Hkv; Hq is a multiple of Hkv
+  int64_t length = 0;                        // C, positions of the block
+  int64_t prefix_length = 0;                 // L, slots of the prefix; 0: no prefix
+  int64_t head_dim = 0;                      // D
+  HeadsView query;                           // [B, Hq, C, D]
+  HeadsView key, value;                      // [B, Hkv, C, D]
+  HeadsView prefix_key, prefix_value;        // [B, Hkv, L, D]
+  const int32_t* prefix_start = nullptr;     // [B] slots, clamped to [0, L]; nullptr: 0
+  const int32_t* prefix_end = nullptr;       // [B] slots, clamped to [0, L]; nullptr: L
+  float scale = 1;                           // factor on the scores
+  float softcap = 0;                         // score units; 0: none
+  bool causal = false;                       // inside the block only
+
+  void* output = nullptr;                    // [B, C, Hq, D]
+  float* lse = nullptr;                      // [B, Hq, C], nats
+
+  int64_t splits = 1;                        // blocks of threads that share the keys of one tile of rows
+  float* partial_output = nullptr;           // [splits, B * Hkv, C * Hq / Hkv, D]; nullptr where splits is 1
+  float* partial_lse = nullptr;              // [splits, B * Hkv, C * Hq / Hkv], nats
+};
+
 }  // namespace dgemma
