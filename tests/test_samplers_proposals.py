@@ -1,0 +1,177 @@
+"""Top-k and top-p proposals: thresholds against a sort, draws against fp64, and no sort of the vocabulary."""
+
+import math
+
+import pytest
+import samplers_literal as literal
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dgemma_accel.reference.philox import WORD_SAMPLE, random_words, uniform_from_word
+from dgemma_accel.samplers import MaskedDiffusionSampler, Proposal, Threshold, proposals
+from dgemma_accel.samplers.proposals import kth_largest, top_p_threshold
+
+SEED = torch.tensor(11)
+
+
+def rows_of(vocab, kind, rows=6):
+    x = torch.randn(rows, vocab)
+    if kind == "peaky":
+        x = x * 6
+    if kind == "flat":
+        x = x * 1e-3
+    if kind == "ties":
+        x = (x * 2).round() / 2
+    if kind == "banned":
+        x[torch.rand_like(x) < 0.7] = -math.inf
+        x[:, 0] = 0.5
+    return x
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
+@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1001, 20_011])
+def test_kth_largest(vocab, kind):
+    x = rows_of(vocab, kind)
+    ordered = x.sort(-1, descending=True).values
+    for k in {1, 2, 5, 50, vocab // 2, vocab - 1, vocab}:
+        if 1 <= k <= vocab:
+            assert torch.equal(kth_largest(x, k), ordered[:, k - 1]), k
+
+
+def exact_threshold(x, mass):
+    """By definition: the least x before which strictly larger tokens hold at most `mass`."""
+    out = []
+    for row, limit in zip(x.double(), mass):
+        values = row.unique()
+        kept = [v for v in values if torch.where(row > v, row.exp(), 0.0).sum() <= limit]
+        out.append(min(kept))
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
+@pytest.mark.parametrize("vocab", [1, 7, 300, 1001])
+def test_top_p_threshold(vocab, kind):
+    x = rows_of(vocab, kind, rows=4)
+    x = x - x.amax(-1, keepdim=True)
+    for p in (0.0, 0.1, 0.63, 0.95, 0.9999):
+        mass = p * x.double().exp().sum(-1)
+        assert torch.equal(top_p_threshold(x, mass).double(), exact_threshold(x, mass)), p
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
+def test_top_p_threshold_from_tiles_equals_bisection(kind):
+    x = rows_of(20_011, kind)
+    x = x - x.amax(-1, keepdim=True)
+    for p in (0.0, 0.3, 0.9, 0.99):
+        mass = p * x.double().exp().sum(-1)
+        assert torch.equal(top_p_threshold(x, mass), proposals._bisect(x, mass)), p
+
+
+def test_tied_tokens_are_kept_or_dropped_together():
+    x = torch.log(torch.tensor([[0.4, 0.2, 0.2, 0.2]]))
+    # The mass before each of the three is 0.4: all of them from 0.4 on, none below.
+    stays = Proposal(1.0, top_p=0.41, confidence="proposal")._filter(x)
+    goes = Proposal(1.0, top_p=0.39, confidence="proposal")._filter(x)
+    assert stays.isfinite().tolist() == [[True] * 4]
+    assert goes.isfinite().tolist() == [[True, False, False, False]]
+    # And the third largest is as large as the second: both stay.
+    assert Proposal(1.0, top_k=2)._filter(x).isfinite().tolist() == [[True] * 4]
+
+
+@pytest.mark.parametrize("confidence", ["proposal", "untempered"])
+@pytest.mark.parametrize(("k", "p"), [(5, None), (None, 0.8), (7, 0.8), (40, 0.3)])
+@pytest.mark.parametrize("k_first", [False, True])
+def test_draws_equal_the_published_filters(k, p, k_first, confidence):
+    shape, vocab, temperature = (4, 16), 61, 0.7
+    logits = torch.randn(*shape, vocab) * 2
+    proposal = Proposal(temperature, k, p, k_first, confidence)
+    stats = proposal.stats(logits, SEED, 3)
+    words = random_words(SEED, torch.tensor(3), torch.arange(64))
+    uniform = uniform_from_word(words[WORD_SAMPLE]).tolist()
+    plain = torch.softmax(logits.double(), -1).reshape(-1, vocab)
+    for row, x in enumerate(logits.double().reshape(-1, vocab)):
+        cut = literal.filtered(x, temperature, k, p, k_first)
+        token = literal.draw(cut, uniform[row])
+        assert int(stats.sample.flatten()[row]) == token
+        q = plain[row] if confidence == "untempered" else torch.softmax(cut, -1)
+        assert float(stats.sample_prob.flatten()[row]) == pytest.approx(float(q[token]), rel=1e-5)
+        assert float(stats.top1_prob.flatten()[row]) == pytest.approx(float(q.max()), rel=1e-5)
+
+
+def test_filters_of_a_greedy_proposal_change_its_confidence_only():
+    logits = torch.randn(2, 5, 61)
+    stats = Proposal(0.0, 3, None, confidence="proposal").stats(logits, SEED, 0)
+    assert torch.equal(stats.sample, logits.argmax(-1))
+    top = logits.topk(3).values.softmax(-1)[..., 0]
+    torch.testing.assert_close(stats.sample_prob, top)
+
+
+def test_temperature_by_row():
+    logits = torch.randn(3, 4, 61)
+    temperature = torch.tensor([0.0, 0.5, 2.0])
+    stats = Proposal(temperature, 9, 0.9, confidence="proposal").stats(logits, SEED, 0)
+    assert torch.equal(stats.sample[0], logits[0].argmax(-1))
+    for row in (1, 2):
+        x = literal.filtered(logits[row, 0].double(), float(temperature[row]), 9, 0.9)
+        q = torch.softmax(x, -1)
+        assert float(stats.sample_prob[row, 0]) == pytest.approx(float(q[stats.sample[row, 0]]), rel=1e-5)
+
+
+def test_softcap():
+    logits = torch.randn(2, 3, 61) * 20
+    capped = 5 * torch.tanh(logits / 5)
+    for confidence in ("proposal", "untempered"):
+        options = {"temperature": 0.8, "top_k": 9, "confidence": confidence}
+        ours = Proposal(**options, softcap=5.0).stats(logits, SEED, 0)
+        by_hand = Proposal(**options).stats(capped, SEED, 0)
+        assert torch.equal(ours.sample, by_hand.sample)
+        torch.testing.assert_close(ours.sample_prob, by_hand.sample_prob)
+
+
+def test_chunks_and_strides_change_nothing(monkeypatch):
+    whole = torch.randn(3, 20, 61)
+    block = whole[:, 5:12]
+    proposal = Proposal(0.7, 9, 0.9, confidence="proposal")
+    expected = proposal.stats(block.contiguous(), SEED, 2)
+    monkeypatch.setattr(proposals, "CHUNK_ELEMENTS", 200)
+    for a, b in zip(proposal.stats(block, SEED, 2), expected):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_rows_without_a_distribution(broken):
+    logits = torch.randn(1, 3, 20_011)
+    logits[0, 1, 7] = broken
+    logits[0, 2] = -math.inf
+    stats = Proposal(0.7, 9, 0.9, confidence="proposal").stats(logits, SEED, 0)
+    assert stats.sample_prob[0, 0] > 0
+    assert stats.sample_prob[0, 1:].tolist() == [0.0, 0.0]
+    assert stats.entropy[0, 1:].isinf().all()
+
+
+class Sorts(TorchDispatchMode):
+    """Notes the largest dimension that anything sorts or selects from."""
+
+    def __init__(self):
+        super().__init__()
+        self.longest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.split("::")[-1] in ("sort", "argsort", "topk", "kthvalue", "msort"):
+            self.longest = max(self.longest, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaky", "flat"])
+def test_the_vocabulary_is_never_sorted(kind):
+    vocab = 50_021
+    logits = rows_of(vocab, kind, rows=4)[None]
+    sampler = MaskedDiffusionSampler(
+        Threshold(0.5), mask_id=0, temperature=0.7, top_k=20, top_p=0.9, backend="cpp", confidence="proposal"
+    )
+    with Sorts() as sorts:
+        try:
+            sampler.step(logits, torch.zeros(1, 4, dtype=torch.int64))
+        except RuntimeError as error:
+            pytest.skip(f"the host kernels are not built: {error}")
+    assert 0 < sorts.longest < vocab / 10
