@@ -268,8 +268,25 @@ def draw(x, u):
 
 
 def run_block(
-    decide, model_logits, x, open_, *, mask_id, steps, temperature=0.0, confidence="untempered", seed, offset,
-    scheduled, limit=None, credit=False, schedule="masked", k=None, p=None, k_first=False, ends=None,
+    decide,
+    model_logits,
+    x,
+    open_,
+    *,
+    mask_id,
+    steps,
+    temperature=0.0,
+    confidence="untempered",
+    seed,
+    offset,
+    scheduled,
+    limit=None,
+    credit=False,
+    schedule="masked",
+    k=None,
+    p=None,
+    k_first=False,
+    ends=None,
 ):
     """One block of a batch: rows decide each for itself from the same call of the model.
 
@@ -286,8 +303,13 @@ def run_block(
     step = 0
     while any(alive):
         logits = model_logits(x).double()
-        words = random_words(torch.tensor(seed), torch.tensor(offset), torch.arange(batch * length).view(batch, length))
-        uniform, select = uniform_from_word(words[WORD_SAMPLE]).tolist(), uniform_from_word(words[WORD_SELECT]).tolist()
+        words = random_words(
+            torch.tensor(seed), torch.tensor(offset), torch.arange(batch * length).view(batch, length)
+        )
+        uniform, select = (
+            uniform_from_word(words[WORD_SAMPLE]).tolist(),
+            uniform_from_word(words[WORD_SELECT]).tolist(),
+        )
         for b in range(batch):
             if not alive[b]:
                 continue
@@ -305,14 +327,20 @@ def run_block(
             x0 = [draw(cut[i], uniform[b][i]) if temperature else first_argmax(l[i]) for i in range(length)]
             dist = plain if confidence == "untempered" else drawn_from
             c = [float(dist[i, x0[i]]) for i in range(length)]
-            view = View(row, masked, dist, x0, c, select[b], step, steps, start[b], mask_id, memory[b], given[b])
+            view = View(
+                row, masked, dist, x0, c, select[b], step, steps, start[b], mask_id, memory[b], given[b]
+            )
             written = decide(view)
             if written is None:
                 alive[b] = False
                 stuck[b] = bool(masked)
                 continue
             new = [written.get(i, token) for i, token in enumerate(row)]
-            left = [i for i in range(length) if new[i] == mask_id and (i not in given[b] or decide in REOPENS_GIVEN)]
+            left = [
+                i
+                for i in range(length)
+                if new[i] == mask_id and (i not in given[b] or decide in REOPENS_GIVEN)
+            ]
             x[b] = torch.tensor(new)
             if not left and not ends:
                 alive[b] = False

@@ -103,7 +103,11 @@ CASES = {
     "credit": (CreditThreshold(0.5), partial(literal.dinfer_threshold, tau=0.5), {"credit": True}),
     "factor": (Factor(1.2), partial(literal.factor, f=1.2), {}),
     "factor_quirk": (Factor(1.2, last_rank_quirk=True), partial(literal.factor, f=1.2, quirk=True), {}),
-    "entropy_bound": (EntropyBound(1.5), partial(literal.entropy_bound, bound=1.5), {"confidence": "proposal"}),
+    "entropy_bound": (
+        EntropyBound(1.5),
+        partial(literal.entropy_bound, bound=1.5),
+        {"confidence": "proposal"},
+    ),
     "entropy_bounded": (
         EntropyBound(1.5, inclusive=True),
         partial(literal.entropy_bounded, gamma=1.5),
@@ -174,8 +178,16 @@ def test_equals_the_published_algorithm(name, temperature):
             while state.active.any():
                 x = sampler.step(model(x), x, state)
             expected, nfe, stuck, offset = literal.run_block(
-                decide, model, tokens, open_, mask_id=MASK, steps=steps, temperature=temperature,
-                seed=5 + number, offset=round_, **options,
+                decide,
+                model,
+                tokens,
+                open_,
+                mask_id=MASK,
+                steps=steps,
+                temperature=temperature,
+                seed=5 + number,
+                offset=round_,
+                **options,
             )
             assert torch.equal(x, expected), f"{kind}: {(x != expected).any(-1).sum()} rows differ"
             assert state.nfe.tolist() == nfe
@@ -266,7 +278,9 @@ def test_k_above_the_masked_positions_leaves_given_tokens_alone():
     logits = torch.randn(1, LENGTH, VOCAB)
     logits[..., MASK] = -50
     for strategy in (LowConfidence(), LowConfidenceDynamic(0.99), Sequential(), SequentialWindow(), Random()):
-        sampler = MaskedDiffusionSampler(strategy, mask_id=MASK, block_length=LENGTH, steps=1, schedule="block")
+        sampler = MaskedDiffusionSampler(
+            strategy, mask_id=MASK, block_length=LENGTH, steps=1, schedule="block"
+        )
         out = take(sampler, logits, tokens)
         assert torch.equal(out[:, :6], tokens[:, :6])
         assert (out != MASK).all()
@@ -277,7 +291,9 @@ def test_every_proposal_is_the_mask():
     logits[..., MASK] = 9.0
     for strategy in (DInferThreshold(), CreditThreshold(), Threshold(0.9), Hierarchy(), LowConfidence()):
         sampler = MaskedDiffusionSampler(strategy, mask_id=MASK, block_length=LENGTH)
-        result = sampler.generate(lambda x: torch.zeros(*x.shape, VOCAB).index_fill(-1, torch.tensor(MASK), 9.0), [[1]], LENGTH)
+        result = sampler.generate(
+            lambda x: torch.zeros(*x.shape, VOCAB).index_fill(-1, torch.tensor(MASK), 9.0), [[1]], LENGTH
+        )
         assert result.stuck.tolist() == [True]
         assert (result.new_tokens == MASK).all()
         assert result.calls <= LENGTH
@@ -299,7 +315,6 @@ def test_positions_without_a_distribution_come_last():
 def test_greedy_and_tempered_share_the_confidence():
     """Sampling tempered leaves the confidence untempered: p(x0) of softmax(l), whatever T."""
     logits = torch.randn(2, LENGTH, 257)
-    tokens = torch.full((2, LENGTH), 256)
     for temperature in (0.0, 0.3, torch.tensor([0.0, 2.0])):
         sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=256, temperature=temperature)
         stats = sampler._proposal(0, LENGTH).stats(logits, torch.tensor(3), 1)
@@ -400,4 +415,6 @@ def test_bad_steps():
     with pytest.raises(ValueError, match="tokens"):
         sampler.start(MASKED[0])
     with pytest.raises(ValueError, match="CreditThreshold has no filter"):
-        MaskedDiffusionSampler(CreditThreshold(), mask_id=MASK, top_k=3).step(torch.zeros(1, LENGTH, VOCAB), MASKED)
+        MaskedDiffusionSampler(CreditThreshold(), mask_id=MASK, top_k=3).step(
+            torch.zeros(1, LENGTH, VOCAB), MASKED
+        )
