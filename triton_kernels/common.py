@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import compute_capability
+
 # Kernels are built for the interpreter or for the compiler when their module is imported.
 INTERPRET = bool(triton.knobs.runtime.interpret)
 DEVICES = frozenset({"cuda", "cpu"}) if INTERPRET else frozenset({"cuda"})
@@ -51,6 +53,15 @@ def unavailable() -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 was set after Triton was imported; set it before"
     return "no CUDA device is available (TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly)"
+
+
+# The architecture to compile for when it is not that of the tensors' device (see `ahead_of_time`).
+target: tuple[int, int] | None = None
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability whose configuration a launch on `tensor` takes; None under the interpreter."""
+    return target or compute_capability(tensor.device)
 
 
 def on_device(tensor: Tensor):

@@ -18,19 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..backends import compute_capability
 from .common import (
     CAPABILITIES,
     DEVICES,
     by_value,
     cap,
+    capability,
     next_power_of_2,
     on_device,
     parameter,
     philox,
+    unavailable,
     uniform_from_word,
 )
-from .common import unavailable as unavailable
+
+__all__ = ["FEATURES", "row_stats", "unavailable"]
 
 FEATURES = {
     "device": DEVICES,
@@ -108,7 +110,7 @@ def tile_stats_kernel(
     # NaN has to survive here: it is how a row without a distribution is recognised.
     b_d = tl.maximum(b_x - b_top[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
-    b_greedy, b_t, b_ts = sampling_and_stats_temperature(
+    _, b_t, b_ts = sampling_and_stats_temperature(
         temperature, stats_temperature, o_r, m_r, temperature_stride, stats_stride,
         TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, ROWS,
     )  # fmt: skip
@@ -272,14 +274,14 @@ def row_stats(
     offset: Tensor,
     softcap: float | None,
 ) -> tuple[Tensor, ...]:
-    """Arguments, results and arithmetic: `reference.row_stats`. The logits are read once, and one tile per row again."""
+    """Arguments, results and arithmetic: `reference.row_stats`. Reads the logits once, and one tile per row again."""
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     rows = shape.numel()
     integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
     if rows == 0:
         return (*integers, *floats)
-    config = configs.select("row_stats", compute_capability(logits.device), bytes=logits.element_size())
+    config = configs.select("row_stats", capability(logits), bytes=logits.element_size())
     rows_per_program, span, tiles = tiling(rows, vocab, config)
     two = stats_temperature is not None
     partial = logits.new_empty((5 if two else 4, rows, tiles), dtype=torch.float32)

@@ -1,0 +1,140 @@
+"""Compiles what a launcher would launch on an architecture, without a GPU, and reads the resources it takes.
+
+The launchers themselves run, on meta tensors, under a driver that names the target; every kernel they
+would launch is compiled with the arguments' own specialisation and recorded instead of launched.
+Needs the compiler, so TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from . import common
+
+# Shared memory one block may use, bytes (CUDA C++ programming guide, technical specifications by compute capability).
+SHARED_LIMIT = {
+    (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376,
+    (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376,
+}  # fmt: skip
+# Shared memory of a multiprocessor, and the threads and blocks resident on one at most.
+SHARED_PER_MULTIPROCESSOR = {
+    (8, 0): 167_936, (8, 6): 102_400, (8, 9): 102_400,
+    (9, 0): 233_472, (10, 0): 233_472, (12, 0): 102_400, (12, 1): 102_400,
+}  # fmt: skip
+THREADS_PER_MULTIPROCESSOR = {
+    (8, 0): 2048, (8, 6): 1536, (8, 9): 1536, (9, 0): 2048, (10, 0): 2048, (12, 0): 1536, (12, 1): 1536,
+}  # fmt: skip
+BLOCKS_PER_MULTIPROCESSOR = {
+    (8, 0): 32, (8, 6): 16, (8, 9): 24, (9, 0): 32, (10, 0): 32, (12, 0): 24, (12, 1): 24,
+}  # fmt: skip
+REGISTERS_PER_MULTIPROCESSOR = 65_536
+RESERVED_SHARED = 1024
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    registers: by thread. shared: bytes of shared memory by block. spills: loads from and stores to local memory
+    in the machine code. matrix: the tensor-core instructions in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
+    blocks: blocks resident on a multiprocessor.
+    """
+
+    kernel: str
+    capability: tuple[int, int]
+    warps: int
+    registers: int
+    shared: int
+    spills: int
+    matrix: tuple[str, ...]
+    blocks: int
+
+
+class _Driver:
+    """Stands where Triton expects a GPU's driver; one device number per architecture keeps the caches apart."""
+
+    def __init__(self, capability: tuple[int, int]):
+        self.number = capability[0] * 10 + capability[1]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recording(capability: tuple[int, int]) -> Iterator[list]:
+    """Inside, kernels are compiled for `capability` and appended to the list instead of launched."""
+    compiled: list = []
+    run = JITFunction.run
+
+    @functools.wraps(run)
+    def record(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, getattr(kernel, "result", lambda: kernel)()))
+
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Driver(capability))
+    JITFunction.run = record
+    common.target = capability
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        common.target = None
+        triton.runtime.driver._active = active
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resident_blocks(capability: tuple[int, int], warps: int, registers: int, shared: int) -> int:
+    """Blocks resident on a multiprocessor by threads, registers (256 by warp at a time) and shared memory."""
+    by_registers = REGISTERS_PER_MULTIPROCESSOR // (warps * 256 * -(-registers * 32 // 256))
+    by_shared = SHARED_PER_MULTIPROCESSOR[capability] // (shared + RESERVED_SHARED)
+    by_threads = THREADS_PER_MULTIPROCESSOR[capability] // (warps * 32)
+    return min(by_registers, by_shared, by_threads, BLOCKS_PER_MULTIPROCESSOR[capability])
+
+
+def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
+    """The resources of a compiled kernel, read from its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run(
+            [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    matrix = sorted(set(re.findall(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b", code)))
+    # Warp specialisation launches more warps than the configuration names.
+    warps = max(kernel.metadata.num_warps, getattr(kernel.metadata, "total_num_warps", 0) or 0)
+    shared = kernel.metadata.shared
+    blocks = resident_blocks(capability, warps, registers, shared)
+    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), blocks)
+
+
+def compile_launches(capability: tuple[int, int], launch: Callable[[], object]) -> list[Resources]:
+    """The resources of every kernel that `launch()` would launch on `capability`."""
+    with recording(capability) as compiled:
+        launch()
+    return [resources(name, kernel, capability) for name, kernel in compiled]

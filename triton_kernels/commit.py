@@ -1,0 +1,301 @@
+"""`commit` in one launch: a program ranks, selects and writes one row of the batch.
+
+A position becomes a 64-bit key that sorts like (not ranked, score descending, position): the order of the
+specification. The program sorts keys alone; position, score and a few bits come back out of a key, and
+everything after the sort is loaded and stored at the sorted positions, so that ranks are plain indices and
+no inverse permutation is needed.
+
+    bit 45: not ranked    bits 44..13: score, inverted    bits 12..2: position    bit 1: eligible    bit 0: best of run
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from ..samplers.rules import Flag, Measure, Select, Write
+from .common import (
+    CAPABILITIES,
+    DEVICES,
+    UpTo,
+    by_value,
+    capability,
+    next_power_of_2,
+    on_device,
+    parameter,
+    philox,
+    unavailable,
+    uniform_from_word,
+)
+
+__all__ = ["FEATURES", "commit", "unavailable"]
+
+MAX_CANVAS = 1024
+
+FEATURES = {
+    "device": DEVICES,
+    "canvas_length": UpTo(MAX_CANVAS),
+    "compute_capability": CAPABILITIES,
+}
+
+SAMPLE_PROB, TOP1_PROB, ENTROPY, MARGIN, RANDOM, POSITION = (tl.constexpr(int(m)) for m in Measure)
+TOP_K, THRESHOLD, FACTOR, ENTROPY_BOUND, BERNOULLI, HIERARCHY, EDIT = (tl.constexpr(int(s)) for s in Select)
+REMASK, RENOISE = tl.constexpr(int(Write.REMASK)), tl.constexpr(int(Write.RENOISE))
+
+
+@triton.jit
+def gumbel_noise(word):
+    """Gumbel noise of a word, in fp64 as far as the last rounding."""
+    uniform = ((word >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08
+    return -(tl.log(-tl.log(uniform)).to(tl.float32))
+
+
+@triton.jit
+def sortable(x):
+    """fp32 to 32 bits, held in int64, that ascend where x descends; -0.0 and 0.0 give the same bits."""
+    b = (x + 0.0).to(tl.int32, bitcast=True)
+    # A negative float orders by its bits reversed; the sign bit goes last.
+    ascending = tl.where(b < 0, b ^ 0x7FFFFFFF, b).to(tl.int64)
+    return 0x7FFFFFFF - ascending
+
+
+@triton.jit
+def score_of(bits):
+    """The inverse of `sortable`."""
+    ascending = (0x7FFFFFFF - bits).to(tl.int32)
+    return tl.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def best_so_far(key_a, start_a, key_b, start_b):
+    """Segmented minimum: a segment's start forgets what came before it."""
+    return tl.where(start_b != 0, key_b, tl.minimum(key_a, key_b)), start_a | start_b
+
+
+@triton.jit(
+    do_not_specialize=["k", "value", "value2", "mask_id", "write_argument", "seed", "offset", "confidence", "depth"]
+)
+def commit_kernel(
+    tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob, candidates,
+    draft, history, finished,
+    new_tokens, committed, num_committed, new_draft, new_history, new_finished,
+    k, value, value2, mask_id: tl.int64, write_argument: tl.int64, seed, offset, confidence,
+    k_stride, value_stride, value2_stride, batch: tl.int64, depth: tl.int32,
+    MEASURE: tl.constexpr, SELECT: tl.constexpr, WRITE: tl.constexpr,
+    STRICT: tl.constexpr, RELATIVE: tl.constexpr, INCLUSIVE: tl.constexpr, LAST_RANK_QUIRK: tl.constexpr,
+    GUMBEL: tl.constexpr,
+    K_POINTER: tl.constexpr, VALUE_POINTER: tl.constexpr, VALUE2_POINTER: tl.constexpr,
+    SEED_POINTER: tl.constexpr, OFFSET_POINTER: tl.constexpr, CONFIDENCE_POINTER: tl.constexpr,
+    CANDIDATES: tl.constexpr, STATE: tl.constexpr, STOP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    p_row = i_b * LENGTH
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < LENGTH
+
+    row_k = tl.cast(parameter(k, i_b, k_stride, K_POINTER), tl.int64)
+    row_value = tl.cast(parameter(value, i_b, value_stride, VALUE_POINTER), tl.float32)
+    row_value2 = tl.cast(parameter(value2, i_b, value2_stride, VALUE2_POINTER), tl.float32)
+    row_seed = parameter(seed, 0, 0, SEED_POINTER)
+    row_offset = parameter(offset, 0, 0, OFFSET_POINTER)
+
+    # In order of position, [BLOCK].
+    m_eligible = m_c
+    if CANDIDATES:
+        m_eligible &= tl.load(candidates + p_row + o_c, mask=m_c, other=0) != 0
+    if STATE:
+        was_finished = tl.load(finished + i_b) != 0
+        m_eligible &= was_finished == 0
+
+    if MEASURE == SAMPLE_PROB:
+        b_score = tl.load(sample_prob + p_row + o_c, mask=m_c, other=0.0)
+    elif MEASURE == TOP1_PROB:
+        b_score = tl.load(top1_prob + p_row + o_c, mask=m_c, other=0.0)
+    elif MEASURE == ENTROPY:
+        b_score = -tl.load(entropy + p_row + o_c, mask=m_c, other=0.0)
+    elif MEASURE == MARGIN:
+        b_top1 = tl.load(top1_prob + p_row + o_c, mask=m_c, other=0.0)
+        b_score = b_top1 - tl.load(top2_prob + p_row + o_c, mask=m_c, other=0.0)
+    elif MEASURE == RANDOM:
+        _, _, _, b_word = philox(row_seed, row_offset, p_row + o_c)
+        b_score = uniform_from_word(b_word)
+    else:
+        tl.static_assert(MEASURE == POSITION)
+        b_score = -o_c.to(tl.float32)
+    if GUMBEL:
+        _, _, _, b_word = philox(row_seed, row_offset, p_row + o_c)
+        b_score = tl.div_rn(b_score, tl.zeros([BLOCK], tl.float32) + row_value2) + gumbel_noise(b_word)
+
+    m_ranked = m_eligible
+    if SELECT == EDIT:
+        m_ranked = m_eligible & (tl.load(tokens + p_row + o_c, mask=m_c, other=0) == mask_id)
+    b_key = (tl.where(m_ranked, 0, 1).to(tl.int64) << 45) | (sortable(b_score) << 13) | (o_c.to(tl.int64) << 2)
+    if SELECT == HIERARCHY:
+        # The best of a run has the smallest key of it, seen from both of its ends.
+        b_break = tl.where(m_ranked, 0, 1)
+        b_left, _ = tl.associative_scan((b_key, b_break), 0, best_so_far)
+        b_right, _ = tl.associative_scan((b_key, b_break), 0, best_so_far, reverse=True)
+        m_best = m_ranked & (b_key <= b_left) & (b_key <= b_right)
+        b_key |= tl.where(m_best, 1, 0).to(tl.int64)
+    b_key |= tl.where(m_eligible, 2, 0).to(tl.int64)
+
+    # In order of rank, [BLOCK]. Lanes beyond the canvas hold the largest positions and no eligible bit.
+    b_key = tl.sort(b_key)
+    o_c = ((b_key >> 2) & 0x7FF).to(tl.int32)
+    m_c = o_c < LENGTH
+    m_ranked = (b_key >> 45) == 0
+    m_eligible = (b_key & 2) != 0
+    b_score = score_of((b_key >> 13) & 0xFFFFFFFF)
+    b_rank = tl.arange(0, BLOCK) + 1
+    count = tl.sum(m_ranked.to(tl.int32), 0)
+
+    if SELECT == BERNOULLI:
+        _, _, _, b_word = philox(row_seed, row_offset, p_row + o_c)
+        m_taken = uniform_from_word(b_word) < row_value
+    elif SELECT == TOP_K:
+        m_taken = b_rank <= row_k
+    elif (SELECT == THRESHOLD) or (SELECT == HIERARCHY) or (SELECT == EDIT):
+        threshold = row_value
+        if RELATIVE:
+            best = tl.sum(tl.where(b_rank == 1, b_score, 0.0), 0)
+            threshold = tl.minimum(row_value, best - row_value2)
+        if STRICT or (SELECT == HIERARCHY):
+            m_taken = b_score > threshold
+        else:
+            m_taken = b_score >= threshold
+        m_taken |= b_rank <= row_k
+        if SELECT == HIERARCHY:
+            m_taken |= ((b_key & 1) != 0) & (b_score > row_value2)
+    elif SELECT == FACTOR:
+        b_bar = 1.0 - tl.div_rn(tl.zeros([BLOCK], tl.float32) + row_value, (b_rank + 1).to(tl.float32))
+        m_fails = (b_score < b_bar) & (b_rank > 1) & (b_rank <= count)
+        length = tl.min(tl.where(m_fails, b_rank - 1, count), 0)
+        if LAST_RANK_QUIRK:
+            length = tl.where(length == count - 1, count, length)
+        m_taken = b_rank <= length
+    else:
+        tl.static_assert(SELECT == ENTROPY_BOUND)
+        b_entropy = tl.load(entropy + p_row + o_c, mask=m_c & m_ranked, other=0.0).to(tl.float64)
+        b_inclusive = tl.cumsum(b_entropy, 0)
+        bound = row_value.to(tl.float64)
+        if INCLUSIVE:
+            m_taken = (b_inclusive < bound) | (b_rank == 1)
+        else:
+            # Shifted, not subtracted: infinity minus infinity would lose the row's end, and a sum its last bit.
+            b_before = tl.gather(b_inclusive, tl.maximum(b_rank - 2, 0), 0)
+            m_taken = tl.where(b_rank == 1, 0.0, b_before) <= bound
+
+    m_committed = m_ranked & m_taken
+    b_tokens = tl.load(tokens + p_row + o_c, mask=m_c, other=0)
+    b_sample = tl.load(sample + p_row + o_c, mask=m_c, other=0)
+    if SELECT == EDIT:
+        m_committed |= m_eligible & (m_ranked == 0) & (b_sample != b_tokens) & (b_score > row_value2)
+
+    b_rest = b_tokens
+    if WRITE == REMASK:
+        b_rest = tl.zeros([BLOCK], tl.int64) + write_argument
+    elif WRITE == RENOISE:
+        _, b_high, b_low, _ = philox(row_seed, row_offset, p_row + o_c)
+        b_carry = (b_low.to(tl.int64) * write_argument) >> 32
+        b_rest = (b_high.to(tl.int64) * write_argument + b_carry) >> 32
+    b_new = tl.where(m_committed, b_sample, tl.where(m_eligible, b_rest, b_tokens))
+    tl.store(new_tokens + p_row + o_c, b_new, mask=m_c)
+    tl.store(committed + p_row + o_c, m_committed, mask=m_c)
+    tl.store(num_committed + i_b, tl.sum(m_committed.to(tl.int64), 0))
+
+    if STATE:
+        o_c = tl.arange(0, BLOCK)
+        m_c = o_c < LENGTH
+        b_draft = tl.load(draft + p_row + o_c, mask=m_c, other=0)
+        b_argmax = tl.load(argmax + p_row + o_c, mask=m_c, other=0)
+        b_draft = tl.where(was_finished, b_draft, b_argmax)
+        tl.store(new_draft + p_row + o_c, b_draft, mask=m_c)
+        b_same = m_c
+        for i_s in range(depth):
+            p_slot = tl.cast(i_s, tl.int64) * batch * LENGTH + p_row
+            b_old = tl.load(history + p_slot + o_c, mask=m_c, other=0)
+            b_same &= b_old == b_draft
+            if i_s > 0:
+                tl.store(new_history + p_slot - batch * LENGTH + o_c, b_old, mask=m_c)
+        if depth > 0:
+            tl.store(new_history + (depth - 1).to(tl.int64) * batch * LENGTH + p_row + o_c, b_draft, mask=m_c)
+        now_finished = was_finished
+        if STOP:
+            limit = tl.cast(parameter(confidence, 0, 0, CONFIDENCE_POINTER), tl.float32).to(tl.float64)
+            b_entropy = tl.load(entropy + p_row + o_c, mask=m_c, other=0.0).to(tl.float64)
+            mean = tl.sum(b_entropy, 0) / LENGTH
+            stable = tl.sum(b_same.to(tl.int32), 0) == LENGTH
+            now_finished |= stable & (mean < limit)
+        tl.store(new_finished + i_b, now_finished)
+
+
+def commit(
+    tokens: Tensor,
+    argmax: Tensor,
+    sample: Tensor,
+    entropy: Tensor,
+    sample_prob: Tensor,
+    top1_prob: Tensor,
+    top2_prob: Tensor,
+    candidates: Tensor | None,
+    measure: int,
+    select: int,
+    flags: int,
+    k: Tensor,
+    value: Tensor,
+    value2: Tensor,
+    mask_id: int,
+    write: int,
+    write_argument: int,
+    seed: Tensor,
+    offset: Tensor,
+    draft: Tensor | None,
+    history: Tensor | None,
+    finished: Tensor | None,
+    confidence: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments, results and arithmetic: `reference.commit`. One launch; canvases of up to 1024 tokens."""
+    batch, length = tokens.shape
+    inputs = (tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob)
+    inputs = [tensor.contiguous() for tensor in inputs]
+    candidates = None if candidates is None else candidates.contiguous()
+    state = finished is not None
+    draft, history, finished = ((t.contiguous() for t in (draft, history, finished)) if state else (None,) * 3)
+
+    new_tokens = torch.empty_like(inputs[0])
+    committed = new_tokens.new_empty(new_tokens.shape, dtype=torch.bool)
+    num_committed = tokens.new_empty(batch)
+    if state:
+        new_state = tuple(torch.empty_like(tensor) for tensor in (draft, history, finished))
+    else:
+        new_state = (tokens.new_empty(0), tokens.new_empty(0), tokens.new_empty(0, dtype=torch.bool))
+    if batch == 0 or length == 0:
+        num_committed.zero_()
+        return new_tokens, committed, num_committed, *new_state
+
+    k_value, k_pointer, k_stride = by_value(k)
+    value_value, value_pointer, value_stride = by_value(value)
+    value2_value, value2_pointer, value2_stride = by_value(value2)
+    seed_value, seed_pointer, _ = by_value(seed)
+    offset_value, offset_pointer, _ = by_value(offset)
+    confidence_value, confidence_pointer, _ = by_value(confidence, 0.0)
+    block = next_power_of_2(length)
+    config = configs.select("commit", capability(tokens), block=block)
+    with on_device(tokens):
+        commit_kernel[(batch,)](
+            *inputs, candidates, draft, history, finished, new_tokens, committed, num_committed, *new_state,
+            k_value, value_value, value2_value, mask_id, write_argument, seed_value, offset_value, confidence_value,
+            k_stride, value_stride, value2_stride, batch, history.shape[0] if state else 0,
+            MEASURE=measure, SELECT=select, WRITE=write,
+            STRICT=bool(flags & Flag.STRICT), RELATIVE=bool(flags & Flag.RELATIVE),
+            INCLUSIVE=bool(flags & Flag.INCLUSIVE), LAST_RANK_QUIRK=bool(flags & Flag.LAST_RANK_QUIRK),
+            GUMBEL=bool(flags & Flag.GUMBEL),
+            K_POINTER=k_pointer, VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer,
+            SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, CONFIDENCE_POINTER=confidence_pointer,
+            CANDIDATES=candidates is not None, STATE=state, STOP=confidence is not None,
+            LENGTH=length, BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+    return new_tokens, committed, num_committed, *new_state
