@@ -208,7 +208,9 @@ def check_soft_embedding(
     probabilities = torch.softmax(tempered(flat.float(), temperature, softcap), -1)
     plain = torch.where(valid[..., None], probabilities.to(weight.dtype) @ weight, 0.0)
     spacing = torch.finfo(weight.dtype).eps
-    ulp = spacing * truth.abs() + FP32_EPSILON * weight.abs().max().double()
+    # The normaliser is an fp32 number: its spacing scales all probabilities of a row.
+    normaliser = 2 * FP32_EPSILON * (torch.where(valid, lse, 0.0).abs() + 1)[..., None]
+    ulp = (spacing + normaliser) * truth.abs() + FP32_EPSILON * weight.abs().max().double()
     left_out = tolerance * -(-vocab // 64) * float(weight.abs().max())
     return _within("soft_embedding", result.reshape(1, -1, embedding), truth, plain, ulp + left_out)
 
