@@ -31,6 +31,11 @@ class Inputs(NamedTuple):
     start: Tensor | None
 
 
+def prefix_lengths(batch: int, prefix: int) -> Tensor:
+    """[batch] lengths of left-padded prompts, from a quarter of the buffer to all of it."""
+    return (torch.linspace(0.25, 1.0, batch) * prefix).round()
+
+
 def make_inputs(
     batch: int, kv_heads: int, head_dim: int, prefix: int, padded: bool, dtype: torch.dtype, device: torch.device,
     seed: int,
@@ -49,8 +54,7 @@ def make_inputs(
     start = None
     if padded:
         # Left padding: each row's prompt fills another part of the buffer.
-        lengths = torch.linspace(0.25, 1.0, batch) * prefix
-        start = (prefix - lengths.round()).to(torch.int32).to(device)
+        start = (prefix - prefix_lengths(batch, prefix)).to(torch.int32).to(device)
     return Inputs(query, key, value, prefix_key, prefix_value, start)
 
 
@@ -88,7 +92,7 @@ def _case(layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype
     head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
     keys = prefix + CANVAS
     # Slots that padding excludes need not be read or multiplied.
-    visible = batch * keys if not padded else int(sum((0.25 + 0.75 * b / max(batch - 1, 1)) for b in range(batch)) * prefix) + batch * CANVAS
+    visible = int(prefix_lengths(batch, prefix).sum() if padded else batch * prefix) + batch * CANVAS
     size = dtype.itemsize
     moved = size * head_dim * (2 * visible * kv_heads + 2 * batch * QUERY_HEADS * CANVAS)
     kv_bytes = 2 * batch * kv_heads * keys * head_dim * size
@@ -116,9 +120,12 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     contexts = sizes.context or (default[:1] if sizes.quick else default)
     if any(context < 1 for context in contexts):
         raise BenchError(f"--context: must be at least 1, got {min(contexts)}")
-    batches = [(sizes.batch, False)] if sizes.batch else [(1, False)] if sizes.quick else [(1, False), (4, False), (4, True)]
-    if device.type == "cpu" and not sizes.batch:
-        batches = batches[:1] + batches[2:]
+    if sizes.batch or sizes.quick:
+        batches = [(sizes.batch or 1, False)]
+    elif device.type == "cuda":
+        batches = [(1, False), (4, False), (4, True)]
+    else:
+        batches = [(1, False), (4, True)]
     found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, present) for batch, padded in batches]
     for context in contexts:
         for batch, padded in batches:

@@ -46,8 +46,11 @@ def make_inputs(
 
     index, weights = route(rows, experts, skewed, noise, device)
     return Inputs(
-        normal(rows, HIDDEN, deviation=1.0), index, weights,
-        normal(experts, 2 * width, HIDDEN, deviation=HIDDEN**-0.5), normal(experts, HIDDEN, width, deviation=width**-0.5),
+        hidden=normal(rows, HIDDEN, deviation=1.0),
+        index=index,
+        weights=weights,
+        gate_up=normal(experts, 2 * width, HIDDEN, deviation=HIDDEN**-0.5),
+        down=normal(experts, HIDDEN, width, deviation=width**-0.5),
     )
 
 
@@ -84,7 +87,8 @@ def check(result: Tensor, inputs: Inputs) -> list[str]:
     bad = ~(error <= allowed)
     if not bool(bad.any()):
         return []
-    return [f"result: {int(bad.sum())} of {bad.numel()} values off by more than allowed, worst {float(error.max()):.3e}"]
+    count, worst = int(bad.sum()), float(error.max())
+    return [f"result: {count} of {bad.numel()} values off by more than allowed, worst {worst:.3e}"]
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:

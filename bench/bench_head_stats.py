@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import dgemma_accel
-from dgemma_accel.reference import head_stats as reference
 from dgemma_accel.reference.budget import check_row_stats
 
 from . import planted
@@ -45,21 +44,9 @@ def make_inputs(rows: int, vocab: int, fraction: float, dtype: torch.dtype, devi
     return Inputs(hidden, weight, uniform, TEMPERATURE, SOFTCAP)
 
 
-def _reference(inputs: Inputs):
-    logits, *stats = reference(
-        inputs.hidden[None], inputs.weight, torch.tensor(inputs.temperature), None, inputs.uniform, None,
-        torch.tensor(0), inputs.softcap,
-    )
-    return logits[0], dgemma_accel.RowStats(*(field[0] for field in stats))
-
-
 def variant(backend: str) -> Variant:
-    public = getattr(dgemma_accel, "head_stats", None)
-
     def prepare(inputs: Inputs):
-        if public is None:
-            return lambda: _reference(inputs)
-        return lambda: public(
+        return lambda: dgemma_accel.head_stats(
             inputs.hidden, inputs.weight, softcap=inputs.softcap, temperature=inputs.temperature,
             uniform=inputs.uniform, backend=backend,
         )
@@ -96,7 +83,7 @@ def check(result, inputs: Inputs) -> list[str]:
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
-    logits, stats = _reference(inputs)
+    logits, stats = variant("reference").prepare(inputs)()
     capped = inputs.softcap * torch.tanh(logits.float() / inputs.softcap)
     return {
         "logits": logits, "argmax": stats.argmax, "entropy": stats.entropy,

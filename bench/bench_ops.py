@@ -96,7 +96,7 @@ def check_sizes(options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     try:
         device = pick_device(options.device)
     except BenchError as error:

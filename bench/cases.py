@@ -18,6 +18,9 @@ CANVAS = 256
 SOFTCAP = 30.0
 TEMPERATURE = 0.6
 
+# The backends of a device. Triton's interpreter runs on a CPU too, and its time there says nothing.
+ON_DEVICE = {"cpu": ("reference", "cpp"), "cuda": ("reference", "triton", "cuda")}
+
 
 class BenchError(ValueError):
     """A request that the bench cannot serve; its message is one clear line."""
@@ -105,14 +108,12 @@ def implementations(op: str, device: torch.device) -> tuple[list[str], list[str]
     present, lines = [], []
     known = backends.MODULES.get(op, {})
     for name in known:
-        if name == "triton" and device.type == "cpu":
-            # Under Triton's interpreter it runs, and its time there says nothing.
+        if name not in ON_DEVICE[device.type]:
             continue
         implementation, reason = backends.load(op, name)
         if implementation is None:
-            if (name == "cpp") == (device.type == "cpu"):
-                lines.append(f"{op}: no {name} backend here: {reason}")
-        elif not implementation.missing({"device": device.type}):
+            lines.append(f"{op}: no {name} backend here: {reason}")
+        else:
             present.append(name)
     if set(known) <= {"reference"}:
         lines.append(f"{op}: no kernel exists yet, only the reference and its peers are timed")

@@ -1,4 +1,4 @@
-"""What the device can do, measured at the start of the run: the bandwidth of a copy and the rate of a matrix product."""
+"""What the device can do, measured in the same run: the bandwidth of a copy and the rate of a matrix product."""
 
 from __future__ import annotations
 

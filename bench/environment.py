@@ -24,6 +24,12 @@ def _output(*command: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def _nvidia_smi(fields: str, device: torch.device) -> str | None:
+    """Values of a GPU, comma-separated and without units."""
+    index = f"--id={device.index or 0}"
+    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", index)
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -59,9 +65,7 @@ def cpu_features() -> str:
 def clocks(device: torch.device) -> dict[str, float] | None:
     """MHz at this moment: "sm" and "memory" of a GPU, the mean over the cores of a CPU; None if not told."""
     if device.type == "cuda":
-        text = _output(
-            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits", f"--id={device.index or 0}"
-        )
+        text = _nvidia_smi("clocks.sm,clocks.mem", device)
         if not text:
             return None
         try:
@@ -98,7 +102,7 @@ def describe(device: torch.device) -> dict:
     }
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+        driver = _nvidia_smi("driver_version", device)
         facts |= {
             "device": torch.cuda.get_device_name(device),
             "capability": f"{major}.{minor}",

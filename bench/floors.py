@@ -83,7 +83,8 @@ def components(
     chosen = text["top_k_experts"]
     # The experts that `rows` independent choices of `chosen` touch on average; all of them at 256 rows of 8.
     touched = text["num_experts"] * (1 - (1 - chosen / text["num_experts"]) ** rows)
-    experts = layers * expert * touched * precision.weight, 2.0 * layers * expert * rows * chosen / precision.weight_rate
+    expert_bytes = layers * expert * touched * precision.weight
+    expert_operations = 2.0 * layers * expert * rows * chosen / precision.weight_rate
     head = vocab * hidden
     table = rows * vocab * element
     return {
@@ -92,7 +93,7 @@ def components(
             attention(sliding_layers, window + canvas, head_dim, kv_heads),
             attention(wide_layers, context + canvas, wide_dim, wide_kv),
         ],
-        "experts": [experts],
+        "experts": [(expert_bytes, expert_operations)],
         "dense MLP": [product(layers * 3 * hidden * text["intermediate_size"])],
         "head": [(head * element + table, 2.0 * head * rows)],
         "self-conditioning": [

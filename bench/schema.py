@@ -35,6 +35,12 @@ STEP_ROW = {
 }
 
 
+def _is_a(value: object, kinds: type | tuple) -> bool:
+    """isinstance, where True and False are no numbers."""
+    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+    return type(value) in allowed if isinstance(value, bool) else isinstance(value, allowed)
+
+
 def _fields(where: str, value: object, fields: dict) -> list[str]:
     if not isinstance(value, dict):
         return [f"{where}: an object expected, got {type(value).__name__}"]
@@ -42,7 +48,7 @@ def _fields(where: str, value: object, fields: dict) -> list[str]:
     for name, kinds in fields.items():
         if name not in value:
             problems.append(f"{where}: {name} is missing")
-        elif not isinstance(value[name], kinds) or (isinstance(value[name], bool) and kinds in (int, _NUMBER, _OPTIONAL)):
+        elif not _is_a(value[name], kinds):
             problems.append(f"{where}: {name} has type {type(value[name]).__name__}")
     if value.get("status", "ok") not in STATUSES:
         problems.append(f"{where}: unknown status {value['status']!r}")

@@ -56,8 +56,9 @@ def text_figures(config) -> tuple[dict, int]:
         "moe_intermediate_size", "top_k_experts", "intermediate_size",
     )
     wide = text.per_layer_config[text.num_hidden_layers - 1]
-    # A model of one layer has no sliding one; its figures then count for nothing.
-    sliding = text.per_layer_config[text.layer_types.index("sliding_attention")] if len(set(text.layer_types)) > 1 else wide
+    sliding = wide
+    if "sliding_attention" in text.layer_types:
+        sliding = text.per_layer_config[text.layer_types.index("sliding_attention")]
     figures = {name: getattr(text, name) for name in names}
     figures |= {"head_dim": sliding.head_dim, "num_key_value_heads": sliding.num_key_value_heads}
     figures |= {"global_head_dim": wide.head_dim, "num_global_key_value_heads": wide.num_key_value_heads}

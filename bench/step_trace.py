@@ -122,7 +122,8 @@ def component_timeline(model: nn.Module) -> Iterator[Timeline]:
         decoder.register_forward_hook(decoder_ends),
     ]
     for layer in decoder.layers:
-        for module, component in ((layer.self_attn, "attention"), (layer.router, "experts"), (layer.experts, "experts")):
+        parts = {"attention": [layer.self_attn], "experts": [layer.router, layer.experts]}
+        for component, module in ((name, one) for name, found in parts.items() for one in found):
             handles.append(module.register_forward_pre_hook(lambda *_, c=component: timeline.enter(c)))
             handles.append(module.register_forward_hook(lambda *_: timeline.leave()))
     try:
@@ -206,7 +207,7 @@ def count_on_cpu(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def count_on_cuda(call: Callable[[], object]) -> tuple[float, float]:
-    """(launches of kernels and graphs by the host, host synchronisations) of a call, from profiler and sync debug mode."""
+    """(kernels and graphs launched by the host, host synchronisations) of a call, by profiler and sync debug mode."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

@@ -1,0 +1,99 @@
+"""Plots of result files: percent of the roofline by op, and the time of a step by context as stacked bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .environment import folder_name
+from .step_trace import COMPONENTS
+
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
+COLORS = dict(zip((*COMPONENTS, "whole step"), PALETTE))
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same results give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "dgemma-accel"
+    import matplotlib.pyplot as pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    return path
+
+
+def origin(facts: dict) -> str:
+    """Device and commit, as every figure is labelled."""
+    commit = (facts["commit"] or "unknown commit")[:10] + ("" if facts["clean"] else ", changed tree")
+    return f"{facts['device']}, {commit}"
+
+
+def ops(results: list[dict], folder: Path) -> list[Path]:
+    """One plot a device: the fastest right backend of every case against the roofline."""
+    pyplot = _pyplot()
+    written = []
+    by_device: dict[str, list[tuple[dict, dict]]] = {}
+    for result in results:
+        if result["kind"] == "ops":
+            for row in result["rows"]:
+                if row["status"] == "ok":
+                    by_device.setdefault(folder_name(result["environment"]), []).append((row, result["environment"]))
+    for device, rows in sorted(by_device.items()):
+        best: dict[tuple, dict] = {}
+        for row, _ in rows:
+            key = (row["op"], row["shape"], row["dtype"], row["case"])
+            if key not in best or row["median_us"] < best[key]["median_us"]:
+                best[key] = row
+        labels = [" ".join(part for part in key if part) + f" ({row['backend']})" for key, row in best.items()]
+        figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.28 * len(best)))
+        reached = [row["roofline_percent"] for row in best.values()]
+        bars = axes.barh(range(len(best)), reached, color=PALETTE[0])
+        axes.bar_label(bars, fmt="%.1f%%", padding=2, fontsize=7)
+        axes.set_yticks(range(len(best)), labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 105)
+        axes.set_xlabel("percent of the measured roofline")
+        axes.set_title(origin(rows[0][1]), fontsize=9)
+        written.append(_save(figure, folder / f"roofline-{device}.svg"))
+        pyplot.close(figure)
+    return written
+
+
+def steps(results: list[dict], folder: Path) -> list[Path]:
+    """One plot a device and model: a group of bars a context, a bar a variant, its components stacked."""
+    pyplot = _pyplot()
+    written = []
+    for result in results:
+        rows = [row for row in result["rows"] if row["status"] == "ok"] if result["kind"] == "step" else []
+        rows = [row for row in rows if not row["variant"].startswith("autoregressive")]
+        if not rows:
+            continue
+        figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(rows)))
+        for position, row in enumerate(rows):
+            start, split = 0.0, row["components_ms"]
+            if split:
+                # The split comes from a run with marks in it; its shares are laid over the time without them.
+                scale = row["step_ms"] / sum(split.values())
+                pieces = [(name, split[name] * scale) for name in COMPONENTS]
+            else:
+                pieces = [("whole step", row["step_ms"])]
+            for name, width in pieces:
+                axes.barh(position, width, left=start, color=COLORS[name])
+                start += width
+            axes.plot([row["floor_ms"]] * 2, [position - 0.4, position + 0.4], color="black", linewidth=1)
+        axes.set_yticks(range(len(rows)), [f"{row['context']}: {row['variant']}" for row in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("milliseconds a step (black: floor)")
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+        axes.legend(handles, COLORS, fontsize=7)
+        axes.set_title(f"{result['options']['model']}: {origin(result['environment'])}", fontsize=9)
+        model = result["options"]["model"].split()[0]
+        written.append(_save(figure, folder / f"step-{model}-{folder_name(result['environment'])}.svg"))
+        pyplot.close(figure)
+    return written

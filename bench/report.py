@@ -1,0 +1,201 @@
+"""`python -m bench report`: the README's performance table and the plots, from the result files and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import schema, table
+from .cases import BenchError
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOT_MEASURED = "not yet measured"
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
+# One case of each shape stands in the README; all of them stand in bench/results/README.md.
+HEADLINE = {
+    "row_stats": "half settled", "head_stats": "half settled", "soft_embedding": "half settled",
+    "commit": "entropy bound, renoise", "experts": "uniform routing", "block_attention": "",
+}
+
+
+def find_results(folder: Path) -> tuple[list[tuple[Path, dict]], list[str]]:
+    """(result files under a folder, one line for each that is of another schema)."""
+    found, problems = [], []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == "summary.json":
+            continue
+        try:
+            found.append((path, schema.read(path)))
+        except BenchError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def mark(facts: dict) -> str:
+    """Commit and date of a figure."""
+    commit = (facts["commit"] or "?")[:10]
+    return f"{commit}{'' if facts['clean'] else '+'} {facts['date'][:10]}"
+
+
+def device(facts: dict) -> str:
+    if facts["device_type"] == "cpu":
+        return f"{facts['device']} CPU, {facts.get('threads', '?')} threads, {facts['capability']}"
+    return facts["device"]
+
+
+def _cases(results: list[dict]) -> dict[tuple, list[tuple[dict, dict]]]:
+    """(device, op, shape, dtype, case) -> rows with their environment; of two files with a case the later counts."""
+    found: dict[tuple, list[tuple[dict, dict]]] = {}
+    for result in sorted(results, key=lambda one: one["environment"]["date"]):
+        if result["kind"] != "ops" or result["options"].get("quick"):
+            continue
+        fresh: dict[tuple, list[tuple[dict, dict]]] = {}
+        for row in result["rows"]:
+            key = (device(result["environment"]), row["op"], row["shape"], row["dtype"], row["case"])
+            fresh.setdefault(key, []).append((row, result["environment"]))
+        found |= fresh
+    return found
+
+
+def _against(row: dict) -> str:
+    """The chain of the reference pipeline and the fastest other peer, each with its ratio."""
+    timed = [peer for peer in row["peers"] if peer["ratio"]]
+    if not timed:
+        return ""
+    chain = [peer for peer in timed if "transformers" in peer["variant"] or peer["variant"].startswith("cat, repeat")]
+    chosen = [min(chain, key=lambda peer: peer["ratio"])] if chain else []
+    others = [peer for peer in timed if peer not in chosen]
+    if others:
+        chosen.append(min(others, key=lambda peer: peer["ratio"]))
+    return "; ".join(f"{peer['ratio']:.3g}x {peer['peer']} ({peer['variant']})" for peer in chosen)
+
+
+def op_table(results: list[dict], headline: bool) -> list[str]:
+    """Markdown: a row for the fastest right backend of every case; ops without a GPU result say so."""
+    lines = [
+        "| Op | Case | Device | Backend | Time | Roofline | Extra memory | Time of peers over ours | Commit, date |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases = _cases(results)
+    for op in OPS:
+        on_gpu = False
+        for (name, of, shape, dtype, label), rows in sorted(cases.items(), key=lambda item: item[0][0]):
+            if of != op or (headline and op in HEADLINE and label != HEADLINE[op]):
+                continue
+            on_gpu |= rows[0][1]["device_type"] == "cuda"
+            right = [(row, facts) for row, facts in rows if row["status"] == "ok"]
+            title = f"{shape} {dtype} {label}".rstrip()
+            if not right:
+                lines.append(f"| {op} | {title} | {name} | - | {rows[0][0]['status']} | | | | {mark(rows[0][1])} |")
+                continue
+            row, facts = min(right, key=lambda one: one[0]["median_us"])
+            lines.append(
+                f"| {op} | {title} | {name} | {row['backend']} | {table.duration(row['median_us'])} | "
+                f"{row['roofline_percent']:.1f}% | {table.size(row['peak_extra_bytes'])} | {_against(row)} | "
+                f"{mark(facts)} |"
+            )
+        if not on_gpu:
+            lines.append(f"| {op} | | NVIDIA GPU | | {NOT_MEASURED} | | | | |")
+    return lines
+
+
+def step_table(results: list[dict]) -> list[str]:
+    """Markdown: a row for every variant and context of the step files; a full model without one says so."""
+    lines = [
+        "| Model | Context | Variant | Device | Step | Times the floor | Launches | Host syncs | Commit, date |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    full = False
+    for result in results:
+        if result["kind"] != "step":
+            continue
+        facts, model = result["environment"], result["options"]["model"]
+        full |= model.startswith("full") and facts["device_type"] == "cuda"
+        for row in result["rows"]:
+            head = f"| {model} | {row['context']} | {row['variant']} | {device(facts)} |"
+            if row["status"] != "ok":
+                lines.append(f"{head} {row['status']} | | | | {mark(facts)} |")
+                continue
+            lines.append(
+                f"{head} {table.duration(row['step_ms'] * 1e3)} | {row['floor_multiple']:.3g} | "
+                f"{row['launches']:.0f} | {row['host_syncs']:.1f} | {mark(facts)} |"
+            )
+    if not full:
+        lines.append(f"| full (26B-A4B) | | | NVIDIA GPU | {NOT_MEASURED} | | | | |")
+    return lines
+
+
+def readme_section(results: list[dict], plots: list[Path], root: Path) -> str:
+    parts = [
+        "Generated by `make report` from the files in `bench/results/`. A `+` marks a changed tree.",
+        "\n".join(op_table(results, headline=True)),
+        "\n".join(step_table(results)),
+    ]
+    if plots:
+        parts.append("\n".join(f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in plots))
+    return "\n\n".join(parts)
+
+
+def replace_section(text: str, section: str) -> str:
+    """The README with what stands between the markers replaced.
+
+    Raises:
+        BenchError: a marker is missing, doubled or in the wrong order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise BenchError(f"the README needs one line {BEGIN} and after it one line {END}")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is not up to date")
+    options = parser.parse_args(arguments)
+    found, problems = find_results(options.results)
+    results = [result for _, result in found]
+    for line in problems:
+        print(f"bench report: {line}", file=sys.stderr)
+    try:
+        text = options.readme.read_text()
+        drawn = [] if options.check else draw(results, options.results)
+        plots = sorted((options.results / "plots").glob("*.svg")) if options.check else drawn
+        new = replace_section(text, readme_section(results, plots, options.readme.resolve().parent))
+    except OSError as error:
+        print(f"bench report: {options.readme}: {error.strerror}", file=sys.stderr)
+        return 2
+    except BenchError as error:
+        print(f"bench report: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if new != text:
+            print(f"{options.readme} is not what `make report` writes", file=sys.stderr)
+        return 2 if problems else int(new != text)
+    options.readme.write_text(new)
+    print(f"written {options.readme}")
+    everything = options.results / "README.md"
+    everything.parent.mkdir(parents=True, exist_ok=True)
+    everything.write_text("\n".join(["# Every measured case", "", *op_table(results, headline=False), ""]))
+    print(f"written {everything}")
+    return 2 if problems else 0
+
+
+def draw(results: list[dict], folder: Path) -> list[Path]:
+    """The plots of all results, fresh; none where matplotlib is missing."""
+    try:
+        from . import plots
+
+        latest = [one for one in results if not one["options"].get("quick")]
+        drawn = plots.ops(latest, folder / "plots") + plots.steps(latest, folder / "plots")
+    except ImportError as error:
+        print(f"bench report: no plots: {error}", file=sys.stderr)
+        return []
+    for old in (folder / "plots").glob("*.svg"):
+        if old not in drawn:
+            old.unlink()
+    return [path.resolve() for path in drawn]

@@ -1,0 +1,307 @@
+"""The op bench: it checks before it times, counts what it says it counts, and serves bad requests with a line."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dgemma_accel
+from bench import (
+    bench_block_attention,
+    bench_commit,
+    bench_experts,
+    bench_head_stats,
+    bench_ops,
+    bench_row_stats,
+    bench_soft_embedding,
+    ceilings,
+    memory,
+    peers,
+    planted,
+    runner,
+    schema,
+    timing,
+)
+from bench.cases import Case, Sizes, Variant, disagreement
+from bench.peers import sdpa, torch_chain
+
+CPU = torch.device("cpu")
+LIMITS = ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11, "bfloat16": 1e11})
+
+
+@pytest.fixture
+def fixed_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick=False: LIMITS)
+
+
+def run(arguments, tmp_path):
+    path = tmp_path / "result.json"
+    code = bench_ops.main([*arguments, "--device", "cpu", "--quick", "--json", str(path)])
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_a_run_writes_a_result_of_the_schema(tmp_path, capsys, fixed_ceilings):
+    code, result = run(["row_stats", "commit", "--rows", "6", "--vocab", "997", "--batch", "2"], tmp_path)
+    assert code == 0
+    assert schema.violations(result) == []
+    rows = {(row["op"], row["case"], row["backend"]): row for row in result["rows"]}
+    row = rows["row_stats", "half settled", "reference"]
+    assert row["shape"] == "[6, 997]" and row["dtype"] == "fp32"
+    assert row["bytes"] == 6 * 997 * 4 + 6 * bench_row_stats.OUTPUT_BYTES_PER_ROW
+    assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+    assert row["roofline_percent"] == pytest.approx(100 * (row["bytes"] / 1e10 * 1e6) / row["median_us"])
+    chain = next(peer for peer in row["peers"] if peer["variant"] == "transformers chain")
+    assert chain["ratio"] == pytest.approx(chain["median_us"] / row["median_us"])
+    assert ("commit", "threshold, remask", "reference") in rows
+    assert "peer torch_compile skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["row_stat"], "unknown op 'row_stat'"),
+        (["--peer", "nobody"], "unknown peer 'nobody'"),
+        (["--backend", "fpga"], "unknown backend 'fpga'"),
+        (["--rows", "0"], "--rows: must be at least 1, got 0"),
+        (["block_attention", "--context", "-5"], "--context: must be at least 1"),
+        (["block_attention", "--context", "100000000000"], "does not fit"),
+    ],
+)
+def test_bad_requests_get_a_line_and_status_2_and_the_rest_runs(arguments, line, tmp_path, capsys, fixed_ceilings):
+    if "block_attention" in arguments:
+        small = [case for case in bench_block_attention.cases(CPU, Sizes(quick=True))[0] if "D512" in case.shape]
+        assert small, "the default cases hold what --context replaces"
+    peers_wanted = [] if "--peer" in arguments else ["--peer", "none"]
+    code, result = run(["commit", "--batch", "1", *peers_wanted, *arguments], tmp_path)
+    assert code == 2
+    assert line in capsys.readouterr().err
+    assert line in " ".join(result["problems"])
+    if "--backend" not in arguments:
+        assert any(row["op"] == "commit" and row["status"] == "ok" for row in result["rows"])
+
+
+def test_cuda_without_a_gpu_is_refused(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert bench_ops.main(["commit", "--device", "cuda"]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def wrong_case(error) -> Case:
+    """row_stats with a backend at a temperature `error` too high beside one that is right."""
+
+    def wrong(inputs):
+        return lambda: dgemma_accel.row_stats(
+            inputs.logits, temperature=inputs.temperature * error, softcap=inputs.softcap, uniform=inputs.uniform,
+            backend="reference",
+        )
+
+    case = bench_row_stats.cases(CPU, Sizes(rows=8, vocab=500, quick=True))[0][0]
+    right = next(variant for variant in case.backends if variant.name == "reference")
+    return Case(**{**vars(case), "backends": (Variant("wrong", wrong), right)})
+
+
+def test_a_wrong_kernel_prints_its_error_instead_of_a_time():
+    rows, problems = runner.Runner(CPU, LIMITS, [], quick=True).run(wrong_case(1.1))
+    wrong, right = rows
+    assert wrong["status"] == "wrong" and wrong["median_us"] is None and "entropy" in wrong["error"]
+    assert right["status"] == "ok" and right["median_us"] > 0
+    assert "wrong is wrong" in problems[0]
+    from bench import table
+
+    lines = "\n".join(table.case_lines(rows))
+    assert f"wrong wrong: {wrong['error']}" in lines
+
+
+def test_a_kernel_that_raises_fails_alone():
+    def broken(inputs):
+        raise RuntimeError("launch failed\nwith details")
+
+    case = wrong_case(1.0)
+    case = Case(**{**vars(case), "backends": (Variant("broken", broken), case.backends[1])})
+    rows, problems = runner.Runner(CPU, LIMITS, [], quick=True).run(case)
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert rows[0]["error"] == "RuntimeError: launch failed" and len(problems) == 1
+
+
+SMALL = {"quick": True, "rows": 4, "vocab": 640, "batch": 1}
+
+
+@pytest.mark.parametrize(
+    "module", [bench_row_stats, bench_commit, bench_head_stats, bench_soft_embedding], ids=lambda m: m.__name__
+)
+def test_every_backend_of_a_small_case_is_right_and_a_zeroed_result_is_not(module):
+    cases, _ = module.cases(CPU, Sizes(**SMALL))
+    case = cases[0]
+    inputs = case.make(CPU, 0)
+    for variant in case.backends:
+        result = variant.prepare(inputs)()
+        assert case.check(result, inputs) == [], variant.name
+        assert case.check(_zeroed(result), inputs), variant.name
+
+
+def _zeroed(result):
+    if isinstance(result, torch.Tensor):
+        return torch.zeros_like(result)
+    if isinstance(result, dgemma_accel.CommitResult):
+        return dgemma_accel.CommitResult(*(_zeroed(v) for v in (result.tokens, result.committed, result.num_committed)))
+    if isinstance(result, dgemma_accel.RowStats):
+        return type(result)(*(_zeroed(field) for field in result))
+    return tuple(_zeroed(part) for part in result)
+
+
+def test_attention_and_experts_cases_judge_by_their_error():
+    inputs = bench_block_attention.make_inputs(2, 2, 32, 40, True, torch.float32, CPU, 0)
+    output, lse = bench_block_attention.variant("reference").prepare(inputs)()
+    assert bench_block_attention.check((output, lse), inputs) == []
+    assert bench_block_attention.check((output * 1.01, lse), inputs)
+    small = bench_experts.make_inputs(4, 16, 8, True, torch.float32, CPU, 0)
+    result = bench_experts.variant("reference").prepare(small)()
+    assert bench_experts.check(result, small) == []
+    assert bench_experts.check(result * 1.01, small)
+
+
+def test_attention_traffic_leaves_out_what_padding_hides():
+    case = {case.label: case for case in bench_block_attention.cases(CPU, Sizes())[0] if "prefix 1024" in case.shape}
+    assert case["padded"].flops < 4 * case[""].flops
+    single = 4 * 16 * 256 * (1024 + 256) * 512
+    assert case[""].flops == single
+
+
+def test_planted_rows_have_the_confidence_that_their_name_says():
+    for name, fraction in planted.MIXES.items():
+        logits = planted.logits(16, 4096, fraction, torch.float32, CPU, 3)
+        stats = dgemma_accel.row_stats(logits, temperature=0.6, softcap=30.0, seed=0, backend="reference")
+        assert int((stats.top1_prob > 0.99).sum()) == 16 * fraction, name
+        assert int((stats.entropy > 1).sum()) == 16 * (1 - fraction), name
+    weight = planted.head(4096, 256, torch.float32, CPU, 1)
+    hidden = planted.hidden_states(weight, 16, 0.5, 2)
+    stats = dgemma_accel.row_stats(hidden @ weight.T, temperature=0.6, softcap=30.0, seed=0, backend="reference")
+    assert int((stats.top1_prob > 0.99).sum()) == 8
+    one, other = (planted.logits(2, 64, 0.0, torch.float32, CPU, seed) for seed in (1, 2))
+    assert not torch.equal(one, other)
+
+
+def test_variants_are_timed_in_turn():
+    order = []
+    calls = {name: ([lambda name=name: order.append(name)], False) for name in "ab"}
+    found = timing.measure(calls, CPU, seconds=0, least=3)
+    # One warm-up call each, then a sample of each in turn.
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert found["a"].runs == 3 and found["a"].method == "clock"
+
+
+def test_a_variant_that_fails_while_timed_leaves_the_others():
+    state = {"calls": 0}
+
+    def breaks():
+        state["calls"] += 1
+        if state["calls"] == 3:
+            raise RuntimeError("third call")
+
+    found = timing.measure({"bad": ([breaks], False), "good": ([lambda: None], False)}, CPU, seconds=0, least=4)
+    assert isinstance(found["bad"], RuntimeError) and found["good"].runs == 4
+
+
+def test_quantiles():
+    found = timing.summarize([5.0, 1.0, 2.0, 3.0, 4.0], "clock")
+    assert (found.median, found.p20, found.p80) == (3.0, 2.0, 5.0)
+
+
+def test_peak_memory_sees_what_a_call_allocates():
+    size = 64 << 20
+
+    def allocates():
+        torch.ones(size // 4)
+
+    extra = memory.peak_extra(allocates, CPU)
+    if extra is None:
+        pytest.skip("the peak of the resident set cannot be reset here")
+    assert 0.9 * size < extra < 1.3 * size
+    assert memory.peak_extra(lambda: None, CPU) < 0.05 * size
+
+
+def test_disagreement_names_what_differs():
+    truth = {"argmax": torch.arange(100), "entropy": torch.linspace(1, 2, 100)}
+    assert disagreement({"argmax": torch.arange(100)}, truth) == []
+    assert disagreement({"entropy": truth["entropy"] * 1.001}, truth) == []
+    assert "argmax" in disagreement({"argmax": torch.zeros(100, dtype=torch.long)}, truth)[0]
+    assert "entropy" in disagreement({"entropy": truth["entropy"] * 1.1}, truth)[0]
+    assert "50 values" in disagreement({"entropy": truth["entropy"][:50]}, truth)[0]
+
+
+def test_every_peer_module_says_whether_it_can_run():
+    modules, problems = peers.load()
+    assert [module.NAME for module in modules] == list(peers.MODULES) and not problems
+    for module in modules:
+        reason = module.unavailable(CPU)
+        assert reason is None or (isinstance(reason, str) and reason)
+    assert torch_chain.unavailable(CPU) is None
+
+
+def test_attention_peers_agree_with_the_reference():
+    inputs = bench_block_attention.make_inputs(2, 2, 32, 24, True, torch.float32, CPU, 0)
+    expected = bench_block_attention.expected(inputs)
+    for variant in sdpa.variants(SimpleNamespace(op="block_attention"), inputs):
+        assert disagreement(variant.outputs(variant.prepare(inputs)()), expected) == [], variant.name
+
+
+@pytest.mark.parametrize("op", ["row_stats", "commit", "head_stats", "soft_embedding"])
+def test_chain_peers_agree_with_the_reference(op):
+    module = {
+        "row_stats": bench_row_stats, "commit": bench_commit, "head_stats": bench_head_stats,
+        "soft_embedding": bench_soft_embedding,
+    }[op]
+    for case in module.cases(CPU, Sizes(**SMALL))[0]:
+        inputs = case.make(CPU, 0)
+        found = torch_chain.variants(case, inputs)
+        assert found
+        for variant in found:
+            assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], variant.name
+
+
+class _TableOps(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts ops that write a tensor of at least `size` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        returns = func._schema.returns
+        view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+        if isinstance(first, torch.Tensor) and first.numel() >= self.size and not view:
+            self.seen[func._opname] += 1
+        return out
+
+
+def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
+    pytest.importorskip("transformers")
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+    rows, vocab = 4, 300
+    logits = torch.randn(1, rows, vocab)
+    sampler = generation.EntropyBoundSampler(generation.EntropyBoundSamplerConfig(0.1), rows, vocab, 4)
+    weight = torch.zeros(1, dtype=torch.bfloat16)
+    model = SimpleNamespace(
+        config=SimpleNamespace(text_config=SimpleNamespace(vocab_size=vocab)),
+        model=SimpleNamespace(decoder=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))),
+    )
+    canvas = torch.zeros(1, rows, dtype=torch.long)
+    with _TableOps(rows * vocab) as theirs:
+        generation.DiffusionGemmaGenerationMixin._denoising_step(
+            model, decoder_forward=lambda **_: SimpleNamespace(logits=logits), current_canvas=canvas,
+            argmax_canvas=canvas, input_ids=canvas, decoder_position_ids=None, self_conditioning_logits=logits,
+            mask_mapping=None, past_key_values=None, finished_denoising=torch.zeros(1, dtype=torch.bool), cur_step=2,
+            sampler=sampler, logits_processor=lambda ids, scores, cur_step: scores / 0.6,
+            diffusion_stopping_criteria=generation.StableAndConfidentStoppingCriteria(1, 0.005),
+        )
+    with _TableOps(rows * vocab) as ours:
+        torch_chain.sampler_step(logits[0], 0.6, 30.0)
+    # The softcap is the head's, and the conversion of the logits for the next step comes after the decision.
+    softcap = Counter({"div": 1, "tanh": 1, "mul": 1})
+    assert ours.seen - softcap == theirs.seen - Counter({"_to_copy": 1})

@@ -1,0 +1,130 @@
+"""The run for a machine with a GPU: its parts, its time budget and its summary, with the commands replaced."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu
+from bench.gpu import Outcome, Part
+
+PARTS = gpu.all_parts((9, 0), Path("out"), python="python")
+
+
+class Clock:
+    def __init__(self):
+        self.time = 0.0
+
+    def __call__(self):
+        return self.time
+
+
+def executor(clock, plan, seen):
+    """Runs parts on a fake clock: plan maps a part's log name to (seconds it needs, exit status)."""
+
+    def execute(command, environment, seconds, log):
+        needs, code = plan.get(log.stem, (1.0, 0))
+        seen.append((log.stem, round(seconds), command))
+        clock.time += min(needs, seconds)
+        return None if needs > seconds else code
+
+    return execute
+
+
+def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "device_facts", lambda: None)
+    assert gpu.main([]) == 2 and gpu.sanitize([]) == 2
+    assert capsys.readouterr().err.count("no NVIDIA GPU") == 2
+
+
+def test_parts_in_order_with_the_architecture_of_the_gpu():
+    names = [part.name for part in PARTS]
+    assert names[:3] == ["build", "doctor", "test"] and names[-1] == "step"
+    assert set(gpu.OPS) < set(names)
+    assert dict(PARTS[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "90a"
+    assert dict(gpu.all_parts((12, 0), Path("out"))[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "120"
+    assert "--no-build-isolation" in PARTS[0].command
+
+
+def test_choosing_parts():
+    chosen, problems = gpu.choose(PARTS, ["attention", "test"])
+    assert [part.name for part in chosen] == ["test", "block_attention"] and not problems
+    assert [part.name for part in gpu.choose(PARTS, ["ops"])[0]] == list(gpu.OPS)
+    chosen, problems = gpu.choose(PARTS, ["tests", "step"])
+    assert [part.name for part in chosen] == ["step"] and "unknown part 'tests'" in problems[0]
+    assert gpu.choose(PARTS, [])[0] == PARTS
+
+
+def test_a_failing_part_does_not_stop_the_others(tmp_path):
+    clock, seen = Clock(), []
+    parts = [Part(name, ("run", name), 1.0) for name in "abcd"]
+    plan = {"a": (10, 1), "b": (500, 0), "c": (10, 0)}
+    outcomes = gpu.run_parts(parts, 100, tmp_path, executor(clock, plan, seen), clock)
+    assert [outcome.status for outcome in outcomes] == ["failed", "timeout", "ok", "ok"]
+    # a may take 25 s and leaves 15 over; b is ended after a third of the 90 s left; c and d share what is then left.
+    assert [seconds for _, seconds, _ in seen] == [25, 30, 30, 50]
+    assert outcomes[0].code == 1 and outcomes[1].code is None
+    assert clock.time <= 100
+
+
+def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):
+    parts = [Part("x", ("/nonexistent/program",), 1.0), Part("y", (sys.executable, "-c", ""), 1.0)]
+    outcomes = gpu.run_parts(parts, 30, tmp_path)
+    assert [outcome.status for outcome in outcomes] == ["failed", "ok"] and outcomes[0].code == 127
+
+
+def test_bench_parts_are_told_their_time():
+    step = PARTS[-1]
+    assert gpu.with_budget(step, 100)[-2:] == ("--budget", "75")
+    assert gpu.with_budget(PARTS[0], 100) == PARTS[0].command
+
+
+def test_a_part_that_hangs_is_ended_with_its_children_and_its_output_kept(tmp_path):
+    code = (
+        "import subprocess, sys, time; print('begun', flush=True); "
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    begun = time.monotonic()
+    status = gpu.run_process((sys.executable, "-c", code), {}, 1.0, tmp_path / "log")
+    assert status is None and time.monotonic() - begun < 20
+    assert (tmp_path / "log").read_text() == "begun\n"
+    assert gpu.run_process((sys.executable, "-c", "raise SystemExit(3)"), {}, 30.0, tmp_path / "log") == 3
+
+
+def test_main_runs_all_parts_and_leaves_a_summary(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "device_facts", lambda: {"name": "NVIDIA Test", "capability": (9, 0)})
+
+    def run_parts(parts, seconds, out):
+        seen.extend(part.name for part in parts)
+        assert seconds == 60 * 9 and out == tmp_path
+        (out / "row_stats.json").write_text("{}")
+        return [Outcome(part.name, "ok" if part.name != "commit" else "failed", 0, 2.0) for part in parts]
+
+    monkeypatch.setattr(gpu, "run_parts", run_parts)
+    assert gpu.main(["--parts", "row_stats", "commit"]) == 1
+    assert seen == ["row_stats", "commit"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert "NVIDIA Test, compute capability 9.0" in summary and "commit: failed" in summary
+    assert "row_stats.json: not a result file" in summary
+    assert (tmp_path / "summary.json").exists()
+    assert gpu.main(["--parts", "nothing"]) == 2
+    assert "unknown part 'nothing'" in capsys.readouterr().err
+
+
+def test_sanitizer_runs_the_gpu_tests_under_each_tool():
+    parts = gpu.sanitizer_parts("compute-sanitizer", ["memcheck", "racecheck"], ["tests"], python="python")
+    assert [part.name for part in parts] == ["memcheck", "racecheck"]
+    for part in parts:
+        assert part.command[:3] == ("compute-sanitizer", "--tool", part.name)
+        assert part.command[part.command.index("python") :][:5] == ("python", "-m", "pytest", "-m", "gpu")
+        assert dict(part.environment)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--minutes", "-1"]])
+def test_a_budget_of_nothing_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "device_facts", lambda: {"name": "NVIDIA Test", "capability": (9, 0)})
+    assert gpu.main(arguments) == 2
+    assert "--minutes: must be above 0" in capsys.readouterr().err

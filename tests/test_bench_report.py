@@ -1,0 +1,154 @@
+"""The README's table: every figure comes from a result file, and what has none says so."""
+
+import copy
+import json
+
+import pytest
+
+from bench import report, schema
+from bench.cases import BenchError
+
+ENVIRONMENT = {
+    "device": "NVIDIA Test", "device_type": "cuda", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11",
+    "triton": "3.6", "transformers": "5.17", "commit": "0123456789abcdef", "clean": True, "date": "2026-01-02T03:04:05",
+}
+TIMED = {
+    "status": "ok", "error": None, "median_us": 123.4, "p20_us": 120.0, "p80_us": 130.0, "runs": 9, "method": "graph",
+    "peak_extra_bytes": 1000,
+}
+PEER = {"peer": "torch_chain", "variant": "transformers chain", "ratio": 25.0, **TIMED}
+ROW = {
+    "op": "row_stats", "case": "half settled", "shape": "[256, 262144]", "dtype": "bf16", "backend": "triton",
+    "bytes": 10, "flops": 0, "floor_us": 60.0, "roofline_percent": 48.6, "cold_cache": True, "peers": [PEER], **TIMED,
+}
+OPS = {
+    "schema": schema.SCHEMA, "kind": "ops", "environment": ENVIRONMENT, "clocks": {}, "ceilings": {}, "options": {},
+    "rows": [ROW], "problems": [],
+}
+STEP_ROW = {
+    "variant": "dgemma_accel", "context": 1024, "batch": 1, "steps": 16, "status": "ok", "error": None, "step_ms": 20.5,
+    "components_ms": {name: 1.0 for name in ("attention", "experts", "head", "sampler", "self-conditioning", "rest")},
+    "launches": 500.0, "host_syncs": 0.0, "peak_extra_bytes": 5, "floor_ms": 12.9, "floor_multiple": 1.59,
+}
+STEP = {**OPS, "kind": "step", "options": {"model": "full (30 layers)"}, "rows": [STEP_ROW]}
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    results = tmp_path / "results" / "test"
+    results.mkdir(parents=True)
+    return tmp_path
+
+
+def make(place, *extra):
+    return report.main(["--readme", str(place / "README.md"), "--results", str(place / "results"), *extra])
+
+
+def test_without_results_everything_is_not_yet_measured(place):
+    assert make(place) == 0
+    text = (place / "README.md").read_text()
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("not yet measured") == len(report.OPS) + 1
+
+
+def test_figures_follow_the_files(place):
+    schema.write(OPS, place / "results" / "test" / "ops.json")
+    schema.write(STEP, place / "results" / "test" / "step.json")
+    assert make(place) == 0
+    text = (place / "README.md").read_text()
+    assert "| row_stats | [256, 262144] bf16 half settled | NVIDIA Test | triton | 123 us | 48.6% |" in text
+    assert "25x torch_chain (transformers chain)" in text and "0123456789 2026-01-02" in text
+    assert "| full (30 layers) | 1024 | dgemma_accel | NVIDIA Test | 20.5 ms | 1.59 | 500 | 0.0 |" in text
+    assert text.count("not yet measured") == len(report.OPS) - 1
+    assert make(place, "--check") == 0
+    assert len(list((place / "results" / "plots").glob("*.svg"))) == 2
+
+    changed = copy.deepcopy(OPS)
+    changed["rows"][0]["median_us"] = 99.0
+    schema.write(changed, place / "results" / "test" / "ops.json")
+    assert make(place, "--check") == 1
+    assert make(place) == 0
+    assert "| 99 us |" in (place / "README.md").read_text()
+
+
+def test_the_fastest_right_backend_stands_in_the_table_and_a_wrong_one_never(place):
+    result = copy.deepcopy(OPS)
+    slow = {**copy.deepcopy(ROW), "backend": "cuda", "median_us": 500.0}
+    wrong = {**copy.deepcopy(ROW), "backend": "cpp", "status": "wrong", "error": "entropy: off", "median_us": None}
+    result["rows"] = [slow, wrong, ROW]
+    assert "| triton | 123 us |" in "\n".join(report.op_table([result], True))
+    result["rows"] = [wrong]
+    assert "| - | wrong |" in "\n".join(report.op_table([result], True))
+
+
+def test_a_later_file_counts_and_a_quick_one_does_not():
+    later = copy.deepcopy(OPS)
+    later["environment"]["date"] = "2026-02-02T00:00:00"
+    later["rows"][0]["median_us"] = 50.0
+    quick = copy.deepcopy(later)
+    quick["environment"]["date"] = "2026-03-02T00:00:00"
+    quick["options"]["quick"] = True
+    quick["rows"][0]["median_us"] = 1.0
+    lines = "\n".join(report.op_table([later, quick, OPS], True))
+    assert "| 50 us |" in lines and "123 us" not in lines and "| 1 us |" not in lines
+
+
+def test_a_changed_tree_is_marked():
+    changed = copy.deepcopy(OPS)
+    changed["environment"]["clean"] = False
+    assert "0123456789+ 2026-01-02" in "\n".join(report.op_table([changed], True))
+
+
+@pytest.mark.parametrize("text", ["no markers", report.BEGIN, report.END + report.BEGIN, README + README])
+def test_a_readme_without_its_markers_is_refused(place, text, capsys):
+    (place / "README.md").write_text(text)
+    assert make(place) == 2
+    assert "the README needs one line" in capsys.readouterr().err
+    assert (place / "README.md").read_text() == text
+
+
+def test_files_of_another_schema_get_a_line_and_the_others_count(place, capsys):
+    folder = place / "results" / "test"
+    schema.write(OPS, folder / "good.json")
+    (folder / "other.json").write_text(json.dumps({"schema": "something/9"}))
+    (folder / "torn.json").write_text("{")
+    assert make(place) == 2
+    errors = capsys.readouterr().err
+    assert "other.json: not a result file of this bench: schema 'something/9'" in errors
+    assert "torn.json: not JSON" in errors
+    assert "123 us" in (place / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (lambda r: r.pop("environment"), "environment"),
+        (lambda r: r["environment"].pop("commit"), "environment: commit is missing"),
+        (lambda r: r["rows"][0].pop("floor_us"), "rows[0]: floor_us is missing"),
+        (lambda r: r["rows"][0].update(median_us="fast"), "rows[0]: median_us has type str"),
+        (lambda r: r["rows"][0].update(bytes=True), "rows[0]: bytes has type bool"),
+        (lambda r: r["rows"][0].update(status="great"), "unknown status 'great'"),
+        (lambda r: r["rows"][0]["peers"][0].pop("ratio"), "rows[0].peers[0]: ratio is missing"),
+        (lambda r: r.update(kind="plan"), "kind 'plan'"),
+        (lambda r: r.pop("clocks"), "clocks is missing"),
+    ],
+)
+def test_the_schema_finds_what_is_missing(change, line, tmp_path):
+    result = copy.deepcopy(OPS)
+    assert schema.violations(result) == []
+    change(result)
+    assert line in schema.violations(result)[0]
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    with pytest.raises(BenchError):
+        schema.read(tmp_path / "r.json")
+    with pytest.raises(AssertionError):
+        schema.write(result, tmp_path / "w.json")
+
+
+def test_step_results_have_a_schema_too():
+    assert schema.violations(STEP) == []
+    broken = copy.deepcopy(STEP)
+    del broken["rows"][0]["floor_multiple"]
+    assert "floor_multiple is missing" in schema.violations(broken)[0]

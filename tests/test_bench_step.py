@@ -1,0 +1,194 @@
+"""The step bench: floors as derived from the model's figures, random models made in place, counts and components."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from bench import ceilings, floors, schema
+
+CPU = torch.device("cpu")
+
+H200 = (4.3e12, 790e12)
+RTX_PRO = (1.79e12, 504e12)
+
+
+@pytest.mark.parametrize(
+    "precision, card, expected",
+    [
+        (floors.BF16, H200, (12.9, 13.3, 14.6, 19.8)),
+        (floors.BF16, RTX_PRO, (29.6, 30.2, 32.2, 40.4)),
+        (floors.FP8_WEIGHTS, H200, (7.0, 7.4, 8.7, 14.0)),
+        (floors.FP8_WEIGHTS, RTX_PRO, (15.9, 16.5, 18.5, 26.7)),
+    ],
+)
+def test_floors_of_the_full_model(precision, card, expected):
+    text = floors.load_figures()["text_config"]
+    for context, total in zip((1024, 8192, 32_768, 131_072), expected):
+        found = floors.step_ms(floors.components(text, 256, context, precision=precision), *card)
+        assert found["total"] == pytest.approx(total, abs=0.07)
+        assert found["total"] == pytest.approx(sum(v for name, v in found.items() if name != "total"))
+
+
+def test_components_of_the_floor():
+    text = floors.load_figures()["text_config"]
+    at = {card: floors.step_ms(floors.components(text, 256, 1024), *card) for card in (H200, RTX_PRO)}
+    assert at[H200]["experts"] == pytest.approx(10.6, abs=0.05)
+    assert at[RTX_PRO]["experts"] == pytest.approx(25.5, abs=0.05)
+    assert at[H200]["head"] == pytest.approx(0.48, abs=0.005)
+    assert at[RTX_PRO]["head"] == pytest.approx(0.90, abs=0.005)
+
+
+def test_experts_of_few_rows_are_not_all_touched():
+    text = floors.load_figures()["text_config"]
+    (one, _), (many, _) = (floors.components(text, rows, 0)["experts"][0] for rows in (1, 256))
+    assert one / many == pytest.approx(8 / 128, rel=1e-3)
+
+
+transformers = pytest.importorskip("transformers")
+
+from bench import bench_step, step_model, step_trace  # noqa: E402
+
+# The full model's structure at a hundredth of its width, on the path that the full size takes.
+NARROW = {
+    "vocab_size": 640, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "num_experts": 8, "top_k_experts": 2,
+    "moe_intermediate_size": 16, "canvas_length": 8, "sliding_window": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return step_model.build(step_model.full_config(2, NARROW), CPU, torch.float32)
+
+
+def test_the_full_configuration_is_the_released_one():
+    config = step_model.full_config()
+    text = config.text_config
+    assert [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
+    assert config.canvas_length == 256 and text.num_experts == 128 and text.per_layer_config[5].head_dim == 512
+    assert step_model.parameter_bytes(config, torch.bfloat16) / 2e9 == pytest.approx(25.25, abs=0.05)
+    assert step_model.full_config(1).text_config.layer_types == ["full_attention"]
+
+
+def test_a_model_made_in_place_is_as_one_made_by_transformers(model):
+    ordinary = transformers.DiffusionGemmaForBlockDiffusion(model.config)
+    made, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    assert made.keys() == dict(ordinary.named_parameters()).keys()
+    for name, parameter in ordinary.named_parameters():
+        assert made[name].shape == parameter.shape
+        spread = float(parameter.detach().std())
+        assert float(made[name].std()) == pytest.approx(spread, rel=0.3, abs=1e-3), name
+    for name, buffer in ordinary.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(step_model.memory, "available", lambda device: 10**9)
+    assert bench_step.main(["--model", "full", "--device", "cpu"]) == 2
+    assert "does not fit: its weights need 50.4 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["--model", "tiny", "--layers", "3"], "--layers: only the full model"),
+        (["--model", "full", "--layers", "0"], "--layers: must be at least 1"),
+    ],
+)
+def test_bad_requests(arguments, line, capsys):
+    assert bench_step.main([*arguments, "--device", "cpu"]) == 2
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_random_cache_is_as_long_as_its_context(model, static):
+    cache = step_model.random_cache(model, 2, 20, static=static, room=4)
+    assert int(cache.get_seq_length()) == 20
+    wide = model.config.text_config.num_hidden_layers - 1
+    assert cache.layers[wide].keys.shape[:2] == (2, 1)
+    assert bool(cache.layers[wide].keys[:, :, :20].std() > 0.5)
+
+
+def test_launches_leave_out_views_and_look_into_ops():
+    import dgemma_accel
+
+    x = torch.randn(4, 6)
+    assert step_trace.count_on_cpu(lambda: (x.view(6, 4).t() + 1) @ x.view(6, 4)) == (2, 0)
+    assert step_trace.count_on_cpu(lambda: float(x[0, 0])) == (1, 1)
+    inside, _ = step_trace.count_on_cpu(lambda: dgemma_accel.row_stats(x, seed=1, backend="reference"))
+    assert inside > 10
+    if dgemma_accel.backends.load("row_stats", "cpp")[0] is not None:
+        with step_trace.counting() as counter:
+            dgemma_accel.row_stats(x, seed=1, backend="cpp")
+        assert counter.by_op["dgemma::row_stats"] == 1 and counter.launches < inside
+
+
+def test_the_timeline_charges_the_innermost_component():
+    timeline = step_trace.Timeline(CPU)
+    time.sleep(0.02)
+    timeline.become("sampler")
+    timeline.enter("attention")
+    time.sleep(0.03)
+    timeline.leave()
+    time.sleep(0.01)
+    found = timeline.milliseconds()
+    assert 30 <= found["attention"] < 60 and 10 <= found["sampler"] < 30 and found["head"] == 0
+
+
+def test_components_cover_the_steps_of_the_reference(model):
+    cache = step_model.random_cache(model, 1, 16, static=False, room=0)
+    run = bench_step.denoiser(model, cache, 1)
+    run(1)
+    with step_trace.component_timeline(model) as timeline:
+        spent = bench_step.clock(lambda: run(3), CPU)
+    found = timeline.milliseconds()
+    assert all(value > 0 for value in found.values()), found
+    assert sum(found.values()) < spent
+    # The model is left as it was.
+    assert "forward" not in vars(model) and not model.model.decoder._forward_hooks
+
+
+def test_a_run_takes_exactly_the_steps_asked_for(model):
+    cache = step_model.random_cache(model, 2, 16, static=False, room=0)
+    for steps in (1, 3):
+        result = bench_step.denoiser(model, cache, 2)(steps)
+        new = result.sequences.shape[1] - 1
+        valid = (result.sequences[:, 1:] != 0).sum(-1)
+        assert new == 8 and torch.allclose(result.tokens_per_forward, valid / steps)
+
+
+def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
+    limits = ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11})
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick=False: limits)
+    path = tmp_path / "step.json"
+    options = bench_step.parser().parse_args(
+        ["--steps", "3", "--repeats", "1", "--context", "16", "9999999", "--json", str(path), "--plot", str(tmp_path)]
+    )
+    code = bench_step.bench(model, "full (2 layers, narrow)", options, CPU)
+    out, err = capsys.readouterr()
+    assert code == 2 and "--context 9999999: must be in" in err
+    result = json.loads(path.read_text())
+    assert schema.violations(result) == []
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert set(rows) == {"transformers, dynamic cache", "dgemma_accel", "autoregressive, dynamic cache"}
+    theirs = rows["transformers, dynamic cache"]
+    assert theirs["status"] == "ok" and theirs["launches"] > 100 and theirs["host_syncs"] >= 4
+    assert theirs["floor_ms"] > rows["autoregressive, dynamic cache"]["floor_ms"] > 0
+    assert theirs["floor_multiple"] == pytest.approx(theirs["step_ms"] / theirs["floor_ms"])
+    assert "x at 16 tokens a step" in out and "x at 19.7 tokens a step" in out
+    assert list(tmp_path.glob("step-full-*.svg"))
+
+
+def test_speedup_over_decoding_counts_tokens_of_a_step():
+    def row(name, milliseconds):
+        return {"variant": name, "status": "ok", "step_ms": milliseconds}
+
+    lines = bench_step.speedups([row("dgemma_accel", 20.0), row("autoregressive, dynamic cache", 5.0)])
+    assert lines == [
+        "dgemma_accel against autoregressive, dynamic cache: 4.00x at 16 tokens a step, 4.92x at 19.7 tokens a step"
+    ]
+    assert bench_step.speedups([row("dgemma_accel", 20.0)]) == []
