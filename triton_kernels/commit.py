@@ -75,6 +75,32 @@ def best_so_far(key_a, start_a, key_b, start_b):
     return tl.where(start_b != 0, key_b, tl.minimum(key_a, key_b)), start_a | start_b
 
 
+@triton.jit
+def exchange(b_cube, b_ascending, DIM: tl.constexpr, AXES: tl.constexpr):
+    """One step of the sorting network: pairs along axis `DIM` of a [2, 2, ...] tile get in order."""
+    # The partner is what the pair's sum leaves: one reduction, exact because integer addition wraps.
+    b_partner = tl.sum(b_cube, DIM, keep_dims=True) - b_cube
+    b_second = tl.reshape(tl.arange(0, 2), [1] * DIM + [2] + [1] * (AXES - 1 - DIM)) != 0
+    return tl.where((b_cube > b_partner) == (b_second != b_ascending), b_partner, b_cube)
+
+
+@triton.jit
+def sort_keys(b_key, BLOCK: tl.constexpr, LOG2: tl.constexpr):
+    """Distinct int64 keys in ascending order, by a bitonic network."""
+    if LOG2 > 0:
+        b_cube = tl.reshape(b_key, [2] * LOG2)
+        for merge in tl.static_range(1, LOG2 + 1):
+            # Runs of 2 ** merge keys ascend where that bit of the position is 0; the last run always does.
+            if merge < LOG2:
+                b_ascending = tl.reshape(tl.arange(0, 2), [1] * (LOG2 - 1 - merge) + [2] + [1] * merge) == 0
+            else:
+                b_ascending = tl.full([1] * LOG2, 1, tl.int1)
+            for step in tl.static_range(merge):
+                b_cube = exchange(b_cube, b_ascending, LOG2 - merge + step, LOG2)
+        b_key = tl.reshape(b_cube, [BLOCK])
+    return b_key
+
+
 @triton.jit(
     do_not_specialize=["k", "value", "value2", "mask_id", "write_argument", "seed", "offset", "confidence", "depth"]
 )
@@ -90,6 +116,7 @@ def commit_kernel(
     K_POINTER: tl.constexpr, VALUE_POINTER: tl.constexpr, VALUE2_POINTER: tl.constexpr,
     SEED_POINTER: tl.constexpr, OFFSET_POINTER: tl.constexpr, CONFIDENCE_POINTER: tl.constexpr,
     CANDIDATES: tl.constexpr, STATE: tl.constexpr, STOP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+    LOG2: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     p_row = i_b * LENGTH
@@ -143,7 +170,7 @@ def commit_kernel(
     b_key |= tl.where(m_eligible, 2, 0).to(tl.int64)
 
     # In order of rank, [BLOCK]. Lanes beyond the canvas hold the largest positions and no eligible bit.
-    b_key = tl.sort(b_key)
+    b_key = sort_keys(b_key, BLOCK, LOG2)
     o_c = ((b_key >> 2) & 0x7FF).to(tl.int32)
     m_c = o_c < LENGTH
     m_ranked = (b_key >> 45) == 0
@@ -296,6 +323,7 @@ def commit(
             K_POINTER=k_pointer, VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer,
             SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, CONFIDENCE_POINTER=confidence_pointer,
             CANDIDATES=candidates is not None, STATE=state, STOP=confidence is not None,
-            LENGTH=length, BLOCK=block, num_warps=config["num_warps"],
+            LENGTH=length, BLOCK=block, LOG2=block.bit_length() - 1,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return new_tokens, committed, num_committed, *new_state
