@@ -110,10 +110,11 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
     import pybind11
 
     nvcc = find_nvcc()
-    includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    common = ["-std=c++17", "-O3", *includes]
+    common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
+    python_includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     cxx = shlex.split(os.environ.get("CXX", "c++"))
-    cxx_flags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+    # CUDA sources know nothing of Python, so another environment of the same tree does not compile them again.
+    cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
     archs = cuda_archs(nvcc, editable) if nvcc else []
     if nvcc:
         cxx_flags += ["-DDGEMMA_WITH_CUDA", f'-DDGEMMA_CUDA_ARCHS="{" ".join(archs)}"']
