@@ -267,6 +267,7 @@ def prepare_model(options, device: torch.device):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         from transformers import DiffusionGemmaForBlockDiffusion  # noqa: F401
     except ImportError as error:
         raise BenchError(f"step needs transformers >= 5.17: {error}") from error
