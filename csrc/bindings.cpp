@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(DGEMMA_WITH_CUDA)
   dgemma::register_device(m);
 #endif
+  dgemma::register_random(m);
   dgemma::register_row_stats(m);
   dgemma::register_commit(m);
 }

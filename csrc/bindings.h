@@ -5,6 +5,7 @@
 
 namespace dgemma {
 
+void register_random(pybind11::module_& m);
 void register_row_stats(pybind11::module_& m);
 void register_commit(pybind11::module_& m);
 #if defined(DGEMMA_WITH_CUDA)

@@ -1,0 +1,199 @@
+"""The compiled extension: what the public ops cannot show. Instruction sets, threads, memory, loading, errors."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import dgemma_accel
+from dgemma_accel.backends import BackendError
+from dgemma_accel.native import row_stats_cpp
+from dgemma_accel.native.params import CapabilityAtLeast, extension, missing_extension
+from dgemma_accel.native.row_stats_params import outputs, row_stats_params
+from dgemma_accel.reference.budget import check_row_stats
+from dgemma_accel.samplers import Keep, TopK
+
+pytestmark = pytest.mark.skipif(missing_extension() is not None, reason=str(missing_extension()))
+
+INSTRUCTION_SETS = [] if missing_extension() else extension().host_instruction_sets().split()
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert tuple(extension().philox4x32(counter, key)) == words
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 3, 15, 17, 4095, 4097, 12_289])
+def test_each_instruction_set_is_within_budget(monkeypatch, isa, dtype, vocab):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    uniform = torch.rand(5)
+    uniform[0] = 0.0
+    # From logits where tanh is a straight line to logits where it is flat.
+    for scale in (1e-3, 1.0, 60.0, 1e4):
+        logits = (torch.randn(5, vocab) * scale).to(dtype)
+        logits[1, vocab // 2] = float("-inf") if vocab > 1 else 0.0
+        for kwargs in ({"softcap": 30.0}, {"temperature": 0.6}, {"temperature": 0.6, "stats_temperature": 1.4}):
+            stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp", **kwargs)
+            problems = check_row_stats(stats, logits, uniform=uniform, **kwargs)
+            assert not problems, (scale, kwargs, problems)
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch):
+    logits = torch.randn(4, 9000)
+    best = dgemma_accel.row_stats(logits, seed=1, backend="cpp")
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, INSTRUCTION_SETS[0])
+    named = dgemma_accel.row_stats(logits, seed=1, backend="cpp")
+    assert all(torch.equal(a, b) for a, b in zip(best, named))
+
+
+def test_unknown_instruction_set_names_those_there_are(monkeypatch):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, "mmx")
+    with pytest.raises(ValueError, match=r"'mmx'.*plain"):
+        dgemma_accel.row_stats(torch.randn(1, 8), backend="cpp")
+
+
+def test_every_half_precision_number_is_read_exactly(monkeypatch):
+    # logsumexp of a vocabulary of one is the logit itself: subnormals, both signs, all finite values.
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        numbers = bits.view(dtype)
+        numbers = numbers[numbers.isfinite()]
+        for isa in INSTRUCTION_SETS:
+            monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+            stats = dgemma_accel.row_stats(numbers[:, None], backend="cpp")
+            assert torch.equal(stats.logsumexp, numbers.float())
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    logits = torch.randn(37, 20_000)
+    tokens = torch.randint(50, (37, 300))
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        stats = dgemma_accel.row_stats(logits, seed=5, softcap=30.0, backend="cpp")
+        wide = type(stats)(*(field[:, None].expand(37, 300).contiguous() for field in stats))
+        committed = dgemma_accel.commit(tokens, wide, TopK(5), Keep(), backend="cpp")
+        results.append((*stats, committed.tokens, committed.committed))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_python_threads_may_call_at_once(threads):
+    threads(2)
+    logits = torch.randn(8, 30_000)
+    expected = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+    wrong = []
+
+    def call():
+        for _ in range(5):
+            stats = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+            if not all(torch.equal(a, b) for a, b in zip(expected, stats)):
+                wrong.append(stats)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+FORKED = """
+import os, sys, torch, dgemma_accel
+torch.set_num_threads(2)
+logits = torch.randn(8, 30_000)
+expected = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+child = os.fork()
+if child == 0:
+    stats = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+    os._exit(0 if all(torch.equal(a, b) for a, b in zip(expected, stats)) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+
+
+def test_extra_memory_is_below_a_hundredth_of_the_table():
+    logits = torch.empty(1, 1, 1).expand(1, 256, 262_144)
+    uniform, zero = torch.rand(256), torch.tensor(0)
+    params = row_stats_params(logits, torch.tensor(1.0), None, uniform, None, zero, None, outputs(logits))
+    assert 0 < extension().row_stats_host_workspace(params) < logits.numel() * 4 / 100
+
+
+LOADED_ALONE = """
+import importlib.machinery, importlib.util, sys
+loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+loader.exec_module(module)
+assert module.host_instruction_sets()
+mapped = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if ".so" in line}
+strangers = [name for name in mapped if name.startswith(("libcuda", "libtorch", "libc10", "libnv", "libgomp"))]
+assert not strangers and "torch" not in sys.modules, strangers
+"""
+
+
+def test_the_extension_needs_neither_torch_nor_a_driver():
+    path = importlib.util.find_spec("dgemma_accel._C").origin
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", LOADED_ALONE, path], check=True, timeout=60, env=environment)
+
+
+with_cuda = pytest.mark.skipif(
+    missing_extension() is not None or not hasattr(extension(), "row_stats_cuda"), reason="built without CUDA"
+)
+
+
+@with_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_that_fails_names_the_op_the_error_and_the_sizes():
+    logits = torch.randn(1, 2, 100)
+    out = outputs(logits)
+    params = row_stats_params(logits, torch.tensor(1.0), None, torch.rand(2), None, torch.tensor(0), None, out)
+    workspace = torch.empty(extension().row_stats_cuda_workspace(params), dtype=torch.uint8)
+    params.workspace = workspace.data_ptr()
+    text = r"row_stats: kernel launch with grid \(2, 1, 1\), block 256.*\(cudaError\w+\)"
+    with pytest.raises(RuntimeError, match=text):
+        extension().row_stats_cuda(params, 0)
+
+
+def test_cuda_backend_says_what_is_missing():
+    if torch.cuda.is_available() and hasattr(extension(), "row_stats_cuda"):
+        text = "device: required cpu, supported {cuda}"
+    elif hasattr(extension(), "row_stats_cuda"):
+        text = "no CUDA device"
+    else:
+        text = "built without CUDA"
+    with pytest.raises(BackendError, match=text):
+        dgemma_accel.row_stats(torch.randn(2, 8), backend="cuda")
+
+
+def test_capabilities_below_8_0_are_not_supported():
+    supported = CapabilityAtLeast(8, 0)
+    assert (8, 0) in supported and (12, 1) in supported
+    assert (7, 5) not in supported and str(supported) == "8.0 and above"
