@@ -76,15 +76,6 @@ def best_so_far(key_a, start_a, key_b, start_b):
 
 
 @triton.jit
-def exchange(b_cube, b_ascending, DIM: tl.constexpr, AXES: tl.constexpr):
-    """One step of the sorting network: pairs along axis `DIM` of a [2, 2, ...] tile get in order."""
-    # The partner is what the pair's sum leaves: one reduction, exact because integer addition wraps.
-    b_partner = tl.sum(b_cube, DIM, keep_dims=True) - b_cube
-    b_second = tl.reshape(tl.arange(0, 2), [1] * DIM + [2] + [1] * (AXES - 1 - DIM)) != 0
-    return tl.where((b_cube > b_partner) == (b_second != b_ascending), b_partner, b_cube)
-
-
-@triton.jit
 def sort_keys(b_key, BLOCK: tl.constexpr, LOG2: tl.constexpr):
     """Distinct int64 keys in ascending order, by a bitonic network."""
     if LOG2 > 0:
@@ -96,7 +87,10 @@ def sort_keys(b_key, BLOCK: tl.constexpr, LOG2: tl.constexpr):
             else:
                 b_ascending = tl.full([1] * LOG2, 1, tl.int1)
             for step in tl.static_range(merge):
-                b_cube = exchange(b_cube, b_ascending, LOG2 - merge + step, LOG2)
+                # The partner is what the pair's sum leaves: one reduction, exact because integer addition wraps.
+                b_partner = tl.sum(b_cube, LOG2 - merge + step, keep_dims=True) - b_cube
+                b_bit = tl.reshape(tl.arange(0, 2), [1] * (LOG2 - merge + step) + [2] + [1] * (merge - 1 - step))
+                b_cube = tl.where((b_cube > b_partner) == ((b_bit != 0) != b_ascending), b_partner, b_cube)
         b_key = tl.reshape(b_cube, [BLOCK])
     return b_key
 
@@ -169,8 +163,10 @@ def commit_kernel(
         b_key |= tl.where(m_best, 1, 0).to(tl.int64)
     b_key |= tl.where(m_eligible, 2, 0).to(tl.int64)
 
-    # In order of rank, [BLOCK]. Lanes beyond the canvas hold the largest positions and no eligible bit.
-    b_key = sort_keys(b_key, BLOCK, LOG2)
+    # In order of rank, [BLOCK] (of position where nothing asks for ranks). Lanes beyond the canvas hold the
+    # largest positions and no eligible bit.
+    if SELECT != BERNOULLI:
+        b_key = sort_keys(b_key, BLOCK, LOG2)
     o_c = ((b_key >> 2) & 0x7FF).to(tl.int32)
     m_c = o_c < LENGTH
     m_ranked = (b_key >> 45) == 0
