@@ -105,17 +105,16 @@ def ninja_program() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def ninja_file(folder: Path, target: Path, editable: bool) -> str:
+def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -> str:
     """The text of build.ninja: rules, one edge per object, one link."""
     import pybind11
 
-    nvcc = find_nvcc()
     common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
     python_includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     # CUDA sources know nothing of Python, so another environment of the same tree does not compile them again.
-    cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
-    archs = cuda_archs(nvcc, editable) if nvcc else []
+    warnings = ["-Wall", "-Wextra", "-Wno-psabi"]
+    cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-pthread", *warnings]
     if nvcc:
         cxx_flags += ["-DDGEMMA_WITH_CUDA", f'-DDGEMMA_CUDA_ARCHS="{" ".join(archs)}"']
     lines = [
@@ -128,10 +127,10 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
         "rule link",
     ]
     if nvcc:
-        print(f"building with {nvcc} for {', '.join(archs)}", flush=True)
         cuda = [
             nvcc, "-ccbin", cxx[0], *common, "-DDGEMMA_WITH_CUDA", *gencode_flags(archs),
-            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas", "-Xcudafe=--diag_suppress=177",
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas",
+            "-Xcudafe=--diag_suppress=177",
         ]  # fmt: skip
         link = [nvcc, "-ccbin", cxx[0], "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
@@ -145,7 +144,6 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
             "  description = CUDA $out",
         ]
     else:
-        print("building without CUDA", flush=True)
         lines += [
             f"  command = {shlex.join(cxx)} -shared -pthread -Wl,--gc-sections,-s $in -o $out",
             "  description = link $out",
@@ -173,7 +171,10 @@ def ninja_file(folder: Path, target: Path, editable: bool) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compiles all of csrc/ in build/native-<python>; objects stay there, so only what changed is built again."""
+    """Compiles all of csrc/ in build/native-<python>-<architectures>.
+
+    Objects stay there, so only what changed is built again, and a wheel and an editable build keep their own.
+    """
 
     def run(self) -> None:
         # setuptools clears `inplace` while it builds.
@@ -182,10 +183,14 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc, self.editable) if nvcc else []
+        print(f"building with {nvcc} for {', '.join(archs)}" if nvcc else "building without CUDA", flush=True)
+        variant = "_".join(arch.replace("+", "") for arch in archs) or "host"
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}-{variant}"
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / output.name
-        (folder / "build.ninja").write_text(ninja_file(folder, target, self.editable))
+        (folder / "build.ninja").write_text(ninja_file(folder, target, nvcc, archs))
         jobs = os.environ.get("MAX_JOBS")
         command = [ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command).returncode != 0:

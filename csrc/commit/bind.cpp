@@ -1,4 +1,5 @@
 #include "../bindings.h"
+#include "../common/bind_kernels.h"
 #include "../common/bind_params.h"
 #include "commit.h"
 #include "config.h"
@@ -51,6 +52,7 @@ void register_commit(pybind11::module_& m) {
       "commit_cuda", [](const P& p, uintptr_t stream) { commit_cuda(p, reinterpret_cast<void*>(stream)); },
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches on a CUDA stream of the current device.");
+  describe_kernel(m, "commit_kernel", int(kCommitMaxLength), commit_shared_bytes(int(kCommitMaxLength)));
 #endif
 }
 

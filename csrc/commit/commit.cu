@@ -13,7 +13,7 @@ void commit_cuda(const CommitParams& params, void* stream) {
                              std::to_string(kCommitMaxLength) + " are supported");
   unsigned threads = 32;
   while (threads < params.length) threads *= 2;
-  launch("commit", commit_kernel, dim3(unsigned(params.batch)), threads, CommitShared::bytes(int(threads)), stream,
+  launch("commit", commit_kernel, dim3(unsigned(params.batch)), threads, commit_shared_bytes(int(threads)), stream,
          params);
 }
 

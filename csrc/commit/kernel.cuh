@@ -8,7 +8,7 @@
 
 namespace dgemma {
 
-// Shared memory of a block of `threads` threads. The exchange of keys ends before the last three arrays are used.
+// Shared memory of a block of `threads` threads.
 struct CommitShared {
   hw::Shared<uint64_t> keys;        // [threads]
   hw::Shared<double> warp_sums;     // [32]
@@ -18,8 +18,6 @@ struct CommitShared {
   hw::Shared<int32_t> rank;         // [threads], by position
   hw::Shared<int32_t> run_best;     // [threads], by start of the run
   hw::Shared<int32_t> scalars;      // [2]: ranks taken, first rank that fails
-
-  static constexpr int bytes(int threads) { return threads * 24 + 512; }
 
   DGEMMA_MEMBER explicit CommitShared(int threads)
       : keys{0},

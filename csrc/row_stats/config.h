@@ -9,4 +9,8 @@ constexpr int kRowStatsThreads = 256;
 constexpr int kRowStatsPerThread = 32;
 constexpr int kRowStatsTile = kRowStatsThreads * kRowStatsPerThread;
 
+// Dynamic shared memory, bytes: a record per warp; the plan of a row, a sum per warp and a token.
+constexpr int kRowStatsTileSharedBytes = kRowStatsThreads / 32 * 24;
+constexpr int kRowStatsRowSharedBytes = 256;
+
 }  // namespace dgemma

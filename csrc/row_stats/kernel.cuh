@@ -15,6 +15,7 @@ struct TileRecord {
 };
 
 constexpr int kRowStatsWarps = kRowStatsThreads / hw::kWarp;
+static_assert(kRowStatsWarps * sizeof(TileRecord) == kRowStatsTileSharedBytes, "a record per warp");
 
 struct RowTemperatures {
   float inverse_stats, inverse_sampling, stats;
@@ -269,8 +270,8 @@ struct RowShared {
   hw::Shared<RowPlan> plan{0};
   hw::Shared<double> sums{64};          // one per warp
   hw::Shared<int32_t> last{192};        // last token with mass, in the tile
-  static constexpr int kBytes = 256;
 };
+static_assert(192 + sizeof(int32_t) <= kRowStatsRowSharedBytes, "the last of the arrays");
 
 template <class T>
 DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
