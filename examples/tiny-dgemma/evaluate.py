@@ -23,9 +23,7 @@ def answers(model, tokenizer, prompts: list[str], batch_size: int = 50, **genera
     for start in range(0, len(prompts), batch_size):
         inputs = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt")
         inputs = inputs.to(model.device)
-        output = model.generate(
-            inputs.input_ids, attention_mask=inputs.attention_mask, **generate_kwargs
-        )
+        output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **generate_kwargs)
         for row in output.sequences[:, inputs.input_ids.shape[1] :].tolist():
             if tokenizer.eos_token_id in row:
                 row = row[: row.index(tokenizer.eos_token_id)]
@@ -46,7 +44,8 @@ def exact_match(model, tokenizer, pairs: list[tuple[str, str]], **kwargs) -> dic
 def report(matches: dict[str, list[bool]], joiner: str = "\n") -> str:
     everything = [match for task in matches.values() for match in task]
     return joiner.join(
-        f"{task:8s} {sum(results)}/{len(results)}" for task, results in [*matches.items(), ("all", everything)]
+        f"{task:8s} {sum(results)}/{len(results)}"
+        for task, results in [*matches.items(), ("all", everything)]
     )
 
 
