@@ -1,0 +1,228 @@
+"""Budgets of the machine code in the built extension, for every architecture, without a GPU.
+
+cuobjdump, from the toolkit or from Triton's wheel, reads registers, shared memory and instructions. A kernel may not
+spill, has to fit in the shared memory and registers of every architecture, and has to use the instructions that it
+is written for.
+"""
+
+import collections
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from dgemma_accel.native.params import extension, missing_extension
+
+# Bytes of shared memory that a block can have, and 32-bit registers of a multiprocessor.
+SHARED_LIMIT = {
+    "80": 166_912, "86": 101_376, "89": 101_376, "90a": 232_448, "100": 232_448, "120": 101_376, "121": 101_376,
+}  # fmt: skip
+REGISTERS = 65_536
+
+# Instructions that kernels are written for: {kernel: {pattern of opcodes: how many at least}}.
+REQUIRED = {
+    "row_stats_tile_kernel": {r"LDG\.E\S*\.128": 4, r"MUFU\.EX2": 32, r"SHFL": 30},
+    "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
+    "commit_kernel": {r"SHFL": 10, r"BAR": 4},
+    "block_attention_kernel": {r"HMMA": 16, r"LDSM": 8, r"LDGSTS\.E\S*\.128": 2},
+    "block_attention_merge_kernel": {r"LDG\.E\S*\.128": 1},
+}
+# Local memory means spills or arrays that did not fit in registers; the hardware tanh has only 11 bits.
+FORBIDDEN = (r"LDL", r"STL", r"MUFU\.TANH")
+
+
+def cuobjdump() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(triton.__file__).parent / "backends" / "nvidia"]
+    for place in ["cuobjdump", *(f"{home}/bin/cuobjdump" for home in homes if home)]:
+        found = shutil.which(place)
+        if found:
+            return found
+    return None
+
+
+def reason_to_skip() -> str | None:
+    if missing_extension() is not None:
+        return missing_extension()
+    if not hasattr(extension(), "CUDA_ARCHS"):
+        return "the extension was built without CUDA"
+    return None if cuobjdump() else "no cuobjdump"
+
+
+pytestmark = pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
+
+Usage = collections.namedtuple("Usage", "arch kernel registers stack shared local")
+
+
+def parse_usage(text: str) -> list[Usage]:
+    """Rows of `cuobjdump -res-usage`."""
+    rows, arch, kernel = [], None, None
+    for line in text.splitlines():
+        if found := re.match(r"\s*arch = sm_(\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            kernel = found[1]
+        elif kernel and (found := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
+            rows.append(Usage(arch, kernel, *map(int, found.groups())))
+            kernel = None
+    return rows
+
+
+def count_opcodes(lines) -> dict[tuple[str, str], collections.Counter]:
+    """{(arch, kernel): how often each opcode stands} of `cuobjdump -sass`."""
+    counts, arch, counter = {}, None, collections.Counter()
+    opcode = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    for line in lines:
+        if found := opcode.match(line):
+            counter[found[1]] += 1
+        elif found := re.match(r"\s*code for sm_(\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            counter = counts[arch, found[1]] = collections.Counter()
+    return counts
+
+
+def problems_of_usage(usage: Usage, threads: int, dynamic_shared: int) -> list[str]:
+    where = f"sm_{usage.arch} {usage.kernel}"
+    problems = []
+    if usage.stack or usage.local:
+        problems.append(f"{where}: {usage.stack} bytes of stack, {usage.local} of local memory")
+    # sm_90 and above count 1 KB that the system keeps as static shared memory; the limit leaves it out.
+    shared = usage.shared + dynamic_shared - (1024 if usage.arch.rstrip("a") not in ("80", "86", "89") else 0)
+    if shared > SHARED_LIMIT[usage.arch]:
+        problems.append(f"{where}: {shared} bytes of shared memory, the limit is {SHARED_LIMIT[usage.arch]}")
+    # Registers are given out to warps in units of eight per thread.
+    if -(-usage.registers // 8) * 8 * threads > REGISTERS:
+        problems.append(f"{where}: {usage.registers} registers for each of {threads} threads")
+    return problems
+
+
+def problems_of_opcodes(arch: str, kernel: str, opcodes: collections.Counter) -> list[str]:
+    problems = []
+    for name, patterns in REQUIRED.items():
+        if name not in kernel:
+            continue
+        for pattern, least in patterns.items():
+            came = sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+            if came < least:
+                problems.append(f"sm_{arch} {kernel}: {came} instructions {pattern}, at least {least} expected")
+    for pattern in FORBIDDEN:
+        came = sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+        if came:
+            problems.append(f"sm_{arch} {kernel}: {came} instructions {pattern}")
+    return problems
+
+
+def launch_of(kernel: str) -> tuple[int, int]:
+    """(threads, dynamic shared memory) by the extension's own account."""
+    found = [launch for pattern, launch in extension().CUDA_KERNELS.items() if re.search(pattern, kernel)]
+    assert len(found) == 1, f"{kernel}: described {len(found)} times in CUDA_KERNELS"
+    return found[0]
+
+
+@functools.cache
+def usages() -> tuple[Usage, ...]:
+    text = subprocess.run([cuobjdump(), "-res-usage", extension().__file__], capture_output=True, text=True, check=True)
+    return tuple(parse_usage(text.stdout))
+
+
+@functools.cache
+def opcodes() -> dict[tuple[str, str], collections.Counter]:
+    with subprocess.Popen([cuobjdump(), "-sass", extension().__file__], stdout=subprocess.PIPE, text=True) as process:
+        counts = count_opcodes(process.stdout)
+    assert process.returncode == 0
+    return counts
+
+
+def built_archs() -> set[str]:
+    return {arch.removesuffix("+PTX") for arch in extension().CUDA_ARCHS.split()}
+
+
+def test_every_kernel_is_there_for_every_architecture():
+    archs = collections.defaultdict(set)
+    for usage in usages():
+        archs[usage.kernel].add(usage.arch)
+    assert archs
+    for kernel, present in archs.items():
+        assert present == built_archs(), kernel
+    for pattern in extension().CUDA_KERNELS:
+        assert any(re.search(pattern, kernel) for kernel in archs), pattern
+    listed = subprocess.run([cuobjdump(), "--list-ptx", extension().__file__], capture_output=True, text=True).stdout
+    for arch in extension().CUDA_ARCHS.split():
+        if arch.endswith("+PTX"):
+            assert f"sm_{arch.removesuffix('+PTX')}.ptx" in listed
+
+
+def test_registers_and_shared_memory():
+    problems = [line for usage in usages() for line in problems_of_usage(usage, *launch_of(usage.kernel))]
+    assert not problems, "\n".join(problems)
+
+
+def test_instructions():
+    assert {arch for arch, _ in opcodes()} == built_archs()
+    problems = []
+    for (arch, kernel), counter in opcodes().items():
+        problems += problems_of_opcodes(arch, kernel, counter)
+    assert not problems, "\n".join(problems)
+
+
+def test_a_tile_is_read_with_one_wide_load_per_sixteen_bytes():
+    # 32 logits per thread: no vector of them is read in parts, and none twice.
+    for (arch, kernel), counter in opcodes().items():
+        if "row_stats_tile_kernel" not in kernel:
+            continue
+        wide = sum(n for opcode, n in counter.items() if re.match(r"LDG\.E\S*\.128", opcode))
+        assert wide == (8 if "kernelIf" in kernel else 4), (arch, kernel, wide)
+
+
+USAGE = """
+arch = sm_89
+Resource usage:
+ Function commit_kernel:
+  REG:{registers} STACK:{stack} SHARED:{shared} LOCAL:0 CONSTANT[0]:704 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+@pytest.mark.parametrize(
+    "change, threads, dynamic, text",
+    [
+        ({}, 1024, 25_088, None),
+        ({"stack": 8}, 1024, 25_088, "8 bytes of stack"),
+        ({"shared": 90_000}, 1024, 25_088, "115088 bytes of shared memory"),
+        ({"registers": 72}, 1024, 25_088, "72 registers for each of 1024 threads"),
+    ],
+)
+def test_usage_over_budget_is_reported(change, threads, dynamic, text):
+    (usage,) = parse_usage(USAGE.format(**{"registers": 40, "stack": 0, "shared": 0, **change}))
+    problems = problems_of_usage(usage, threads, dynamic)
+    assert (text is None and not problems) or (len(problems) == 1 and text in problems[0])
+
+
+SASS = """
+	code for sm_120
+		Function : block_attention_kernel
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;   /* 0x0000df00ff017b82 */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0020*/               @P1 {spill} [R1], R4 ;
+"""
+
+
+def test_missing_and_forbidden_instructions_are_reported():
+    counts = count_opcodes(SASS.format(spill="STL.64").splitlines())
+    assert counts["120", "block_attention_kernel"]["LDGSTS.E.BYPASS.128"] == 1
+    problems = problems_of_opcodes("120", "block_attention_kernel", counts["120", "block_attention_kernel"])
+    assert [("HMMA" in p, "LDSM" in p, "LDGSTS" in p, "STL" in p).index(True) for p in problems] == [0, 1, 2, 3]
+
+
+def test_a_gpu_here_is_among_the_architectures():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    major, minor = torch.cuda.get_device_capability()
+    newest = max(int(re.sub(r"\D", "", arch)) for arch in built_archs())
+    same_major = any(int(re.sub(r"\D", "", arch)) // 10 == major for arch in built_archs())
+    assert same_major or major * 10 + minor > newest
