@@ -9,9 +9,9 @@ from torch import nn
 
 from ..backends import MODULES, BackendError, load, requested
 from .attention import decoder_attention_forward
-from .call import generate
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
+from .generate import generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
@@ -55,6 +55,7 @@ def accelerate(model, *, backend: str = "auto"):
     acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
     acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
     acceleration.replace(model, "_denoising_step", denoising_step)
+    acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
     acceleration.replace(model, "generate", generate)
     model.__dict__[ATTRIBUTE] = acceleration
     return model

@@ -1,18 +1,82 @@
-"""One call of `generate`: what its denoising steps need to know and cannot see in their arguments."""
+"""One call of `generate`: its options, and what its denoising steps report."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .patches import Patch
+import torch
+from torch import Tensor
+
+from ..reference.philox import WORD_RENOISE_HIGH, WORD_RENOISE_LOW, below, random_words
+
+# Offsets of the draws of canvas k start at k * CANVAS_STRIDE; its starting canvas has the last of them.
+CANVAS_STRIDE = 1 << 32
 
 
-@dataclass
+def draw_seed() -> Tensor:
+    """A 0-d int64 seed from torch's default generator, on the host: repeatable, and the device is not waited for."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+@dataclass(eq=False)
+class CanvasReport:
+    """What the steps of one canvas left behind; nothing here waits for the device.
+
+    steps: [B] int64, decoder passes of each row until it was finished. draft: [B, C] int64.
+    confidence, entropy: [B, C] fp32 of the draft, from each row's last pass; None unless asked for.
+    """
+
+    steps: Tensor
+    draft: Tensor | None = None
+    confidence: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(eq=False)
 class Call:
-    """needs_logits: a streamer of this call takes the logits of every step."""
+    """Options and reports of one `generate`.
 
+    seed: 0-d int64, or None until the first canvas draws one. seed_given: it is the caller's.
+    pinned: [B, C] bool, positions of the first canvas that keep their token, or None.
+    max_steps: steps after which a canvas is taken as it is, or None.
+    needs_logits: a streamer takes the logits of every step.
+    """
+
+    seed: Tensor | None = None
+    seed_given: bool = False
+    pinned: Tensor | None = None
+    max_steps: int | None = None
+    with_confidence: bool = False
+    with_steps: bool = False
     needs_logits: bool = False
+    canvases_begun: int = 0
+    reports: list[CanvasReport] = field(default_factory=list)
+
+    def options_in_use(self) -> list[str]:
+        """Names of the options that only the accelerated sampler knows."""
+        given = {
+            "seed": self.seed_given,
+            "pinned": self.pinned is not None,
+            "max_steps": self.max_steps is not None,
+            "return_confidence": self.with_confidence,
+            "return_steps": self.with_steps,
+        }
+        return [name for name, used in given.items() if used]
+
+    def begin_canvas(self, batch: int, device: torch.device) -> int:
+        """The offset of the first draw of the next canvas."""
+        if self.seed is None:
+            self.seed = draw_seed()
+        self.reports.append(CanvasReport(torch.zeros(batch, dtype=torch.int64, device=device)))
+        self.canvases_begun += 1
+        return (self.canvases_begun - 1) * CANVAS_STRIDE
+
+    def starting_canvas(self, batch: int, length: int, vocab: int, device: torch.device) -> Tensor:
+        """[B, C] int64 tokens drawn uniformly from the seed, for the canvas that begins next."""
+        offset = (self.canvases_begun + 1) * CANVAS_STRIDE - 1
+        words = random_words(self.seed, torch.tensor(offset), torch.arange(batch * length, device=device))
+        return below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], vocab).view(batch, length)
 
 
 # A context variable keeps two threads that generate with one model apart.
@@ -23,14 +87,15 @@ def current_call() -> Call:
     return _current.get() or Call()
 
 
-def generate(patch: Patch, *args, **kwargs):
-    """`DiffusionGemmaGenerationMixin.generate`, with the call's streamer in view."""
-    streamer = kwargs.get("streamer", args[2] if len(args) > 2 else None)
-    call = Call(
-        needs_logits=hasattr(streamer, "put_draft") and bool(getattr(streamer, "_takes_logits", False))
-    )
-    token = _current.set(call)
-    try:
-        return patch.original()(*args, **kwargs)
-    finally:
-        _current.reset(token)
+class calling:
+    """`with calling(call):` makes it the current call."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def __enter__(self) -> Call:
+        self.token = _current.set(self.call)
+        return self.call
+
+    def __exit__(self, *_) -> None:
+        _current.reset(self.token)

@@ -11,47 +11,50 @@ from torch import Tensor
 
 from ..ops.row_stats import RowStats
 from ..ops.soft_embedding import soft_embedding
+from .call import Call
 from .patches import Patch
-
-
-def draw_seed() -> Tensor:
-    """A 0-d int64 seed from torch's default generator, on the host: repeatable, and the device is not waited for."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
 @dataclass(eq=False)
 class StepCarry:
     """What one step leaves to the next; it travels through `generate` in the place of the self-conditioning logits.
 
-    seed: of the canvas, drawn once. step: number of steps done; it is the offset of the draws.
+    seed: of the draws. first_offset: of the canvas's draws. step: number of steps done, added to it.
     soft: [B, C, E] soft embeddings times embed_scale that the last decoder pass used, None for zeros.
     logits: [B, C, V] in the model's dtype, raw, of the last decoder pass; None before the first one.
     stats, temperature: of those logits. frozen: [B] bool, rows that were finished before that pass: their
-        self-conditioning stays what it was.
+        self-conditioning stays what it was. pinned: [B, C] bool, positions whose token is given, or None.
     """
 
     seed: Tensor
+    first_offset: int = 0
     step: int = 0
     soft: Tensor | None = None
     logits: Tensor | None = None
     stats: RowStats | None = None
     temperature: Tensor | None = None
     frozen: Tensor | None = None
+    pinned: Tensor | None = None
 
     @staticmethod
-    def start(given_logits: Tensor | None, embed_tokens) -> StepCarry:
-        """Before the first step of a canvas; `given_logits` [B, C, V] come from the user."""
-        seed = draw_seed()
-        if given_logits is None:
-            return StepCarry(seed)
-        weight = embed_tokens.weight
-        probabilities = given_logits.softmax(dim=-1, dtype=torch.float32).to(weight.dtype)
-        return StepCarry(
-            seed, soft=torch.matmul(probabilities, weight) * embed_tokens.embed_scale.to(weight.dtype)
-        )
+    def start(call: Call, canvas: Tensor, given_logits: Tensor | None, embed_tokens) -> StepCarry:
+        """Before the first step of `canvas` [B, C]; `given_logits` [B, C, V] come from the user."""
+        first_offset = call.begin_canvas(canvas.shape[0], canvas.device)
+        carry = StepCarry(call.seed, first_offset, pinned=call.pinned if call.canvases_begun == 1 else None)
+        if given_logits is not None:
+            weight = embed_tokens.weight
+            probabilities = given_logits.softmax(dim=-1, dtype=torch.float32).to(weight.dtype)
+            carry.soft = torch.matmul(probabilities, weight) * embed_tokens.embed_scale.to(weight.dtype)
+        return carry
 
-    def soft_embeddings(self, embed_tokens, softcap: float | None, backend: str) -> Tensor | None:
-        """[B, C, E] for the next decoder pass; the logits are let go."""
+    @property
+    def offset(self) -> int:
+        return self.first_offset + self.step
+
+    def soft_embeddings(
+        self, canvas: Tensor, embed_tokens, softcap: float | None, backend: str
+    ) -> Tensor | None:
+        """[B, C, E] for the next decoder pass over `canvas` [B, C]; the logits are let go."""
         if self.logits is None:
             return self.soft
         weight = embed_tokens.weight
@@ -66,6 +69,9 @@ class StepCarry:
             backend=backend,
         )
         soft = soft * embed_tokens.embed_scale.to(weight.dtype)
+        if self.pinned is not None:
+            # A token that is given is no guess: its distribution is all on it.
+            soft = torch.where(self.pinned.to(soft.device)[..., None], embed_tokens(canvas), soft)
         # Without a soft embedding there was no earlier step, and so no finished row.
         if self.frozen is not None and self.soft is not None:
             soft = torch.where(self.frozen.to(soft.device)[:, None, None], self.soft, soft)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.commit import commit
 from ..ops.row_stats import RowStats, row_stats
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
-from .call import current_call
+from .call import Call, current_call
 from .conditioning import StepCarry, given_soft_embeddings
 from .patches import Acceleration, Patch
 
@@ -40,7 +40,10 @@ def denoising_step(
     reason = _reason_for_reference(
         model, past_key_values, sampler, logits_processor, diffusion_stopping_criteria
     )
+    call = current_call()
     if reason is not None:
+        if options := call.options_in_use():
+            raise ValueError(f"{', '.join(options)}: only the accelerated sampler has it, but {reason}")
         acceleration.say("sampler", reason)
         return patch.original()(
             decoder_forward=decoder_forward,
@@ -62,9 +65,11 @@ def denoising_step(
     embed_tokens = model.model.decoder.embed_tokens
     carry = self_conditioning_logits
     if not isinstance(carry, StepCarry):
-        carry = StepCarry.start(carry, embed_tokens)
+        carry = StepCarry.start(call, current_canvas, carry, embed_tokens)
     softcap = model.final_logit_softcapping
-    soft = carry.soft_embeddings(embed_tokens, softcap, acceleration.backend_of("soft_embedding"))
+    soft = carry.soft_embeddings(
+        current_canvas, embed_tokens, softcap, acceleration.backend_of("soft_embedding")
+    )
 
     logits = _logits(
         model, current_canvas, soft, decoder_position_ids, mask_mapping, past_key_values, model_kwargs
@@ -75,21 +80,25 @@ def denoising_step(
         temperature=temperature,
         softcap=softcap,
         seed=carry.seed,
-        offset=carry.step,
+        offset=carry.offset,
         backend=acceleration.backend_of("row_stats"),
+    )
+    stats = _as_given(
+        RowStats(*(field.to(current_canvas.device) for field in stats)), current_canvas, carry.pinned
     )
     canvas, argmax, finished = _decide(
         acceleration, carry, stats, current_canvas, argmax_canvas, finished_denoising, sampler,
         diffusion_stopping_criteria,
     )  # fmt: skip
+    _report(call, stats, argmax, finished_denoising)
+    if call.max_steps is not None and carry.step + 1 >= call.max_steps:
+        finished = torch.ones_like(finished)
     # A single row that is finished ends its canvas, so nothing of it can be frozen.
     frozen = finished_denoising if current_canvas.shape[0] > 1 else None
-    return (
-        canvas,
-        argmax,
-        StepCarry(carry.seed, carry.step + 1, soft, logits, stats, temperature, frozen),
-        finished,
+    left = StepCarry(
+        carry.seed, carry.first_offset, carry.step + 1, soft, logits, stats, temperature, frozen, carry.pinned
     )
+    return canvas, argmax, left, finished
 
 
 def _logits(model, canvas, soft, position_ids, masks, cache, model_kwargs: dict) -> Tensor:
@@ -127,7 +136,6 @@ def _decide(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Canvas, argmax canvas and finished rows after the step; sampler and criteria are left as after their own step."""
     canvas = canvas.to(torch.int64)
-    stats = RowStats(*(field.to(canvas.device) for field in stats))
     stop, history = None, None
     if criteria is not None:
         stop = StableAndConfident(criteria.stability_threshold, criteria.confidence_threshold)
@@ -139,8 +147,9 @@ def _decide(
         stats,
         EntropyBound(sampler.entropy_bound),
         Renoise(sampler.vocab_size),
+        candidates=None if carry.pinned is None else ~carry.pinned,
         seed=carry.seed,
-        offset=carry.step,
+        offset=carry.offset,
         state=CanvasState(argmax_canvas.to(torch.int64), history, finished),
         stop=stop,
         backend=acceleration.backend_of("commit"),
@@ -149,6 +158,33 @@ def _decide(
     if criteria is not None and criteria.stability_threshold > 0:
         criteria.argmax_canvas_history = result.state.history
     return result.tokens, result.state.draft, result.state.finished
+
+
+def _as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStats:
+    """Statistics in which a pinned position is certain of its token."""
+    if pinned is None:
+        return stats
+    return stats._replace(
+        argmax=torch.where(pinned, canvas, stats.argmax),
+        sample=torch.where(pinned, canvas, stats.sample),
+        entropy=torch.where(pinned, 0.0, stats.entropy),
+        top1_prob=torch.where(pinned, 1.0, stats.top1_prob),
+        top2_prob=torch.where(pinned, 0.0, stats.top2_prob),
+        sample_prob=torch.where(pinned, 1.0, stats.sample_prob),
+    )
+
+
+def _report(call: Call, stats: RowStats, draft: Tensor, frozen: Tensor) -> None:
+    """Note the step in the report of its canvas; rows that were finished before it keep what they had."""
+    if not call.reports:
+        return
+    report = call.reports[-1]
+    report.steps = report.steps + ~frozen
+    report.draft = draft
+    if call.with_confidence:
+        for name, now in (("confidence", stats.top1_prob), ("entropy", stats.entropy)):
+            before = getattr(report, name)
+            setattr(report, name, now if before is None else torch.where(frozen[:, None], before, now))
 
 
 def _reason_for_reference(model, cache, sampler, logits_processor, criteria) -> str | None:

@@ -1,0 +1,289 @@
+"""What an accelerated generate can be asked for besides the original's options."""
+
+import pytest
+import torch
+from hf_models import CANVAS, PAD, VOCAB, generate, prompt, tiny_model, transformers
+
+import dgemma_accel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dgemma_accel.accelerate(tiny_model())
+
+
+@pytest.fixture
+def ids():
+    return prompt(3, 9)[0]
+
+
+class Drafts:
+    def __init__(self):
+        self.values = []
+
+    def put(self, value):
+        pass
+
+    def put_draft(self, value):
+        self.values.append(value)
+
+    def end(self):
+        pass
+
+
+class TestSeed:
+    def test_repeats_whatever_the_generators_hold(self, model, ids):
+        runs = []
+        for state, seed in ((1, 5), (2, 5), (2, 6)):
+            torch.manual_seed(state)
+            runs.append(model.generate(ids, seed=seed).sequences)
+        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[1], runs[2])
+
+    def test_canvases_and_steps_draw_different_noise(self, model, ids, monkeypatch):
+        from dgemma_accel.hf import denoising
+
+        offsets = []
+        right = denoising.row_stats
+        monkeypatch.setattr(
+            denoising, "row_stats", lambda *a, **k: (offsets.append(k["offset"]), right(*a, **k))[1]
+        )
+        recorder = Drafts()
+        model.generate(ids, seed=5, streamer=recorder, max_new_tokens=3 * CANVAS)
+        assert len(set(offsets)) == len(offsets) == len(recorder.values)
+        assert sum(offset % 2**32 == 0 for offset in offsets) == 3
+
+    def test_starting_canvas_comes_from_the_seed(self, model, ids, monkeypatch):
+        starts = []
+        denoise = model._denoising_step
+
+        def watched(**kwargs):
+            starts.append(kwargs["current_canvas"])
+            return denoise(**kwargs)
+
+        monkeypatch.setitem(vars(model), "_denoising_step", watched)
+        model.generate(ids, seed=5, max_steps=1, max_new_tokens=2 * CANVAS)
+        model.generate(ids, seed=5, max_steps=1, max_new_tokens=2 * CANVAS)
+        assert torch.equal(starts[0], starts[2]) and torch.equal(starts[1], starts[3])
+        assert (starts[0] != starts[1]).float().mean() > 0.9
+        assert 0 <= starts[0].min() and starts[0].max() < VOCAB and starts[0].unique().numel() > 20
+
+    @pytest.mark.parametrize("seed", [-1, 2**63])
+    def test_out_of_range(self, model, ids, seed):
+        with pytest.raises(ValueError, match="seed: must be in"):
+            model.generate(ids, seed=seed)
+
+    def test_wrong_type(self, model, ids):
+        with pytest.raises(TypeError, match="seed: an int"):
+            model.generate(ids, seed="1")
+
+
+class TestReport:
+    def test_confidence_and_entropy_are_those_of_the_last_step(self, model, ids):
+        output = model.generate(
+            ids, seed=3, return_confidence=True, max_denoising_steps=1, max_new_tokens=CANVAS
+        )
+        assert output.confidence.shape == output.entropy.shape == (3, CANVAS)
+        start = model.generate(ids, seed=3, max_denoising_steps=1, max_new_tokens=CANVAS)
+        assert torch.equal(output.sequences, start.sequences) and not hasattr(start, "confidence")
+        # By hand: one decoder pass over the seed's starting canvas at the temperature of the last step.
+        from dgemma_accel.hf.call import Call
+
+        canvas = Call(seed=torch.tensor(3)).starting_canvas(3, CANVAS, VOCAB, ids.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, decoder_input_ids=canvas).logits
+        tempered = torch.distributions.Categorical(logits=logits / 0.8)
+        assert torch.allclose(output.confidence, tempered.probs.amax(-1), rtol=1e-3, atol=1e-5)
+        assert torch.allclose(output.entropy, tempered.entropy(), rtol=1e-3, atol=1e-4)
+
+    def test_finished_rows_keep_theirs(self, model):
+        """A row's report is what it gets alone, however long the others of its batch go on."""
+        ids, _ = prompt(3, 9, seed=4)
+        options = {"return_confidence": True, "return_steps": True, "max_new_tokens": CANVAS}
+        canvas, _ = prompt(3, CANVAS, seed=12)
+        batch = generate(model, ids, decoder_input_ids=canvas, **options)
+        assert batch.steps.unique().numel() > 1
+        row = int(batch.steps[:, 0].argmin())
+        # Row numbers are part of the draws, so the rows above it stay.
+        alone = generate(model, ids[: row + 1], decoder_input_ids=canvas[: row + 1], **options)
+        assert torch.equal(batch.steps[row], alone.steps[row])
+        assert torch.allclose(batch.confidence[row], alone.confidence[row], atol=1e-4)
+
+    def test_steps_add_up(self, model, ids):
+        recorder = Drafts()
+        output = generate(model, ids, return_steps=True, streamer=recorder, max_new_tokens=3 * CANVAS)
+        assert output.steps.shape == (3, 3) and output.confidence is None
+        assert int(output.steps.amax(0).sum()) == len(recorder.values)
+        assert torch.allclose(3 * CANVAS / output.steps.sum(-1), output.tokens_per_forward)
+
+    def test_padding_has_no_confidence(self, model):
+        ids, mask = prompt(3, 20, left_padding=(0, 5, 9))
+        output = generate(
+            model,
+            ids,
+            mask,
+            max_new_tokens=4 * CANVAS,
+            eos_token_id=list(range(10, 16)),
+            return_confidence=True,
+        )
+        new = output.sequences[:, 20:]
+        assert output.confidence.shape == new.shape
+        padded = output.confidence.isnan()
+        assert padded.any() and not padded.all() and (new[padded] == PAD).all()
+        assert torch.equal(padded, output.entropy.isnan())
+        kept = output.confidence[~padded]
+        assert (kept > 0).all() and (kept <= 1).all()
+
+    def test_needs_a_dict(self, model, ids):
+        with pytest.raises(ValueError, match="return_dict_in_generate"):
+            model.generate(ids, return_steps=True, return_dict_in_generate=False, max_steps=1)
+
+
+class TestPinned:
+    @pytest.fixture
+    def canvas(self):
+        return prompt(3, CANVAS, seed=21)[0]
+
+    @pytest.mark.parametrize("form", ["positions", "mask", "rows"])
+    def test_pinned_tokens_never_change(self, model, ids, canvas, form):
+        positions = [0, 3, 4, CANVAS - 1]
+        mask = torch.zeros(CANVAS, dtype=torch.bool)
+        mask[positions] = True
+        pinned = {"positions": positions, "mask": mask, "rows": mask.expand(3, -1).clone()}[form]
+        if form == "rows":
+            pinned[1] = False
+            pinned[1, 6] = True
+        rows = pinned if form == "rows" else mask.expand(3, -1)
+        recorder, denoise, canvases = Drafts(), model._denoising_step, []
+
+        def watched(**kwargs):
+            result = denoise(**kwargs)
+            canvases.append(result[0])
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(vars(model), "_denoising_step", watched)
+            output = model.generate(
+                ids,
+                decoder_input_ids=canvas,
+                pinned=pinned,
+                seed=1,
+                streamer=recorder,
+                return_confidence=True,
+                return_steps=True,
+            )
+        in_first_canvas = int(output.steps[:, 0].max())
+        assert in_first_canvas > 2
+        for draft, after in list(zip(recorder.values, canvases))[:in_first_canvas]:
+            assert torch.equal(draft[rows], canvas[rows]) and torch.equal(after[rows], canvas[rows])
+        first = output.sequences[:, 9 : 9 + CANVAS]
+        assert torch.equal(first[rows], canvas[rows]) and not torch.equal(first[~rows], canvas[~rows])
+        assert (output.confidence[:, :CANVAS][rows] == 1).all() and (
+            output.entropy[:, :CANVAS][rows] == 0
+        ).all()
+        # The second canvas has no pins.
+        second = output.sequences[:, 9 + CANVAS :]
+        assert not torch.equal(second[rows], canvas[rows])
+
+    def test_the_rest_is_written_around_them(self, model, ids, canvas):
+        other = canvas.clone()
+        other[:, 5] = (canvas[:, 5] + 1 - 8) % (VOCAB - 8) + 8
+        runs = [
+            model.generate(ids, decoder_input_ids=c, pinned=[5], seed=1, max_new_tokens=CANVAS).sequences
+            for c in (canvas, other)
+        ]
+        free = torch.ones(CANVAS, dtype=torch.bool)
+        free[5] = False
+        assert not torch.equal(runs[0][:, 9:][:, free], runs[1][:, 9:][:, free])
+
+    def test_everything_pinned(self, model, ids, canvas):
+        output = model.generate(
+            ids, decoder_input_ids=canvas, pinned=range(CANVAS), max_new_tokens=CANVAS, return_steps=True
+        )
+        assert torch.equal(output.sequences[:, 9:], canvas)
+        # Certain at once, stable at the second look.
+        assert (output.steps == 2).all()
+
+    def test_nothing_pinned(self, model, ids, canvas):
+        runs = [
+            model.generate(ids, decoder_input_ids=canvas, seed=1, **options).sequences
+            for options in ({}, {"pinned": []})
+        ]
+        assert torch.equal(*runs)
+
+    @pytest.mark.parametrize(
+        "pinned, message",
+        [
+            ([CANVAS], rf"pinned: positions must be in \[0, {CANVAS}\), got {CANVAS}"),
+            ([-1], "pinned: positions must be in"),
+            (
+                torch.ones(CANVAS + 1, dtype=torch.bool),
+                rf"pinned: shape must be \({CANVAS},\) or \(3, {CANVAS}\)",
+            ),
+            (torch.ones(2, CANVAS, dtype=torch.bool), "pinned: shape must be"),
+            (torch.zeros(1, 2, dtype=torch.int64), "pinned: positions must be a flat sequence"),
+        ],
+    )
+    def test_outside_the_canvas(self, model, ids, canvas, pinned, message):
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, decoder_input_ids=canvas, pinned=pinned)
+
+    def test_without_a_canvas(self, model, ids):
+        with pytest.raises(ValueError, match="pinned: needs decoder_input_ids"):
+            model.generate(ids, pinned=[0])
+
+    def test_wrong_dtype(self, model, ids, canvas):
+        with pytest.raises(TypeError, match="pinned: dtype must be one of"):
+            model.generate(ids, decoder_input_ids=canvas, pinned=[0.5])
+
+
+class TestStartingCanvas:
+    @pytest.mark.parametrize("shape", [(3, CANVAS - 1), (2, CANVAS), (CANVAS,)])
+    def test_of_another_shape(self, model, ids, shape):
+        with pytest.raises(ValueError, match=rf"decoder_input_ids: shape must be \(3, {CANVAS}\)"):
+            model.generate(ids, decoder_input_ids=torch.zeros(shape, dtype=torch.int64))
+
+    def test_of_other_tokens(self, model, ids):
+        with pytest.raises(
+            ValueError, match=rf"decoder_input_ids: tokens must be in \[0, {VOCAB}\), got {VOCAB}"
+        ):
+            model.generate(ids, decoder_input_ids=torch.full((3, CANVAS), VOCAB))
+
+
+class TestMaxSteps:
+    @pytest.mark.parametrize("cap", [1, 3])
+    def test_caps_every_canvas_and_keeps_the_schedule(self, model, ids, cap):
+        full, capped = Drafts(), Drafts()
+        generate(model, ids, streamer=full, max_new_tokens=2 * CANVAS)
+        output = generate(
+            model, ids, streamer=capped, max_new_tokens=2 * CANVAS, max_steps=cap, return_steps=True
+        )
+        assert output.steps.tolist() == [[cap, cap]] * 3
+        assert all(torch.equal(a, b) for a, b in zip(full.values[:cap], capped.values[:cap]))
+
+    def test_bad_values(self, model, ids):
+        with pytest.raises(ValueError, match="max_steps: must be at least 1, got 0"):
+            model.generate(ids, max_steps=0)
+        with pytest.raises(TypeError, match="max_steps: an int expected, got float"):
+            model.generate(ids, max_steps=2.0)
+
+
+@pytest.mark.parametrize("option", [{"seed": 1}, {"max_steps": 2}, {"return_steps": True}])
+def test_an_option_is_never_ignored(model, ids, option):
+    class Own(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores
+
+    with pytest.raises(
+        ValueError, match=rf"{next(iter(option))}: only the accelerated sampler has it, but .*Own"
+    ):
+        model.generate(ids, logits_processor=transformers.LogitsProcessorList([Own()]), **option)
+    # And the next call is as if nothing had happened.
+    model.generate(ids, max_steps=1)
