@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -61,11 +63,9 @@ MODULES: dict[str, dict[str, str]] = {
     },
 }
 
-# The order in which `auto` tries, by device type; an op may override it for an architecture.
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
-}
+# Where the order by architecture comes from; `python -m bench auto` rewrites its measured entries.
+AUTO_FILE = Path(__file__).with_name("auto.json")
+HOST_ORDER = ("cpp", "reference")
 
 
 class BackendError(RuntimeError):
@@ -149,19 +149,35 @@ def choose(op: str, backend: str, requirements: Mapping[str, object]) -> Choice:
             raise BackendError(f"{op}: backend {backend!r} cannot run this call: " + "; ".join(missing))
         return Choice(implementation, "asked for")
 
+    order, basis = auto_order(op, requirements)
     passed_over = []
-    for name in auto_order(op, str(requirements["device"])):
+    for name in order:
         implementation, reason = load(op, name)
         missing = [reason] if implementation is None else implementation.missing(requirements)
         if not missing:
-            return Choice(implementation, "; ".join(passed_over) or "first choice on this device")
+            return Choice(implementation, "; ".join([basis, *passed_over]))
         passed_over.append(f"not {name}: {'; '.join(missing)}")
     raise BackendError(f"{op}: no backend can run this call: " + "; ".join(passed_over))
 
 
-def auto_order(op: str, device: str) -> tuple[str, ...]:
-    """The backends that `auto` tries for an op on a device type, best first."""
-    return AUTO_ORDER.get(device, ("reference",))
+@functools.cache
+def auto_table() -> dict:
+    """{op: {compute capability or "default": {"order": [...], "basis": text}}} for NVIDIA GPUs."""
+    return json.loads(AUTO_FILE.read_text())
+
+
+def auto_order(op: str, requirements: Mapping[str, object]) -> tuple[tuple[str, ...], str]:
+    """The backends that `auto` tries, best first, and what the order rests on: a measurement or a budget."""
+    if requirements["device"] == "cpu":
+        return HOST_ORDER, "host"
+    if requirements["device"] != "cuda":
+        return ("reference",), f"no kernels for {requirements['device']}"
+    entries = auto_table().get(op, {})
+    major_minor = ".".join(map(str, requirements.get("compute_capability", ())))
+    entry = entries.get(major_minor) or entries.get("default")
+    if entry is None:
+        return ("triton", "cuda", "reference"), "no entry for this op"
+    return tuple(entry["order"]), entry["basis"]
 
 
 _logged: set[tuple[str, str, str]] = set()

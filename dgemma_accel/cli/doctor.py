@@ -133,8 +133,9 @@ def _extension() -> dict:
         return {"built": False, "why": str(error)}
     return {
         "built": True,
-        "cuda": bool(getattr(_C, "cuda_archs", "")),
-        "cuda_archs": getattr(_C, "cuda_archs", ""),
+        "cuda_archs": _C.CUDA_ARCHS.split(),
+        "cuda_kernels": len(_C.CUDA_KERNELS),
+        "host_instruction_sets": _C.host_instruction_sets().split(),
     }
 
 
@@ -146,7 +147,7 @@ def _missing(report: dict) -> list[str]:
         lines.append(
             "the compiled extension: pip install --no-build-isolation --no-deps -e . (needs a C++ compiler)"
         )
-    elif report["gpus"] and not report["extension"]["cuda"]:
+    elif report["gpus"] and not report["extension"]["cuda_archs"]:
         lines.append("CUDA kernels in the extension: it was built where nvcc was not found")
     if report["packages"]["triton"] is None:
         lines.append("triton: pip install triton")
@@ -174,11 +175,12 @@ def as_text(report: dict) -> str:
     if not report["gpus"]:
         lines.append("gpu        none")
     extension = report["extension"]
-    built = (
-        f"built, CUDA for {extension['cuda_archs'] or 'nothing'}"
-        if extension["built"]
-        else f"not built: {extension['why']}"
-    )
+    if extension["built"]:
+        cuda = f"{extension['cuda_kernels']} CUDA kernels for {' '.join(extension['cuda_archs'])}"
+        host = f"host code for {' '.join(extension['host_instruction_sets'])}"
+        built = f"built, {host}, {cuda if extension['cuda_archs'] else 'no CUDA'}"
+    else:
+        built = f"not built: {extension['why']}"
     lines.append(f"extension  {built}")
     for name, value in report["environment"].items():
         lines.append(f"set        {name}={value}")

@@ -1,0 +1,75 @@
+"""`auto` by architecture: from measurements where they exist, from the budget elsewhere."""
+
+import json
+
+import pytest
+
+from bench import auto
+from dgemma_accel import backends
+
+pytestmark = pytest.mark.source_tree
+
+
+def result(capability, rows, device_type="cuda"):
+    environment = {
+        "device_type": device_type,
+        "capability": capability,
+        "device": "a card",
+        "date": "2026-01-01",
+    }
+    rows = [dict(zip(("op", "case", "backend", "status", "median_us"), row)) for row in rows]
+    return {"kind": "ops", "environment": environment, "rows": rows}
+
+
+ROWS = [
+    ("row_stats", "a", "cuda", "ok", 10.0), ("row_stats", "a", "triton", "ok", 20.0),
+    ("row_stats", "b", "cuda", "ok", 90.0), ("row_stats", "b", "triton", "ok", 20.0),
+    ("row_stats", "c", "cuda", "ok", 1.0), ("row_stats", "c", "triton", "wrong", None),
+    ("commit", "a", "cuda", "ok", 5.0),
+]  # fmt: skip
+
+
+def test_only_cases_that_both_kernels_passed_count():
+    means = auto.measured([result("9.0", ROWS), result("12.0", ROWS, device_type="cpu")])
+    assert set(means) == {("row_stats", "9.0")}
+    assert means["row_stats", "9.0"] == pytest.approx({"cuda": 30.0, "triton": 20.0})
+    table = auto.updated({}, means, {"9.0": "a card"})
+    entry = table["row_stats"]["9.0"]
+    assert entry["order"][0] == "triton" and "measured on a card: triton 1.50x" in entry["basis"]
+
+
+def test_the_shipped_table_names_known_ops_and_backends():
+    for op, entries in backends.auto_table().items():
+        assert op in backends.MODULES and "default" in entries
+        for entry in entries.values():
+            assert set(entry["order"]) <= set(backends.BACKENDS) and entry["order"][-1] == "reference"
+            assert entry["basis"].startswith(("budget: ", "measured on "))
+
+
+def test_order_by_architecture(monkeypatch, tmp_path):
+    file = tmp_path / "auto.json"
+    row = {"order": ["triton", "reference"], "basis": "measured on x: ..."}
+    file.write_text(
+        json.dumps({"commit": {"default": {"order": ["cuda"], "basis": "budget: y"}, "9.0": row}})
+    )
+    monkeypatch.setattr(backends, "AUTO_FILE", file)
+    backends.auto_table.cache_clear()
+    try:
+        hopper = {"device": "cuda", "compute_capability": (9, 0)}
+        assert backends.auto_order("commit", hopper)[0] == ("triton", "reference")
+        assert backends.auto_order("commit", {**hopper, "compute_capability": (12, 0)}) == (
+            ("cuda",),
+            "budget: y",
+        )
+        assert backends.auto_order("commit", {"device": "cpu"})[0] == ("cpp", "reference")
+    finally:
+        backends.auto_table.cache_clear()
+
+
+def test_command(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{}")
+    output = tmp_path / "out" / "auto.json"
+    output.parent.mkdir()
+    assert auto.main(["--results", str(tmp_path), "--output", str(output)]) == 2
+    assert "not a result file" in capsys.readouterr().out
+    assert json.loads(output.read_text()) == backends.auto_table()
