@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -159,15 +160,24 @@ def main(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
+def progress(cases: list[Case]) -> tuple[Iterable[Case], Callable[[str], None]]:
+    """(the cases, under a progress bar on a terminal that has tqdm; what prints a line beside it)."""
+
+    def plain(line: str) -> None:
+        print(line, flush=True)
+
+    if not sys.stderr.isatty():
+        return cases, plain
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases, plain
+    # Through tqdm, or the bar and the table would write over each other.
+    return tqdm(cases, unit="case", leave=False), lambda line: tqdm.write(line, file=sys.stdout)
+
+
 def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list[str]]:
-    from tqdm import tqdm
-
-    bar = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
-
-    def say(line: str) -> None:
-        # Through tqdm, or the bar and the table would write over each other.
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    bar, say = progress(cases)
 
     runner = Runner(
         device, limits, present, backends=set(options.backend) if options.backend else None, quick=options.quick,
@@ -179,7 +189,8 @@ def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list
         if not has_time():
             failures.append(f"{case.title}: not reached within the budget of {options.budget:g} s")
             continue
-        bar.set_description(case.title[:60])
+        if hasattr(bar, "set_description"):
+            bar.set_description(case.title[:60])
         found, lines = runner.run(case)
         rows += found
         failures += lines

@@ -298,6 +298,16 @@ def main(arguments: list[str]) -> int:
     return bench(model, name, options, device)
 
 
+def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[Way, int]]:
+    """What is measured, in order: what compiles for minutes comes after all that does not."""
+    ways = [way for way in (*WAYS, *AUTOREGRESSIVE) if not options.way or any(text in way.name for text in options.way)]
+    if device.type == "cpu" and not options.compiled:
+        print("compiled variants are left out on a CPU (--compiled includes them)")
+        ways = [way for way in ways if not way.static]
+    eager = [(way, context) for context in contexts for way in ways if not way.static]
+    return eager + [(way, context) for context in contexts for way in ways if way.static]
+
+
 def bench(model, name: str, options, device: torch.device) -> int:
     """Measure all ways at all contexts, print and write; the exit status."""
     longest = model.config.text_config.max_position_embeddings
@@ -315,30 +325,27 @@ def bench(model, name: str, options, device: torch.device) -> int:
     limits.matrix(model.dtype)
     print(f"{facts['device']}, {name}, {options.steps} steps, batch {options.batch}")
     has_time = within(options.budget)
-    ways = [(way, measure_way, model.config.canvas_length) for way in WAYS]
-    ways += [(way, measure_decoding, 1) for way in AUTOREGRESSIVE]
-    ways = [one for one in ways if not options.way or any(text in one[0].name for text in options.way)]
-    if device.type == "cpu" and not options.compiled:
-        print("compiled variants are left out on a CPU (--compiled includes them)")
-        ways = [one for one in ways if not one[0].static]
     rows, failures = [], []
+    for way, context in schedule(options, contexts, device):
+        if not has_time():
+            failures.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
+            continue
+        decodes = way in AUTOREGRESSIVE
+        canvas = 1 if decodes else model.config.canvas_length
+        floor = floor_of(model, limits, context, options.batch, canvas)
+        row = (measure_decoding if decodes else measure_way)(model, way, options, context, floor)
+        rows.append(row)
+        if row["status"] == "ok":
+            print(f"context {context}, {way.name}: {table.duration(row['step_ms'] * 1e3)} a step", flush=True)
+        else:
+            failures.append(f"{way.name} at context {context}: {row['error']}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     for context in contexts:
-        here = []
-        for way, measure, canvas in ways:
-            if not has_time():
-                failures.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
-                continue
-            floor = floor_of(model, limits, context, options.batch, canvas)
-            row = measure(model, way, options, context, floor)
-            here.append(row)
-            if row["status"] != "ok":
-                failures.append(f"{way.name} at context {context}: {row['error']}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        here = [row for row in rows if row["context"] == context]
         if here:
             print(f"\ncontext {context}")
             print("\n".join(step_lines(here)), flush=True)
-        rows += here
     if device.type == "cuda":
         print("\nlaunches: kernel and graph launches by the host; host syncs: as CUDA's sync debug mode reports them")
     else:

@@ -214,7 +214,7 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
 def output_folder(facts: dict) -> Path:
     """$OUT where it is set, else bench/results/<device>."""
     if os.environ.get("OUT"):
-        return Path(os.environ["OUT"])
+        return Path(os.environ["OUT"]).resolve()
     from .environment import folder_name
 
     return ROOT / "bench" / "results" / folder_name({"device": facts["name"], "device_type": "cuda"})

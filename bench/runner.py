@@ -110,7 +110,7 @@ class Runner:
         spare = memory.available(self.device) - case.memory
         count = timing.input_sets(set_bytes, self.device, spare // 4)
         sets = [inputs, *(case.make(self.device, seed) for seed in range(1, count))]
-        cold = self.device.type != "cuda" or count * set_bytes >= 2 * _cache(self.device)
+        cold = count * set_bytes >= 2 * memory.cache_size(self.device)
 
         calls, extra = {}, {}
         for key, variant in runnable.items():
@@ -173,10 +173,6 @@ class Runner:
                     continue
                 found.append((module.NAME, variant, None))
         return found
-
-
-def _cache(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def _matrix_dtype(case: Case) -> torch.dtype:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import memory
+
 # A graph holds this many calls where one alone is too short for the clock.
 CALLS_IN_GRAPH = 20
 SHORT_CALL_US = 300.0
@@ -16,7 +18,10 @@ SHORT_CALL_US = 300.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call. method: "graph" (CUDA graph replay), "events" (CUDA events) or "clock" (host clock)."""
+    """Microseconds a call.
+
+    method: "graph" (CUDA graph replay), "events" (CUDA events; with the reason where a graph was tried) or "clock".
+    """
 
     median: float
     p20: float
@@ -38,7 +43,7 @@ def input_sets(set_bytes: int, device: torch.device, spare: int) -> int:
     """How many sets of inputs are rotated: enough to pass through twice the L2 cache, within `spare` bytes."""
     if device.type != "cuda":
         return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    cache = memory.cache_size(device)
     wanted = -(-2 * cache // max(set_bytes, 1)) + 1
     return max(1, min(wanted, 64, spare // max(set_bytes, 1)))
 
@@ -67,7 +72,6 @@ class _DeviceTimer:
         self.next = 0
         self.method = "events"
         self.graph = None
-        self.note = None
         for _ in range(3):
             for call in calls:
                 call()
@@ -84,7 +88,7 @@ class _DeviceTimer:
                     call()
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self.note = f"not captured in a graph: {str(error).splitlines()[0]}"
+            self.method = f"events, not captured: {str(error).splitlines()[0]}"
             return
         graph.replay()
         torch.cuda.synchronize()
