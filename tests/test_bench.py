@@ -305,3 +305,17 @@ def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
     # The softcap is the head's, and the conversion of the logits for the next step comes after the decision.
     softcap = Counter({"div": 1, "tanh": 1, "mul": 1})
     assert ours.seen - softcap == theirs.seen - Counter({"_to_copy": 1})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_short_calls_are_timed_in_a_graph_and_inputs_are_cold(tmp_path):
+    path = tmp_path / "result.json"
+    arguments = ["commit", "row_stats", "--device", "cuda", "--quick", "--peer", "torch_chain", "--json", str(path)]
+    assert bench_ops.main(arguments) == 0
+    result = json.loads(path.read_text())
+    assert schema.violations(result) == []
+    rows = [row for row in result["rows"] if row["backend"] == "triton"]
+    assert {row["method"] for row in rows if row["op"] == "commit"} == {"graph"}
+    assert all(row["cold_cache"] for row in rows if row["op"] == "row_stats")
+    assert all(row["roofline_percent"] < 110 for row in rows)
+    assert result["environment"]["driver"] and result["clocks"]["before"]["sm"] > 0

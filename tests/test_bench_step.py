@@ -192,3 +192,17 @@ def test_speedup_over_decoding_counts_tokens_of_a_step():
         "dgemma_accel against autoregressive, dynamic cache: 4.00x at 16 tokens a step, 4.92x at 19.7 tokens a step"
     ]
     assert bench_step.speedups([row("dgemma_accel", 20.0)]) == []
+
+
+@pytest.mark.gpu
+def test_the_full_path_on_a_gpu(tmp_path):
+    device = torch.device("cuda")
+    small = step_model.build(step_model.full_config(2, NARROW), device, torch.bfloat16)
+    path = tmp_path / "step.json"
+    options = bench_step.parser().parse_args(
+        ["--steps", "3", "--repeats", "1", "--context", "16", "--way", "dynamic", "--json", str(path)]
+    )
+    assert bench_step.bench(small, "full (2 layers, narrow)", options, device) == 0
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    theirs = rows["transformers, dynamic cache"]
+    assert theirs["launches"] > 100 and theirs["host_syncs"] >= 4 and theirs["components_ms"]["attention"] > 0
