@@ -70,12 +70,12 @@ def test_top_p_threshold_from_tiles_equals_bisection(kind):
 def test_tied_tokens_are_kept_or_dropped_together():
     x = torch.log(torch.tensor([[0.4, 0.2, 0.2, 0.2]]))
     # The mass before each of the three is 0.4: all of them from 0.4 on, none below.
-    stays = Proposal(1.0, top_p=0.41, confidence="proposal")._filter(x)
-    goes = Proposal(1.0, top_p=0.39, confidence="proposal")._filter(x)
+    stays = Proposal(1.0, top_p=0.41, confidence="proposal")._filter_(x.clone())
+    goes = Proposal(1.0, top_p=0.39, confidence="proposal")._filter_(x.clone())
     assert stays.isfinite().tolist() == [[True] * 4]
     assert goes.isfinite().tolist() == [[True, False, False, False]]
     # And the third largest is as large as the second: both stay.
-    assert Proposal(1.0, top_k=2)._filter(x).isfinite().tolist() == [[True] * 4]
+    assert Proposal(1.0, top_k=2)._filter_(x.clone()).isfinite().tolist() == [[True] * 4]
 
 
 @pytest.mark.parametrize("confidence", ["proposal", "untempered"])

@@ -19,6 +19,9 @@ from ..reference.row_stats import apply_softcap, row_uniform
 TILE = 64
 # Tiles of a row that the top-p threshold looks into before it turns to bisection.
 TOP_TILES = 64
+# Bins of the value for top-p of flat rows, from the row's maximum down to this far below it.
+BINS = 4096
+LOWEST = -32.0
 # Elements of a chunk of rows, so that its fp32 copies take some tens of megabytes.
 CHUNK_ELEMENTS = 1 << 22
 
@@ -42,26 +45,20 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
     width = min(TILE, vocab // (2 * k))
     if width < 2:
         return x.kthvalue(vocab - k + 1, dim=-1).values
-    return _top_tiles(x, width, k)[0].flatten(1).topk(k, dim=-1).values[:, -1]
+    return _top_tiles(x, width, k)[0].topk(k, dim=-1).values[:, -1]
 
 
 def _top_tiles(x: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
-    """(values [R, count, width] of the tiles of largest maximum, the least of those maxima [R])."""
+    """(values [R, N] of the `count` tiles of largest maximum, the least of those maxima [R]).
+
+    A tile is every n-th token of the row, so that its maximum is taken over whole vectors. The tokens behind the
+    last whole tile are always among the values.
+    """
     rows, vocab = x.shape
-    whole = vocab - vocab % width
-    tiles = x[:, :whole].reshape(rows, -1, width)
-    maxima = tiles.amax(-1)
-    if whole < vocab:
-        rest = x.new_full((rows, 1, width), float("-inf"))
-        rest[:, 0, : vocab - whole] = x[:, whole:]
-        maxima = torch.cat([maxima, rest.amax(-1)], -1)
-        # The short tile is always looked at, so that x need not be copied to append it.
-        top, index = maxima.topk(min(count, maxima.shape[1]), dim=-1)
-        chosen = tiles.gather(1, index.clamp_max(tiles.shape[1] - 1)[..., None].expand(-1, -1, width))
-        last = (index == tiles.shape[1])[..., None]
-        return torch.where(last, rest, chosen), top[:, -1]
-    top, index = maxima.topk(min(count, maxima.shape[1]), dim=-1)
-    return tiles.gather(1, index[..., None].expand(-1, -1, width)), top[:, -1]
+    tiles = x[:, : vocab - vocab % width].reshape(rows, width, -1)
+    top, index = tiles.amax(1).topk(min(count, tiles.shape[2]), dim=-1)
+    values = tiles.gather(2, index[:, None].expand(-1, width, -1)).flatten(1)
+    return torch.cat([values, x[:, vocab - vocab % width :]], -1), top[:, -1]
 
 
 def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
@@ -81,7 +78,7 @@ def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
     if x.shape[1] <= 2 * TILE * TOP_TILES:
         return _bisect(x, mass)
     values, bound = _top_tiles(x, TILE, TOP_TILES)
-    values = values.flatten(1).sort(-1, descending=True).values
+    values = values.sort(-1, descending=True).values
     exclusive = _exclusive_mass(values)
     kept = exclusive <= mass[:, None]
     threshold = torch.where(kept, values, float("inf")).amin(-1)
@@ -89,8 +86,39 @@ def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
     unsure = ~(threshold > bound)
     if bool(unsure.any()):
         index = unsure.nonzero()[:, 0]
-        threshold[index] = _bisect(x[index], mass[index])
+        threshold[index] = _by_bins(x[index], mass[index])
     return threshold
+
+
+def _by_bins(x: Tensor, mass: Tensor) -> Tensor:
+    """`top_p_threshold` where much of the vocabulary is kept: masses of bins of the value, then inside one bin.
+
+    The bin that holds the threshold is the lowest that is not empty and has at most `mass` above it, since its
+    largest token is kept.
+    """
+    rows = x.shape[0]
+    low = torch.where(x.isfinite(), x, 0.0).amin(-1, keepdim=True).clamp_min(LOWEST)
+    scale = (BINS - 1) / (-low).clamp_min(1e-30)
+    # Rises with x, rounding included, so that bins are in the order of their tokens. NaN goes anywhere.
+    bin_of = ((x - low) * scale).nan_to_num(0.0).clamp(0, BINS - 1).long()
+    weights = x.exp().double()
+    sums = weights.new_zeros(rows, BINS).scatter_add_(1, bin_of, weights)
+    counts = torch.zeros_like(bin_of[:, :1]).expand(-1, BINS).clone()
+    counts.scatter_add_(1, bin_of, torch.ones_like(bin_of))
+    above = sums.sum(-1, keepdim=True) - sums.cumsum(-1)
+    # The difference of two sums may be off at the ends, where it is known.
+    above[:, -1] = 0.0
+    possible = (counts > 0) & (above <= mass[:, None])
+    target = torch.where(possible, torch.arange(BINS, device=x.device), BINS).amin(-1, keepdim=True)
+
+    inside = bin_of == target
+    size = int(inside.sum(-1).max())
+    values = x.new_full((rows, max(size, 1)), float("-inf"))
+    row, column = inside.nonzero(as_tuple=True)
+    place = inside.cumsum(-1)[row, column] - 1
+    values[row, place] = x[row, column]
+    left = mass - above.gather(1, target.clamp_max(BINS - 1))[:, 0]
+    return _bisect(values, left)
 
 
 def _exclusive_mass(values: Tensor) -> Tensor:
@@ -117,6 +145,8 @@ def _from_ordered(key: Tensor) -> Tensor:
 def _bisect(x: Tensor, mass: Tensor) -> Tensor:
     """`top_p_threshold` by bisection on the bits of the value: at most 32 masses above a threshold."""
     weights = x.exp()
+    # What cannot be kept alone is kept nevertheless: it is the largest.
+    mass = mass.clamp_min(0.0)
     high = _ordered(x.amax(-1))  # kept: nothing is above the maximum
     low = _ordered(torch.full_like(mass, float("-inf"), dtype=torch.float32)) - 1
     while bool((high - low > 1).any()):
@@ -197,40 +227,43 @@ class Proposal:
         """
         vocab = logits.shape[-1]
         blocks = logits.reshape(-1, *logits.shape[-2:])
+        length = blocks.shape[1]
         temperature = self._temperature(logits)
         if isinstance(temperature, Tensor):
             temperature = temperature.expand(logits.shape[:-1]).reshape(-1).to(torch.float32)
-        rows = logits.shape[:-1].numel()
         count = max(1, CHUNK_ELEMENTS // vocab)
-        for start in range(0, rows, count):
-            part = slice(start, min(start + count, rows))
-            # Gathered by index, so that a slice of a longer sequence is not copied whole.
-            index = torch.arange(part.start, part.stop, device=logits.device)
-            chunk = blocks[index // blocks.shape[1], index % blocks.shape[1]]
-            x = apply_softcap(chunk, self.softcap)
-            if isinstance(temperature, Tensor):
-                t = temperature[part, None]
-                x = x / torch.where(t == 0, 1.0, t)
-            elif temperature > 0:
-                x = x / temperature
-            yield part, self._filter(x)
+        for number, block in enumerate(blocks):
+            for start in range(0, length, count):
+                chunk = block[start : start + count]
+                part = slice(number * length + start, number * length + start + chunk.shape[0])
+                x = apply_softcap(chunk, self.softcap)
+                if isinstance(temperature, Tensor):
+                    t = temperature[part, None]
+                    x = x / torch.where(t == 0, 1.0, t)
+                elif temperature > 0:
+                    x = x / temperature
+                elif x.data_ptr() == chunk.data_ptr():
+                    x = x.clone()
+                yield part, self._filter_(x)
 
-    def _filter(self, x: Tensor) -> Tensor:
-        vocab = x.shape[-1]
-        threshold = x.new_full((x.shape[0],), float("-inf"))
+    def _filter_(self, x: Tensor) -> Tensor:
+        """-inf in x [r, V] wherever a filter drops a token; in place."""
+        threshold = None
         if self.top_k:
-            threshold = kth_largest(x, min(self.top_k, vocab))
+            threshold = kth_largest(x, min(self.top_k, x.shape[-1]))[:, None]
         if self.top_p is not None and self.top_p < 1:
             top = x.amax(-1, keepdim=True)
             shifted = x - torch.where(top.isfinite(), top, 0.0)
             weights = shifted.exp()
             if self.top_k and self.top_k_first:
-                weights = torch.where(x >= threshold[:, None], weights, 0.0)
+                weights.masked_fill_(x < threshold, 0.0)
             mass = self.top_p * weights.sum(-1, dtype=torch.float64)
-            least = top_p_threshold(shifted, mass)
+            least = top_p_threshold(shifted, mass)[:, None]
             # Compared in the shifted row: adding the maximum back could round across a neighbour.
-            x = torch.where(shifted >= least[:, None], x, float("-inf"))
-        return torch.where(x >= threshold[:, None], x, float("-inf"))
+            x.masked_fill_(shifted < least, float("-inf"))
+        if threshold is not None:
+            x.masked_fill_(x < threshold, float("-inf"))
+        return x
 
     def _filtered_stats(self, logits: Tensor, temperature, seed: Tensor, offset: int) -> RowStats:
         shape = logits.shape[:-1]
