@@ -1,0 +1,36 @@
+"""What a new user runs first: the demo and `generate`, on the tiny checkpoint."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers.models.diffusion_gemma")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CHECKPOINT = EXAMPLES / "tiny-dgemma" / "checkpoint"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_demo():
+    result = run(EXAMPLES / "demo.py", "--prompts", 5)
+    assert result.returncode == 0, result.stderr
+    matches = re.findall(r"exact match (\d+)/5", " ".join(result.stdout.split()))
+    assert len(matches) == 2 and min(map(int, matches)) >= 4
+    assert "The canvas settling on" in result.stdout and "step 1" in result.stdout
+
+
+def test_generate_command():
+    command = ("-m", "dgemma_accel", "generate", "--model", CHECKPOINT)
+    result = run(*command, "--prompt", "count 8 to 12", "--seed", 3)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("8 9 10 11 12") >= 3, "a draft and both answers"
+    one_side = run(*command, "--prompt", "sort 4271", "--only", "accelerated", "--no-drafts", "--backend", "cpp")
+    assert one_side.returncode == 0 and "1247" in one_side.stdout and "reference" not in one_side.stdout
+    wrong = run(*command, "--prompt", "x", "--max-new-tokens", 0)
+    assert wrong.returncode == 2 and "--max-new-tokens: must be at least 1" in wrong.stdout
