@@ -18,6 +18,7 @@ from types import ModuleType
 
 MODULES = (
     "torch_chain",
+    "published_samplers",
     "sdpa",
     "flex_attention",
     "torch_compile",

@@ -1,0 +1,193 @@
+"""Cases of the samplers: one step of each strategy, at DiffusionGemma's canvas and at LLaDA's block and vocabulary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgemma_accel.samplers import (
+    CreditThreshold,
+    DInferThreshold,
+    Entropy,
+    Factor,
+    Hierarchy,
+    LowConfidence,
+    LowConfidenceDynamic,
+    MaskedDiffusionSampler,
+    MaskgitPlus,
+    MinimalTopK,
+    Random,
+    SGLangLowConfidence,
+    Threshold,
+    TopkMargin,
+)
+
+from . import planted
+from .cases import CANVAS, VOCAB, Case, Sizes, Variant, implementations, table_dtypes
+
+LLADA_BLOCK, LLADA_VOCAB, LLADA_MASK = 32, 126_464, 126_336
+STEPS = 8
+# Rows that a check by the reference reads; its fp64 table of all rows would take gigabytes.
+CHECKED_ROWS = 16
+
+# kind -> (strategy, temperature, top_k, top_p, confidence). Greedy as published by default; LLaDA, Dream and SDAR
+# are sampled as well.
+KINDS = {
+    "LLaDA low_confidence": (LowConfidence(), 0.0, None, None, "untempered"),
+    "Fast-dLLM low_confidence": (LowConfidence(), 0.0, None, None, "untempered"),
+    "Fast-dLLM low_confidence, T = 1": (LowConfidence(), 1.0, None, None, "untempered"),
+    "LLaDA random": (Random(), 0.0, None, None, "untempered"),
+    "Fast-dLLM threshold": (Threshold(0.9), 0.0, None, None, "untempered"),
+    "Fast-dLLM factor": (Factor(1.0), 0.0, None, None, "untempered"),
+    "dInfer threshold": (DInferThreshold(0.9), 0.0, None, None, "untempered"),
+    "dInfer minimal top-k": (MinimalTopK(4, 0.9), 0.0, None, None, "untempered"),
+    "dInfer credit": (CreditThreshold(0.9), 0.0, None, None, "untempered"),
+    "dInfer hierarchy": (Hierarchy(0.9, 0.4), 0.0, None, None, "untempered"),
+    "SGLang LowConfidence": (SGLangLowConfidence(0.95), 0.0, None, None, "untempered"),
+    "SDAR low_confidence_dynamic": (LowConfidenceDynamic(0.85), 0.0, None, None, "proposal"),
+    "SDAR low_confidence_dynamic, T = 1, top-k 50": (LowConfidenceDynamic(0.85), 1.0, 50, None, "proposal"),
+    "Dream maskgit_plus": (MaskgitPlus(), 0.0, None, None, "proposal"),
+    "Dream topk_margin": (TopkMargin(), 0.0, None, None, "proposal"),
+    "Dream entropy": (Entropy(), 0.0, None, None, "proposal"),
+    "Dream entropy, T = 0.2, top-p 0.95": (Entropy(), 0.2, None, 0.95, "proposal"),
+}
+QUICK = ("Fast-dLLM low_confidence", "Fast-dLLM threshold", "dInfer threshold", "Dream entropy")
+
+
+class Inputs(NamedTuple):
+    """logits [1, C, V] and tokens [1, C], all masked but one in eight; kind names the published code."""
+
+    kind: str
+    logits: Tensor
+    tokens: Tensor
+    mask_id: int
+    strategy: object
+    steps: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    confidence: str
+
+
+def make_inputs(
+    kind: str, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> Inputs:
+    strategy, temperature, top_k, top_p, confidence = KINDS[kind]
+    logits = planted.logits(rows, vocab, 0.5, dtype, device, seed)
+    mask_id = LLADA_MASK if vocab == LLADA_VOCAB else vocab - 1
+    logits[:, mask_id] = -30.0
+    # A settled row at every confidence, not only at certainty: the published rules differ in between.
+    noise = planted.generator(device, seed + 1)
+    settled = torch.rand(rows, generator=noise, device=device) * 8 + 10
+    logits = torch.where(logits > 20, settled[:, None].to(dtype), logits)
+    tokens = torch.full((1, rows), mask_id, device=device)
+    tokens[:, ::8] = 1
+    return Inputs(
+        kind.split(",")[0],
+        logits[None],
+        tokens,
+        mask_id,
+        strategy,
+        STEPS,
+        temperature,
+        top_k,
+        top_p,
+        confidence,
+    )
+
+
+def sampler(inputs: Inputs, backend: str) -> MaskedDiffusionSampler:
+    return MaskedDiffusionSampler(
+        inputs.strategy,
+        mask_id=inputs.mask_id,
+        block_length=inputs.tokens.shape[1],
+        steps=inputs.steps,
+        temperature=inputs.temperature,
+        top_k=inputs.top_k,
+        top_p=inputs.top_p,
+        top_k_first=inputs.kind.startswith("SDAR"),
+        schedule="block" if inputs.kind.startswith("SDAR") else "masked",
+        confidence=inputs.confidence,
+        backend=backend,
+    )
+
+
+def variant(backend: str) -> Variant:
+    def prepare(inputs: Inputs):
+        ours = sampler(inputs, backend)
+
+        def call():
+            return ours.step(inputs.logits, inputs.tokens, ours.start(inputs.tokens, seed=7))
+
+        return call
+
+    return Variant(backend, prepare, capturable=False)
+
+
+def check(tokens: Tensor, inputs: Inputs) -> list[str]:
+    """The tokens of the first rows, decided alone, equal the reference's; all tokens are proposals or unchanged."""
+    rows = slice(0, min(CHECKED_ROWS, inputs.tokens.shape[1]))
+    few = inputs._replace(logits=inputs.logits[:, rows], tokens=inputs.tokens[:, rows])
+    truth = variant("reference").prepare(few)()
+    chosen = [name for name in implementations("row_stats", inputs.logits.device)[0] if name != "reference"]
+    problems = []
+    for name in chosen:
+        ours = variant(name).prepare(few)()
+        if not torch.equal(ours, truth):
+            problems.append(
+                f"{name}: {int((ours != truth).sum())} of {truth.numel()} tokens differ from the reference"
+            )
+    kept = tokens == inputs.tokens
+    given = inputs.tokens != inputs.mask_id
+    if not bool(kept[given].all()):
+        problems.append("given tokens changed")
+    if not bool((~kept).any()):
+        problems.append("nothing was committed")
+    if inputs.temperature == 0:
+        wrong = ~kept & (tokens != inputs.logits.argmax(-1))
+        if bool(wrong.any()):
+            problems.append(f"{int(wrong.sum())} committed tokens are not the argmax")
+    return problems
+
+
+def expected(inputs: Inputs) -> dict[str, Tensor]:
+    """The tokens that published code is compared with, where it draws nothing."""
+    present = implementations("row_stats", inputs.logits.device)[0]
+    return {"tokens": variant(present[-1]).prepare(inputs)()}
+
+
+def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
+    present, lines = implementations("row_stats", device)
+    shapes = [(CANVAS, VOCAB), (LLADA_BLOCK, LLADA_VOCAB)]
+    if sizes.rows or sizes.vocab:
+        shapes = [(sizes.rows or CANVAS, sizes.vocab or VOCAB)]
+    elif sizes.quick:
+        shapes = [(LLADA_BLOCK, LLADA_VOCAB)]
+    found = []
+    for rows, vocab in shapes:
+        for dtype in table_dtypes(device):
+            table = rows * vocab * dtype.itemsize
+            for kind in QUICK if sizes.quick else KINDS:
+                found.append(
+                    Case(
+                        op="samplers",
+                        label=kind,
+                        shape=f"[{rows}, {vocab}]",
+                        dtype=dtype,
+                        bytes=table + rows * 16,
+                        flops=0,
+                        # Published code holds several fp64 tables at once.
+                        memory=table + 5 * rows * vocab * 8,
+                        make=lambda device, seed, kind=kind, rows=rows, vocab=vocab, dtype=dtype: make_inputs(
+                            kind, rows, vocab, dtype, device, seed
+                        ),
+                        backends=tuple(
+                            variant(name) for name in present if name != "reference" or len(present) == 1
+                        ),
+                        check=check,
+                        expected=expected,
+                    )
+                )
+    return found, lines
