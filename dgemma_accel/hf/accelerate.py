@@ -9,6 +9,7 @@ from torch import nn
 
 from ..backends import MODULES, BackendError, load, requested
 from .attention import decoder_attention_forward
+from .cache import prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
 from .generate import generate, prepare_denoiser_inputs
@@ -55,6 +56,7 @@ def accelerate(model, *, backend: str = "auto"):
     acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
     acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
     acceleration.replace(model, "_denoising_step", denoising_step)
+    acceleration.replace(model, "_prepare_static_cache", prepare_static_cache)
     acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
     acceleration.replace(model, "generate", generate)
     model.__dict__[ATTRIBUTE] = acceleration

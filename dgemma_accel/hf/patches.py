@@ -60,11 +60,17 @@ class Patch:
 
 @dataclass(eq=False)
 class Acceleration:
-    """The replacements on one model, the backend they ask for, and what has been said about fallbacks."""
+    """The replacements on one model, the backend they ask for, what has been said about fallbacks, and the
+    `PreallocatedCache` that calls with a static cache share."""
 
     backend: str = "auto"
     patches: list[Patch] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    static_cache: object | None = None
+
+    def __getstate__(self) -> dict:
+        """A copy of the model makes its own cache."""
+        return {**vars(self), "static_cache": None}
 
     def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
         """Let `owner.name(...)` call `function(patch, ...)`."""

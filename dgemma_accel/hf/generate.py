@@ -1,0 +1,145 @@
+"""`generate` of an accelerated model: the original's, and options that the original does not have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import checks
+from .call import Call, calling, current_call
+from .patches import Patch
+
+
+def generate(
+    patch: Patch,
+    input_ids: Tensor | None = None,
+    past_key_values=None,
+    streamer=None,
+    generation_config=None,
+    logits_processor=None,
+    stopping_criteria=None,
+    *,
+    seed: int | None = None,
+    pinned=None,
+    max_steps: int | None = None,
+    return_confidence: bool = False,
+    return_steps: bool = False,
+    **kwargs,
+):
+    """`DiffusionGemmaGenerationMixin.generate` with a seed, pinned positions, a cap on steps and a report.
+
+    Args:
+        seed: in [0, 2**63): makes this call repeatable, whatever torch's generators hold, and leaves out their state.
+        pinned: positions of the first canvas that keep the token which `decoder_input_ids` gives them, while
+            the rest is written around them: a bool tensor [C] or [B, C], or a sequence of positions.
+        max_steps: >= 1; a canvas is taken as it is after that many steps. Unlike `max_denoising_steps` it does not
+            stretch the temperature schedule.
+        return_confidence: the output has `confidence` and `entropy`, each [B, new tokens] fp32: probability of
+            each token and entropy (nats) of its position in the row's last decoder pass, at that step's
+            temperature. NaN where `generate` put padding over the model's token; 1 and 0 where pinned.
+        return_steps: the output has `steps` [B, canvases] int64: decoder passes until the row's canvas was finished.
+        The others are those of the original.
+
+    Returns:
+        What the original returns; with `return_confidence` or `return_steps` a `GenerationOutput`.
+
+    Raises:
+        TypeError, ValueError: an option of a wrong type, shape or value, or one that the call's streamer, logits
+            processors, sampler, stopping criterion or cache leave no room for.
+    """
+    model = patch.owner
+    canvas_length, vocab = model.config.canvas_length, model.config.text_config.vocab_size
+    canvas = kwargs.get("decoder_input_ids")
+    if isinstance(canvas, Tensor) and input_ids is not None:
+        _check_canvas(canvas, (input_ids.shape[0], canvas_length), vocab)
+    call = Call(
+        seed=None if seed is None else checks.seed_and_offset(seed, 0, torch.device("cpu"))[0],
+        seed_given=seed is not None,
+        pinned=None if pinned is None else _pinned_mask(pinned, canvas, canvas_length),
+        max_steps=_checked_steps(max_steps),
+        with_confidence=bool(return_confidence),
+        with_steps=bool(return_steps),
+        needs_logits=hasattr(streamer, "put_draft") and bool(getattr(streamer, "_takes_logits", False)),
+    )
+    with calling(call):
+        output = patch.original()(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            streamer=streamer,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            **kwargs,
+        )
+    if not (call.with_confidence or call.with_steps):
+        return output
+    if isinstance(output, Tensor):
+        raise ValueError("return_confidence, return_steps: need return_dict_in_generate=True")
+    return _with_reports(output, call)
+
+
+def prepare_denoiser_inputs(patch: Patch, **kwargs):
+    """`_prepare_denoiser_inputs` with the starting canvas of the call's seed."""
+    given = "decoder_input_ids" in kwargs["model_kwargs"]
+    canvas, *rest = patch.original()(**kwargs)
+    call = current_call()
+    if call.seed_given and not given:
+        sampler = kwargs["sampler"]
+        canvas = call.starting_canvas(*canvas.shape, sampler.vocab_size, canvas.device)
+    return canvas, *rest
+
+
+def _with_reports(output, call: Call):
+    from .output import GenerationOutput
+
+    drafts = torch.cat([report.draft for report in call.reports], -1)
+    kept = output.sequences[:, -drafts.shape[1] :] == drafts
+    extras = {}
+    if call.with_confidence:
+        for name in ("confidence", "entropy"):
+            values = torch.cat([getattr(report, name) for report in call.reports], -1)
+            extras[name] = torch.where(kept, values, float("nan"))
+    if call.with_steps:
+        extras["steps"] = torch.stack([report.steps for report in call.reports], -1)
+    return GenerationOutput(**output, **extras)
+
+
+def _check_canvas(canvas: Tensor, shape: tuple[int, int], vocab: int) -> None:
+    checks.has_dtype("decoder_input_ids", canvas, (torch.int64, torch.int32))
+    checks.has_shape("decoder_input_ids", canvas, shape, "[B, canvas_length]")
+    outside = (canvas < 0) | (canvas >= vocab)
+    if bool(outside.any()):
+        raise ValueError(f"decoder_input_ids: tokens must be in [0, {vocab}), got {int(canvas[outside][0])}")
+
+
+def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
+    """[B, C] bool from a mask or from positions."""
+    if canvas is None:
+        raise ValueError("pinned: needs decoder_input_ids [B, canvas_length], which holds the pinned tokens")
+    if not isinstance(pinned, Tensor):
+        pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None)
+    if pinned.dtype == torch.bool:
+        if tuple(pinned.shape) not in ((length,), tuple(canvas.shape)):
+            raise ValueError(
+                f"pinned: shape must be ({length},) or {tuple(canvas.shape)}, got {tuple(pinned.shape)}"
+            )
+        return pinned.to(canvas.device).expand(canvas.shape)
+    checks.has_dtype("pinned", pinned, (torch.int64, torch.int32))
+    if pinned.ndim != 1:
+        raise ValueError(f"pinned: positions must be a flat sequence, got shape {tuple(pinned.shape)}")
+    outside = (pinned < 0) | (pinned >= length)
+    if bool(outside.any()):
+        raise ValueError(f"pinned: positions must be in [0, {length}), got {int(pinned[outside][0])}")
+    mask = torch.zeros(length, dtype=torch.bool, device=canvas.device)
+    mask[pinned.long().to(canvas.device)] = True
+    return mask.expand(canvas.shape)
+
+
+def _checked_steps(max_steps: int | None) -> int | None:
+    if max_steps is None:
+        return None
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"max_steps: an int expected, got {type(max_steps).__name__}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps: must be at least 1, got {max_steps}")
+    return max_steps

@@ -1,0 +1,156 @@
+"""A cache that is allocated once and correct at every prompt length; imports transformers.
+
+transformers' own static cache mixes up sliding layers once the prompt reaches the window. Here a layer's keys are a
+view of the valid part of its buffer, so every reader, the original attention included, sees what a dynamic cache
+would hold, and a step neither copies nor allocates anything that grows with the context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class _Buffers:
+    """What both kinds of layers share: buffers [B, Hkv, capacity, D] and writing into them.
+
+    `keys` and `values` are the slots [first, first + held) of the buffers.
+    """
+
+    capacity: int
+    first: int
+
+    def _allocate_for(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers that fit these states; tokens that are already held move along."""
+        held_elsewhere = self.is_initialized and (
+            self.keys.untyped_storage().data_ptr() != self.key_buffer.untyped_storage().data_ptr()
+        )
+        fits = self.is_initialized and (
+            self.key_buffer.shape[:2] == key_states.shape[:2]
+            and self.key_buffer.dtype == key_states.dtype
+            and self.key_buffer.device == key_states.device
+        )
+        if fits and not held_elsewhere:
+            return
+        before = (self.keys, self.values) if self.is_initialized and self.keys.numel() else None
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        if not fits:
+            self.key_buffer, self.value_buffer = (
+                x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
+            )
+        self.is_initialized = True
+        self.first = 0
+        self._view(0)
+        if before is not None:
+            self._write(0, *before)
+            self._view(before[0].shape[2])
+
+    def _view(self, held: int) -> None:
+        self.keys = self.key_buffer[:, :, self.first : self.first + held]
+        self.values = self.value_buffer[:, :, self.first : self.first + held]
+
+    def _write(self, slot: int, key_states: Tensor, value_states: Tensor) -> None:
+        end = slot + key_states.shape[2]
+        self.key_buffer[:, :, slot:end] = key_states
+        self.value_buffer[:, :, slot:end] = value_states
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = 0
+        self.first = 0
+        if self.is_initialized:
+            self._view(0)
+
+    def offload(self) -> None:
+        raise NotImplementedError("a preallocated cache stays on its device")
+
+
+class PreallocatedLayer(_Buffers, DynamicLayer):
+    """A layer that sees everything: `capacity` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.first = capacity, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self._allocate_for(key_states, value_states)
+        held, new = self.keys.shape[2], key_states.shape[2]
+        if held + new > self.capacity:
+            raise ValueError(
+                f"past_key_values: the cache has room for {self.capacity} tokens, holds {held} and got {new} more"
+            )
+        self._write(held, key_states, value_states)
+        self._view(held + new)
+        return self.keys, self.values
+
+
+class PreallocatedSlidingLayer(_Buffers, DynamicSlidingWindowLayer):
+    """A layer that keeps the last `sliding_window` - 1 tokens.
+
+    The window slides through the buffer; only when it comes to the end it moves back to the front.
+    """
+
+    def __init__(self, sliding_window: int, canvas_length: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        keep = sliding_window - 1
+        # Twice the window, so that moving to the front copies between separate slots.
+        self.capacity, self.first = keep + max(keep, canvas_length), 0
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("a preallocated sliding layer keeps its window and nothing before it")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the new tokens; returns the earlier window and all of them, as the encoder's attention wants it."""
+        self._allocate_for(key_states, value_states)
+        keep, held, new = self.sliding_window - 1, self.keys.shape[2], key_states.shape[2]
+        self.cumulative_length += new
+        if held + new > self.capacity:
+            # A long prompt: only its end is kept.
+            keys, values = key_states, value_states
+            if held:
+                keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            self.first = 0
+            self._write(0, keys[:, :, -keep:], values[:, :, -keep:])
+            self._view(keep)
+            return keys, values
+        if self.first + held + new > self.capacity:
+            keys, values = self.keys, self.values
+            if self.first < held:
+                keys, values = keys.clone(), values.clone()
+            self.first = 0
+            self._write(0, keys, values)
+        self._write(self.first + held, key_states, value_states)
+        self._view(held + new)
+        seen = self.keys, self.values
+        self.first += max(0, held + new - keep)
+        self._view(min(held + new, keep))
+        return seen
+
+
+class PreallocatedCache(Cache):
+    """A cache for a DiffusionGemma model with room for `max_length` tokens, prompt and generated text together.
+
+    Args:
+        config: `DiffusionGemmaConfig`.
+        max_length: tokens, >= 1. A call that needs more raises ValueError.
+
+    Memory: 2 * Hkv * D * max_length elements per row and global layer, about two windows per sliding layer.
+    """
+
+    def __init__(self, config, max_length: int) -> None:
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise TypeError(f"max_length: an int expected, got {type(max_length).__name__}")
+        if max_length < 1:
+            raise ValueError(f"max_length: must be at least 1, got {max_length}")
+        text = config.get_text_config()
+        super().__init__(
+            layers=[
+                PreallocatedSlidingLayer(text.sliding_window, config.canvas_length)
+                if kind == "sliding_attention"
+                else PreallocatedLayer(max_length)
+                for kind in text.layer_types
+            ]
+        )
+        self.max_length = max_length
