@@ -64,6 +64,11 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     return target or compute_capability(tensor.device)
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device; 1 where there is no GPU, so that nothing is split by default."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
 def on_device(tensor: Tensor):
     """The context in which a kernel on `tensor` has to be launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

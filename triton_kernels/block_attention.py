@@ -1,0 +1,327 @@
+"""`block_attention` with the prefix read in place: flash attention over one list of tiles, [prefix ; block].
+
+The query heads that share a KV head are packed into the rows of one tile (row = position * group + head), so
+each key and value is loaded once for all of them. The tiles of the prefix and those of the block form one
+list; a program takes a stretch of it, which gives one loop for both, and a prefix of any length is split
+over as many programs as fill the GPU. Splits leave (output, log-sum-exp) and `merge_splits_kernel` joins them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from .common import (
+    CAPABILITIES,
+    DEVICES,
+    INTERPRET,
+    UpTo,
+    capability,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    tanh,
+    unavailable,
+)
+
+__all__ = ["FEATURES", "block_attention", "unavailable"]
+
+MAX_SPLITS = 64
+
+FEATURES = {
+    "device": DEVICES,
+    "dtype": frozenset({torch.bfloat16, torch.float16, torch.float32}),
+    "head_dim": UpTo(512),
+    "compute_capability": CAPABILITIES,
+}
+
+
+@triton.jit
+def place(i_n, first, last, tiles_prefix, start, end, block_end, BLOCK_N: tl.constexpr):
+    """Tile `i_n` of the list as (whether it is of the prefix, its first slot, the end of the valid slots).
+
+    A tile outside [first, last) has no valid slots.
+    """
+    from_prefix = i_n < tiles_prefix
+    n_first = tl.where(from_prefix, start + i_n * BLOCK_N, (i_n - tiles_prefix) * BLOCK_N)
+    n_end = tl.where(from_prefix, end, block_end)
+    return from_prefix, n_first, tl.where((i_n >= first) & (i_n < last), n_end, -2147483648)
+
+
+@triton.jit
+def load_tile(
+    p_block, p_prefix, stride_block, stride_prefix, from_prefix, first, end, o_n, o_d, m_d,
+    PREFIX: tl.constexpr, PADDED: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [BLOCK_N, BLOCK_D] from `first` on; scalars choose the tensor, so one loop serves both."""
+    p = p_block
+    stride = stride_block
+    if PREFIX:
+        p = tl.where(from_prefix, p_prefix, p_block)
+        stride = tl.where(from_prefix, stride_prefix, stride_block)
+    p += first.to(tl.int64) * stride
+    mask = (first + o_n < end)[:, None]
+    if PADDED:
+        mask = mask & m_d[None, :]
+    if NARROW:
+        o = o_n[:, None] * stride.to(tl.int32) + o_d[None, :]
+    else:
+        o = o_n.to(tl.int64)[:, None] * stride + o_d[None, :]
+    return tl.load(p + o, mask=mask, other=0.0)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a @ b in fp32; the interpreter knows no bf16 matrix product, so operands are widened for it."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length"])
+def block_attention_kernel(
+    query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, output, lse,
+    scale, softcap, prefix_length: tl.int32, splits: tl.int32,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qc: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kc: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vc: tl.int64,
+    stride_pkb: tl.int64, stride_pkh: tl.int64, stride_pkc: tl.int64,
+    stride_pvb: tl.int64, stride_pvh: tl.int64, stride_pvc: tl.int64,
+    LENGTH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PREFIX: tl.constexpr, START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
+    ROWS: tl.constexpr = LENGTH * GROUP
+    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    # Row tiles vary fastest: programs that run together share keys in the L2 cache.
+    i_m = tl.program_id(0) % TILES_M
+    i_split = tl.program_id(0) // TILES_M
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < ROWS
+    o_c = o_m // GROUP
+    o_g = o_m % GROUP
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+
+    p_q = query + i_b * stride_qb + (i_h * GROUP + o_g).to(tl.int64) * stride_qh + o_c.to(tl.int64) * stride_qc
+    # [BLOCK_M, BLOCK_D]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+
+    p_k = key + i_b * stride_kb + i_h.to(tl.int64) * stride_kh
+    p_v = value + i_b * stride_vb + i_h.to(tl.int64) * stride_vh
+    p_pk = p_k
+    p_pv = p_v
+    tiles_prefix = 0
+    start = 0
+    end = 0
+    if PREFIX:
+        p_pk = prefix_key + i_b * stride_pkb + i_h.to(tl.int64) * stride_pkh
+        p_pv = prefix_value + i_b * stride_pvb + i_h.to(tl.int64) * stride_pvh
+        end = prefix_length
+        if START:
+            start = tl.minimum(tl.maximum(tl.load(prefix_start + i_b), 0), prefix_length)
+        if END:
+            end = tl.minimum(tl.load(prefix_end + i_b), prefix_length)
+        tiles_prefix = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
+    block_end = LENGTH
+    if CAUSAL:
+        # Keys after the tile's last position are seen by none of its rows.
+        block_end = tl.minimum(LENGTH, (i_m * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    tiles = tiles_prefix + (block_end + BLOCK_N - 1) // BLOCK_N
+    first = 0
+    last = tiles
+    if SPLIT:
+        stretch = (tiles + splits - 1) // splits
+        first = i_split * stretch
+        last = tl.minimum(first + stretch, tiles)
+
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # [BLOCK_M]
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    # [BLOCK_M, BLOCK_D]
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Scores run one tile ahead, so that their matrix product overlaps the softmax of the tile before; carried
+    # through the loop, they also keep their own division among warps. The first round consumes no tile.
+    b_ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_n in range(first - 1, last):
+        # [BLOCK_M, BLOCK_N]
+        b_s = b_ahead
+        from_prefix, n_first, n_end = place(i_n + 1, first, last, tiles_prefix, start, end, block_end, BLOCK_N)
+        b_k = load_tile(
+            p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_d, m_d, PREFIX, PADDED, NARROW
+        )
+        b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
+
+        from_prefix, n_first, n_end = place(i_n, first, last, tiles_prefix, start, end, block_end, BLOCK_N)
+        b_s *= scale
+        if SOFTCAP:
+            b_s = softcap * tanh(b_s / softcap)
+        m_s = (n_first + o_n < n_end)[None, :]
+        if CAUSAL:
+            m_s = m_s & (from_prefix | (n_first + o_n[None, :] <= o_c[:, None]))
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        # A row that has seen no key yet keeps -inf, which must not meet itself in a difference.
+        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+        # exp2 of a scaled difference: scaling the scores themselves would round where they are large.
+        b_p = tl.exp2((b_s - b_ref[:, None]) * LOG2E)
+        b_shrink = tl.exp2((b_max - b_ref) * LOG2E)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_max = b_new
+        b_v = load_tile(
+            p_v, p_pv, stride_vc, stride_pvc, from_prefix, n_first, n_end, o_n, o_d, m_d, PREFIX, PADDED, NARROW
+        )
+        b_p = b_p.to(b_v.dtype)
+        if UPCAST:
+            b_p = b_p.to(tl.float32)
+            b_v = b_v.to(tl.float32)
+        b_o = tl.dot(b_p, b_v, b_o * b_shrink[:, None], input_precision=PRECISION)
+
+    b_none = b_sum == 0
+    b_o = b_o / tl.where(b_none, 1.0, b_sum)[:, None]
+    b_lse = tl.where(b_none, float("-inf"), b_max + tl.log(b_sum))
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    if SPLIT:
+        # Partial results, [B, splits, Hkv, ROWS, (D)] fp32.
+        p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * ROWS + o_m
+        tl.store(lse + p_part, b_lse, mask=m_m)
+        p_o = output + p_part * HEAD_DIM
+    else:
+        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * LENGTH + o_c, b_lse, mask=m_m)
+        p_o = output + ((i_b * LENGTH + o_c) * HEADS + i_h * GROUP + o_g) * HEAD_DIM
+    b_o = b_o.to(output.dtype.element_ty)
+    tl.store(p_o[:, None] + o_d[None, :], b_o, mask=m_m[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_splits_kernel(
+    partial, partial_lse, output, lse, splits: tl.int32,
+    LENGTH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = LENGTH * GROUP
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    i_m = tl.program_id(0)
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    # [BLOCK_S]
+    b_lse = tl.load(
+        partial_lse + ((i_b * splits + o_s) * KV_HEADS + i_h) * ROWS + i_m, mask=o_s < splits, other=float("-inf")
+    )
+    # The block's own keys are in one of the splits, so the maximum is finite.
+    top = tl.max(b_lse, 0)
+    total = tl.sum(tl.exp(b_lse - top), 0)
+    # [BLOCK_D]
+    b_o = tl.zeros([BLOCK_D], tl.float32)
+    for i_s in range(splits):
+        p_part = ((i_b * splits + i_s) * KV_HEADS + i_h) * ROWS + i_m
+        weight = tl.exp(tl.load(partial_lse + p_part) - top) / total
+        b_o += weight * tl.load(partial + p_part * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    o_c = i_m // GROUP
+    o_h = i_h * GROUP + i_m % GROUP
+    tl.store(lse + (i_b * HEADS + o_h) * LENGTH + o_c, top + tl.log(total))
+    p_o = output + ((i_b * LENGTH + o_c) * HEADS + o_h) * HEAD_DIM
+    tl.store(p_o + o_d, b_o.to(output.dtype.element_ty), mask=m_d)
+
+
+@functools.cache
+def split_count(programs: int, tiles: int, slots: int, merge_tiles: float = 1.0) -> int:
+    """Into how many stretches the list of tiles is cut.
+
+    The time of a launch in tiles is waves * longest stretch, and a split costs its share of the merge: the count
+    that makes the sum smallest is taken, the smaller one on ties.
+
+    Args:
+        programs: programs without a split. tiles: tiles of keys each of them walks.
+        slots: programs that the GPU runs at a time.
+        merge_tiles: what writing and merging one more partial result costs a program, in tiles.
+    """
+    best, best_cost = 1, float(tiles * -(-programs // slots))
+    for splits in range(2, min(MAX_SPLITS, tiles) + 1):
+        waves = -(-programs * splits // slots)
+        cost = waves * -(-tiles // splits) + merge_tiles * (1 + splits * programs / slots)
+        if cost < best_cost:
+            best, best_cost = splits, cost
+    return best
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    prefix_start: Tensor | None,
+    prefix_end: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments, results and arithmetic: `reference.block_attention`.
+
+    Args:
+        splits: into how many stretches the keys are cut; None takes the number that fills the GPU.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    prefix = prefix_key is not None and prefix_key.shape[2] > 0
+    prefix_length = prefix_key.shape[2] if prefix else 0
+    block_d = max(16, next_power_of_2(head_dim))
+    config = configs.select(
+        "block_attention", capability(query), head_dim=block_d, bytes=query.element_size(), softcap=softcap is not None
+    )
+    block_m = min(config["block_m"], max(16, next_power_of_2(length * group)))
+    block_n = config["block_n"]
+    tiles_m = triton.cdiv(length * group, block_m)
+    if splits is None:
+        tiles = triton.cdiv(prefix_length, block_n) + triton.cdiv(length, block_n)
+        slots = multiprocessors(query) * config["blocks"]
+        splits = split_count(tiles_m * kv_heads * batch, tiles, slots)
+
+    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    target, target_lse = output, lse
+    if splits > 1:
+        target = query.new_empty(batch, splits, kv_heads, length * group, head_dim, dtype=torch.float32)
+        target_lse = query.new_empty(batch, splits, kv_heads, length * group, dtype=torch.float32)
+    none = (0, 0, 0)
+    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
+    strides += [*(prefix_key.stride()[:3] if prefix else none), *(prefix_value.stride()[:3] if prefix else none)]
+    shape = {"LENGTH": length, "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    with on_device(query):
+        block_attention_kernel[(tiles_m * splits, kv_heads, batch)](
+            query, key, value, prefix_key if prefix else None, prefix_value if prefix else None,
+            prefix_start if prefix else None, prefix_end if prefix else None, target, target_lse,
+            scale, 1.0 if softcap is None else softcap, prefix_length, splits, *strides, **shape,
+            PREFIX=prefix, START=prefix and prefix_start is not None, END=prefix and prefix_end is not None,
+            SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            UPCAST=INTERPRET and query.dtype == torch.bfloat16,
+            # Offsets inside a tile take half the registers as 32 bits; wider strides keep 64.
+            NARROW=max(strides) * block_n < 2**31,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
+        if splits > 1:
+            merge_splits_kernel[(length * group, kv_heads, batch)](
+                target, target_lse, output, lse, splits, **shape, BLOCK_S=next_power_of_2(splits), num_warps=2
+            )
+    return output, lse
