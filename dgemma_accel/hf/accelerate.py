@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..backends import MODULES, BackendError, load, requested
-from .attention import decoder_attention_forward
+from .attention import decoder_attention_forward, encoder_attention_forward
 from .cache import prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
 from .generate import generate, prepare_denoiser_inputs
-from .masks import create_decoder_masks
+from .masks import create_decoder_masks, create_encoder_masks
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 MINIMUM_TRANSFORMERS = (5, 17)
@@ -22,7 +22,7 @@ OPS = ("block_attention", "row_stats", "commit", "soft_embedding")
 
 
 def accelerate(model, *, backend: str = "auto"):
-    """Run a DiffusionGemma model's decoder attention and sampler through this package.
+    """Run a DiffusionGemma model's attention and sampler through this package.
 
     `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
     from a seed that torch's default generator gives once per canvas, so `torch.manual_seed` makes a run
@@ -50,7 +50,10 @@ def accelerate(model, *, backend: str = "auto"):
     _check_model(model)
     restore(model)
     acceleration = Acceleration(backend)
-    decoder = model.model.decoder
+    encoder, decoder = model.model.encoder, model.model.decoder
+    for layer in encoder.language_model.layers:
+        acceleration.replace(layer.self_attn, "forward", encoder_attention_forward)
+    acceleration.replace(encoder, "create_masks_for_generate", create_encoder_masks)
     for layer in decoder.layers:
         acceleration.replace(layer.self_attn, "forward", decoder_attention_forward)
     acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)

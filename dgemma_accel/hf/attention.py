@@ -1,4 +1,4 @@
-"""The decoder's attention through `block_attention`: the prefix is read where the cache keeps it."""
+"""Decoder and encoder attention through `block_attention`: the prefix is read where the cache keeps it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
 from .cache import readable
-from .masks import PrefixRange, reference_mask
+from .masks import CausalRange, PrefixRange, reference_mask
 from .patches import Patch
 
 
@@ -37,32 +37,68 @@ def decoder_attention_forward(
     if reason is not None:
         if not torch.compiler.is_compiling():
             patch.acceleration.say("attention", reason)
-        mask = reference_mask(attention_mask, module.layer_type)
-        return patch.original()(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-
+        return _original(patch, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
     query, key, value = _project(module, hidden_states, position_embeddings)
     layer = past_key_values.layers[module.layer_idx]
+    return _attend(patch, query, key, value, layer, attention_mask, causal=False), None
+
+
+def encoder_attention_forward(
+    patch: Patch,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | CausalRange | None = None,
+    past_key_values=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`DiffusionGemmaEncoderTextAttention.forward` through `block_attention` where the mask is a `CausalRange`.
+
+    Arguments and result as in `decoder_attention_forward`, but the cache takes up the keys and values, and
+    any other mask is served by the original without a word: images and long sliding windows are its job.
+    """
+    module = patch.owner
+    cache = past_key_values
+    if not isinstance(attention_mask, CausalRange) or _needs_original(
+        module, hidden_states, cache.layers[module.layer_idx], kwargs
+    ):
+        return _original(patch, hidden_states, position_embeddings, attention_mask, cache, kwargs)
+    query, key, value = _project(module, hidden_states, position_embeddings)
+    layer = cache.layers[module.layer_idx]
+    # Before the update: that may move what the cache holds.
+    output = _attend(patch, query, key, value, layer, attention_mask, causal=True)
+    cache.update(key, value, module.layer_idx)
+    return output, None
+
+
+def _original(patch: Patch, hidden_states, position_embeddings, mask, cache, kwargs: dict):
+    return patch.original()(
+        hidden_states=hidden_states,
+        position_embeddings=position_embeddings,
+        attention_mask=reference_mask(mask, patch.owner.layer_type),
+        past_key_values=cache,
+        **kwargs,
+    )
+
+
+def _attend(patch: Patch, query, key, value, layer, mask: PrefixRange | None, *, causal: bool) -> Tensor:
+    """[B, C, E]: attention over what `layer` holds and over the block, then the output projection."""
     start = end = None
-    if attention_mask is not None:
-        start, end = attention_mask.on(query.device)
+    held = bool(layer.is_initialized) and layer.keys.shape[-2] > 0
+    if mask is not None and held:
+        start, end = mask.on(query.device)
     output = block_attention(
         query,
         key,
         value,
-        layer.keys,
-        layer.values,
+        layer.keys if held else None,
+        layer.values if held else None,
         prefix_start=start,
         prefix_end=end,
-        scale=float(module.scaling),
+        scale=float(patch.owner.scaling),
+        causal=causal,
         backend=patch.acceleration.backend_of("block_attention"),
     )
-    return module.o_proj(output.transpose(1, 2).flatten(2)), None
+    return patch.owner.o_proj(output.transpose(1, 2).flatten(2))
 
 
 def _project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,21 +123,26 @@ def _reason_for_reference(module, hidden_states: Tensor, mask, cache, kwargs: di
         return f"the keys of {type(cache).__name__} cannot be read in place"
     if mask is not None and not isinstance(mask, PrefixRange):
         return "an attention mask that is not a range of the prefix was given"
+    return _needs_original(module, hidden_states, cache.layers[module.layer_idx], kwargs)
+
+
+def _needs_original(module, hidden_states: Tensor, layer, kwargs: dict) -> str | None:
+    """Why `block_attention` cannot serve a call whose mask it can express, or None."""
     if module.training and module.attention_dropout > 0:
         return "attention dropout is on"
     if kwargs.get("output_attentions") or _attentions_are_captured():
         return "attention weights were asked for"
-    layer = cache.layers[module.layer_idx]
+    held = layer.keys if layer.is_initialized else hidden_states
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad
-        or layer.keys.requires_grad
+        or held.requires_grad
         or any(parameter.requires_grad for parameter in module.parameters())
     ):
         return "autograd is on"
-    if hidden_states.dtype not in FLOAT_DTYPES or layer.keys.dtype != hidden_states.dtype:
-        return f"dtypes {hidden_states.dtype} and {layer.keys.dtype} of canvas and cache"
-    if layer.keys.device != hidden_states.device:
-        return f"the cache is on {layer.keys.device} and the canvas on {hidden_states.device}"
+    if hidden_states.dtype not in FLOAT_DTYPES or held.dtype != hidden_states.dtype:
+        return f"dtypes {hidden_states.dtype} and {held.dtype} of canvas and cache"
+    if held.device != hidden_states.device:
+        return f"the cache is on {held.device} and the canvas on {hidden_states.device}"
     return None
 
 

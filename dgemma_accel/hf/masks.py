@@ -1,7 +1,8 @@
-"""The padding of a prompt as a range of cache slots per row, instead of a mask over queries and keys."""
+"""Attention masks as a range of cache slots per row, instead of tables over queries and keys."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,18 +17,23 @@ from .patches import Patch
 class PrefixRange:
     """The attention mask of one layer kind: row b sees cache slots [start_b, end_b) and the whole canvas.
 
-    start, end: [B] int32. `reference_masks` makes the masks of the original model, for a layer that needs them.
+    start, end: [B] int32, or None for all slots. `reference_masks` makes the masks of the original model, for a layer
+    that needs them.
     """
 
-    start: Tensor
-    end: Tensor
+    start: Tensor | None
+    end: Tensor | None
     reference_masks: Callable[[], dict]
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """start and end on `device`, for models spread over several."""
-        if self.start.device != device:
+        if self.start is not None and self.start.device != device:
             self.start, self.end = self.start.to(device), self.end.to(device)
         return self.start, self.end
+
+
+class CausalRange(PrefixRange):
+    """The encoder's: row b sees cache slots [start_b, end_b), and inside the block its own past."""
 
 
 def reference_mask(mask, layer_type: str):
@@ -56,19 +62,15 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
     over the canvas becomes a `PrefixRange` per layer kind; on sliding layers it is shifted to what their cache
     still holds. Everything else is the original's business.
     """
-    made: list[dict] = []
 
+    @functools.cache
     def original() -> dict:
-        if not made:
-            made.append(
-                patch.original()(
-                    config=config,
-                    inputs_embeds=inputs_embeds,
-                    past_key_values=past_key_values,
-                    decoder_attention_mask=decoder_attention_mask,
-                )
-            )
-        return made[0]
+        return patch.original()(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            decoder_attention_mask=decoder_attention_mask,
+        )
 
     mask = decoder_attention_mask
     if past_key_values is None or not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -76,15 +78,12 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
     if past_key_values.is_compileable:
         return original()
 
-    kinds = {}
-    for index, kind in enumerate(config.get_text_config().layer_types):
-        kinds.setdefault(kind, index)
     visible = mask.bool()
     if bool(visible.all()):
         return dict.fromkeys(("full_attention", "sliding_attention"))
 
     ranges = {}
-    for kind, index in kinds.items():
+    for kind, index in _first_layers(config).items():
         layer = past_key_values.layers[index]
         if not readable(past_key_values, layer):
             return original()
@@ -95,6 +94,82 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
             return original()
         ranges[kind] = PrefixRange(*span, reference_masks=original)
     return ranges
+
+
+def create_encoder_masks(
+    patch: Patch, config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids=None
+):
+    """`DiffusionGemmaEncoderModel.create_masks_for_generate` with ranges where the mask is plainly causal.
+
+    That is text, whose rows hide nothing but a first part of the cache. On sliding layers it also has to fit into one
+    window together with the cache: beyond it the first query sees more of the cache than the last, and transformers'
+    sliding mask is made, that one alone. Images and padding inside the block are the original's business.
+    """
+
+    @functools.cache
+    def original() -> dict:
+        return patch.original()(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            mm_token_type_ids=mm_token_type_ids,
+        )
+
+    text, cache = config.get_text_config(), past_key_values
+    if mm_token_type_ids is not None or cache is None or text.use_bidirectional_attention == "all":
+        return original()
+    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] == 0):
+        return original()
+    visible = None if attention_mask is None else attention_mask.bool()
+    if visible is not None and bool(visible.all()):
+        visible = None
+    new = inputs_embeds.shape[1]
+    masks = {}
+    for kind, index in _first_layers(text).items():
+        sliding = kind == "sliding_attention"
+        if index >= len(cache.layers) or cache.is_sliding[index] != sliding:
+            return original()
+        layer, seen = cache.layers[index], cache.get_seq_length(index)
+        if (seen and not readable(cache, layer)) or cache.is_compileable:
+            return original()
+        if sliding and seen + new > text.sliding_window:
+            masks[kind] = _sliding_mask(text, inputs_embeds, attention_mask, cache, position_ids)
+            continue
+        held = layer.keys.shape[-2] if seen else 0
+        span = (None, None)
+        if visible is not None:
+            span = _row_range(visible, seen - held, seen, inputs_embeds.shape[:2])
+            if span is None:
+                return original()
+        masks[kind] = CausalRange(*span, reference_masks=original)
+    return masks
+
+
+def _sliding_mask(text, inputs_embeds, attention_mask, cache, position_ids):
+    """What the original makes for sliding layers, with its "no image here" where it would say that."""
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
+    blocks = None
+    if text.use_bidirectional_attention == "vision":
+        blocks = torch.full(inputs_embeds.shape[:-1], -1, device=inputs_embeds.device)
+    return create_sliding_window_causal_mask(
+        config=text,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+        block_sequence_ids=blocks,
+    )
+
+
+def _first_layers(config) -> dict[str, int]:
+    """The first layer of each kind."""
+    first: dict[str, int] = {}
+    for index, kind in enumerate(config.get_text_config().layer_types):
+        first.setdefault(kind, index)
+    return first
 
 
 def _row_range(visible: Tensor, first: int, seen: int, shape) -> tuple[Tensor, Tensor] | None:

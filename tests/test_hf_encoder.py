@@ -1,0 +1,145 @@
+"""The encoder's passes through block_attention: prefill, and a finished canvas going into the cache."""
+
+import pytest
+import torch
+from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, generate, prompt, tiny_model
+
+import dgemma_accel
+from dgemma_accel.hf import attention
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(layer is global, prefix length, block length) of every causal call."""
+    seen = []
+    right = attention.block_attention
+
+    def watched(query, key, value, prefix_key, prefix_value, **options):
+        if options["causal"]:
+            held = 0 if prefix_key is None else prefix_key.shape[2]
+            seen.append((query.shape[-1] == 32, held, query.shape[2]))
+        return right(query, key, value, prefix_key, prefix_value, **options)
+
+    monkeypatch.setattr(attention, "block_attention", watched)
+    return seen
+
+
+def encode_in_turns(model, ids, turns, mask=None):
+    """The cache after the turns, as `generate` fills it: masks made ahead, one call per turn."""
+    from transformers.cache_utils import DynamicCache
+
+    cache, encoder, done, states = DynamicCache(config=model.config), model.model.encoder, 0, []
+    mask = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        for length in turns:
+            part = ids[:, done : done + length]
+            positions = torch.arange(done, done + length)[None]
+            done += length
+            masks = encoder.create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.empty(*part.shape, 0),
+                attention_mask=mask[:, :done].bool(),
+                past_key_values=cache,
+                position_ids=positions,
+            )
+            output = encoder(
+                input_ids=part, attention_mask=masks, past_key_values=cache, position_ids=positions
+            )
+            states.append(output.last_hidden_state)
+    return cache, states
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [(1, CANVAS), (4, CANVAS), (5, CANVAS, CANVAS), (WINDOW, CANVAS), (3 * WINDOW, CANVAS, 3), (WINDOW - 1, 1, 1)],
+)  # fmt: skip
+def test_cache_and_hidden_states(model, calls, turns):
+    ids, _ = prompt(2, sum(turns))
+    cache, states = encode_in_turns(model, ids, turns)
+    assert not calls
+    with dgemma_accel.accelerated(model):
+        fast_cache, fast_states = encode_in_turns(model, ids, turns)
+    # The global layer always goes through it; the two sliding ones while everything fits into a window.
+    before = 0
+    expected = []
+    for length in turns:
+        expected += [(False, before, length)] * (2 if before + length <= WINDOW else 0) + [
+            (True, before, length)
+        ]
+        before += length
+    assert calls == expected
+    for a, b in zip(fast_states, states):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(fast_cache.layers, cache.layers):
+        assert a.keys.shape == b.keys.shape
+        assert torch.allclose(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(a.values, b.values, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_in_the_cache_but_not_in_the_block(model, calls):
+    """A padded prompt is prefilled by the original; its canvases then go through block_attention."""
+    ids, mask = prompt(3, 6, left_padding=(0, 2, 5))
+    expected = generate(model, ids, mask, max_new_tokens=3 * CANVAS)
+    with dgemma_accel.accelerated(model):
+        result = generate(model, ids, mask, max_new_tokens=3 * CANVAS)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert calls == [(True, 6, CANVAS), (True, 6 + CANVAS, CANVAS)]
+
+
+def test_the_causal_mask_matters(model, monkeypatch):
+    ids, _ = prompt(2, 30)
+    right = attention.block_attention
+
+    def bidirectional(*arguments, causal, **options):
+        return right(*arguments, causal=False, **options)
+
+    _, expected = encode_in_turns(model, ids, (30,))
+    monkeypatch.setattr(attention, "block_attention", bidirectional)
+    with dgemma_accel.accelerated(model):
+        _, wrong = encode_in_turns(model, ids, (30,))
+    assert not torch.allclose(wrong[0], expected[0], rtol=1e-2, atol=1e-2)
+
+
+def test_images_are_left_to_the_original(model, calls):
+    torch.manual_seed(2)
+    ids, mask = prompt(1, 24)
+    ids[:, 10:19] = IMAGE_TOKEN
+    side = torch.arange(6)
+    options = {
+        "pixel_values": torch.rand(1, 36, 3 * 4 * 4),
+        "image_position_ids": torch.cartesian_prod(side, side).flip(-1)[None].contiguous(),
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+        "max_new_tokens": 2 * CANVAS,
+    }
+    expected = generate(model, ids, mask, **options)
+    with dgemma_accel.accelerated(model):
+        result = generate(model, ids, mask, **options)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert calls == [(True, 24, CANVAS)], "only the canvas is plainly causal"
+
+
+def test_a_fully_bidirectional_encoder(calls):
+    """Such a model's encoder is not causal at all."""
+    model = tiny_model()
+    model.config.text_config.use_bidirectional_attention = "all"
+    for layer in model.model.encoder.language_model.layers:
+        layer.self_attn.is_causal = False
+    with dgemma_accel.accelerated(model):
+        masks = model.model.encoder.create_masks_for_generate(
+            config=model.config, inputs_embeds=torch.empty(1, 6, 0), attention_mask=torch.ones(1, 6).bool(),
+            past_key_values=None, position_ids=torch.arange(6)[None],
+        )  # fmt: skip
+    assert not any(isinstance(mask, attention.CausalRange) for mask in masks.values()) and not calls
