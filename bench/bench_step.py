@@ -154,6 +154,11 @@ def counted(run: Callable[[int], object], steps: int, device: torch.device) -> t
     return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
 
 
+def can_count(way: Way, device: torch.device) -> bool:
+    """A dispatch trace, which counts on a CPU, cannot look into compiled code; CUDA's profiler can."""
+    return device.type == "cuda" or not way.static
+
+
 def blank_row(way: Way, options, context: int, floor: dict) -> dict:
     return {
         "variant": way.name, "context": context, "batch": options.batch, "steps": options.steps, "status": "ok",
@@ -176,7 +181,8 @@ def measure_way(model, way: Way, options, context: int, floor: dict) -> dict:
             run = denoiser(model, cache, options.batch)
             row["step_ms"] = per_step(run, steps, options.repeats, device)
             row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
-            row["launches"], row["host_syncs"] = counted(run, min(steps, 4), device)
+            if can_count(way, device):
+                row["launches"], row["host_syncs"] = counted(run, min(steps, 4), device)
         row["floor_multiple"] = row["step_ms"] / floor["total"]
         if way.eager:
             with way_of(model, way, options.backend, traced=True):
@@ -201,7 +207,8 @@ def measure_decoding(model, way: Way, options, context: int, floor: dict) -> dic
         row["step_ms"] = per_step(run, options.steps, options.repeats, device)
         row["floor_multiple"] = row["step_ms"] / floor["total"]
         row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
-        row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
+        if can_count(way, device):
+            row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
     except Exception as error:
         row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
     return row
@@ -219,8 +226,7 @@ def floor_of(model, limits: ceilings.Ceilings, context: int, batch: int, canvas:
 
 def step_lines(rows: list[dict]) -> list[str]:
     """The table of one context."""
-    counted_as = "launches"
-    cells = [["", "step", "floor", "multiple", counted_as, "host syncs", "extra memory", *step_trace.COMPONENTS]]
+    cells = [["", "step", "floor", "multiple", "launches", "host syncs", "extra memory", *step_trace.COMPONENTS]]
     errors = []
     for row in rows:
         if row["status"] != "ok":
@@ -229,7 +235,7 @@ def step_lines(rows: list[dict]) -> list[str]:
         split = row["components_ms"] or {}
         cells.append([
             row["variant"], table.duration(row["step_ms"] * 1e3), table.duration(row["floor_ms"] * 1e3),
-            f"{row['floor_multiple']:.3g}x", f"{row['launches']:.0f}", f"{row['host_syncs']:.1f}",
+            f"{row['floor_multiple']:.3g}x", table.count(row["launches"]), table.count(row["host_syncs"]),
             table.size(row["peak_extra_bytes"]),
             *(table.duration(split[name] * 1e3) if name in split else "-" for name in step_trace.COMPONENTS),
         ])

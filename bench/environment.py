@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -63,7 +64,10 @@ def cpu_features() -> str:
 
 
 def clocks(device: torch.device) -> dict[str, float] | None:
-    """MHz at this moment: "sm" and "memory" of a GPU, the mean over the cores of a CPU; None if not told."""
+    """MHz at this moment: "sm" and "memory" of a GPU, the mean "cpu" over the cores of a CPU; None if not told.
+
+    A CPU also gets "load", its load average over a minute: what else was running there.
+    """
     if device.type == "cuda":
         text = _nvidia_smi("clocks.sm,clocks.mem", device)
         if not text:
@@ -77,7 +81,7 @@ def clocks(device: torch.device) -> dict[str, float] | None:
         found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return {"cpu": sum(map(float, found)) / len(found)} if found else None
+    return {"cpu": sum(map(float, found)) / len(found), "load": os.getloadavg()[0]} if found else None
 
 
 def describe(device: torch.device) -> dict:
@@ -91,7 +95,7 @@ def describe(device: torch.device) -> dict:
         "driver": None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": version("triton"),
         "transformers": version("transformers"),

@@ -120,7 +120,7 @@ def step_table(results: list[dict]) -> list[str]:
                 continue
             lines.append(
                 f"{head} {table.duration(row['step_ms'] * 1e3)} | {row['floor_multiple']:.3g} | "
-                f"{row['launches']:.0f} | {row['host_syncs']:.1f} | {mark(facts)} |"
+                f"{table.count(row['launches'])} | {table.count(row['host_syncs'])} | {mark(facts)} |"
             )
     if not full:
         lines.append(f"| full (26B-A4B) | | | NVIDIA GPU | {NOT_MEASURED} | | | | |")

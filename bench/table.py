@@ -21,6 +21,13 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def count(number: float | None) -> str:
+    """A mean number of events: whole where it is large."""
+    if number is None:
+        return "-"
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def rate(per_second: float, unit: str) -> str:
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if per_second >= scale:

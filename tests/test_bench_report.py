@@ -60,7 +60,7 @@ def test_figures_follow_the_files(place):
     text = (place / "README.md").read_text()
     assert "| row_stats | [256, 262144] bf16 half settled | NVIDIA Test | triton | 123 us | 48.6% |" in text
     assert "25x torch_chain (transformers chain)" in text and "0123456789 2026-01-02" in text
-    assert "| full (30 layers) | 1024 | dgemma_accel | NVIDIA Test | 20.5 ms | 1.59 | 500 | 0.0 |" in text
+    assert "| full (30 layers) | 1024 | dgemma_accel | NVIDIA Test | 20.5 ms | 1.59 | 500 | 0 |" in text
     assert text.count("not yet measured") == len(report.OPS) - 1
     assert make(place, "--check") == 0
     assert len(list((place / "results" / "plots").glob("*.svg"))) == 2
