@@ -7,6 +7,7 @@ import samplers_literal as literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dgemma_accel.backends import BackendError
 from dgemma_accel.reference.philox import WORD_SAMPLE, random_words, uniform_from_word
 from dgemma_accel.samplers import MaskedDiffusionSampler, Proposal, Threshold, proposals
 from dgemma_accel.samplers.proposals import kth_largest, top_p_threshold
@@ -56,10 +57,11 @@ def test_top_p_threshold(vocab, kind):
     for p in (0.0, 0.1, 0.63, 0.95, 0.9999):
         mass = p * x.double().exp().sum(-1)
         assert torch.equal(top_p_threshold(x, mass).double(), exact_threshold(x, mass)), p
+        assert torch.equal(proposals._by_order(x, mass).double(), exact_threshold(x, mass)), p
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
-def test_top_p_threshold_from_tiles_equals_bisection(kind):
+def test_top_p_threshold_from_bins_equals_bisection(kind):
     x = rows_of(20_011, kind)
     x = x - x.amax(-1, keepdim=True)
     for p in (0.0, 0.3, 0.9, 0.99):
@@ -98,6 +100,37 @@ def test_draws_equal_the_published_filters(k, p, k_first, confidence):
         assert float(stats.top1_prob.flatten()[row]) == pytest.approx(float(q.max()), rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, torch.tensor([0.0, 0.7])])
+@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
+@pytest.mark.parametrize(("k", "p"), [(20, None), (None, 0.9), (20, 0.6)])
+def test_tiles_give_what_the_whole_row_gives(kind, k, p, temperature, monkeypatch):
+    vocab = 20_011
+    logits = rows_of(vocab, kind, rows=10).reshape(2, 5, vocab)
+    for k_first in (False, True):
+        proposal = Proposal(temperature, k, p, k_first, confidence="proposal")
+        settled = []
+        original = Proposal._settle
+
+        def noted(self, *args, original=original, settled=settled):
+            left = original(self, *args)
+            settled.append(5 - len(left))
+            return left
+
+        monkeypatch.setattr(Proposal, "_settle", noted)
+        ours = proposal.stats(logits, SEED, 1)
+        monkeypatch.setattr(Proposal, "_settle", lambda self, block, rows, *args: rows)
+        whole = proposal.stats(logits, SEED, 1)
+        monkeypatch.setattr(Proposal, "_settle", original)
+        assert torch.equal(ours.sample, whole.sample) and torch.equal(ours.argmax, whole.argmax)
+        for a, b in zip(ours[2:], whole[2:]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert (
+            sum(settled) == 10
+            or (kind, k) in {("normal", None), ("flat", None), ("ties", None), ("ties", 20)}
+            or (kind == "banned" and k is None)
+        )
+
+
 def test_filters_of_a_greedy_proposal_change_its_confidence_only():
     logits = torch.randn(2, 5, 61)
     stats = Proposal(0.0, 3, None, confidence="proposal").stats(logits, SEED, 0)
@@ -134,6 +167,7 @@ def test_chunks_and_strides_change_nothing(monkeypatch):
     proposal = Proposal(0.7, 9, 0.9, confidence="proposal")
     expected = proposal.stats(block.contiguous(), SEED, 2)
     monkeypatch.setattr(proposals, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(proposals, "BINS", 16)
     for a, b in zip(proposal.stats(block, SEED, 2), expected):
         assert torch.equal(a, b)
 
@@ -172,6 +206,6 @@ def test_the_vocabulary_is_never_sorted(kind):
     with Sorts() as sorts:
         try:
             sampler.step(logits, torch.zeros(1, 4, dtype=torch.int64))
-        except RuntimeError as error:
+        except BackendError as error:
             pytest.skip(f"the host kernels are not built: {error}")
     assert 0 < sorts.longest < vocab / 10

@@ -1,9 +1,10 @@
 """Proposals: what is sampled for each position, and which distribution its confidence comes from.
 
 Without a filter this is one `row_stats`: the sample is drawn from the tempered distribution and the statistics are
-those of the untempered one, in the same pass. Top-k and top-p need a threshold per row: it is found from
-the maxima of tiles of the vocabulary and the few tiles that they name, then one more pass draws. The
-vocabulary is never sorted, and no more than a few rows at a time exist in fp32.
+those of the untempered one, in the same pass. Top-k and top-p need a threshold per row. One pass over the
+vocabulary finds the maxima of its tiles; the few tiles of largest maximum hold all tokens that most filters
+keep, so that the threshold, the draw and the statistics follow from them alone. A row that keeps more than that is
+filtered whole, a few rows at a time. The vocabulary is never sorted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,46 @@ from torch import Tensor
 from ..ops.row_stats import RowStats, row_stats
 from ..reference.row_stats import apply_softcap, row_uniform
 
-TILE = 64
-# Tiles of a row that the top-p threshold looks into before it turns to bisection.
+TILE = 32
+# Tiles of a row that are looked into before the row is filtered whole.
 TOP_TILES = 64
 # Bins of the value for top-p of flat rows, from the row's maximum down to this far below it.
 BINS = 4096
 LOWEST = -32.0
 # Elements of a chunk of rows, so that its fp32 copies take some tens of megabytes.
 CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class TopTiles:
+    """The tiles of largest maximum of each row.
+
+    A tile is every n-th token of the row, so that its maximum is taken over whole vectors. The tokens behind the
+    last whole tile are always among the candidates.
+
+    tokens: [R, N] int64, rising along the row. values: [R, N]. bound: [R], the least maximum of the tiles: no other
+    token of the row exceeds it.
+    """
+
+    tokens: Tensor
+    values: Tensor
+    bound: Tensor
+
+    @staticmethod
+    def of(x: Tensor, width: int, count: int) -> TopTiles:
+        """The `count` tiles of `width` tokens; x [R, V]."""
+        rows, vocab = x.shape
+        whole = vocab - vocab % width
+        tiles = x[:, :whole].reshape(rows, width, -1)
+        top, index = tiles.amax(1).topk(min(count, tiles.shape[2]), dim=-1)
+        index = index.sort(-1).values[:, None].expand(-1, width, -1)
+        first = torch.arange(0, whole, tiles.shape[2], device=x.device)[:, None]
+        rest = torch.arange(whole, vocab, device=x.device).expand(rows, -1)
+        return TopTiles(
+            torch.cat([(index + first).flatten(1), rest], -1),
+            torch.cat([tiles.gather(2, index).flatten(1), x[:, whole:]], -1),
+            top[:, -1],
+        )
 
 
 def kth_largest(x: Tensor, k: int) -> Tensor:
@@ -45,20 +78,7 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
     width = min(TILE, vocab // (2 * k))
     if width < 2:
         return x.kthvalue(vocab - k + 1, dim=-1).values
-    return _top_tiles(x, width, k)[0].topk(k, dim=-1).values[:, -1]
-
-
-def _top_tiles(x: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
-    """(values [R, N] of the `count` tiles of largest maximum, the least of those maxima [R]).
-
-    A tile is every n-th token of the row, so that its maximum is taken over whole vectors. The tokens behind the
-    last whole tile are always among the values.
-    """
-    rows, vocab = x.shape
-    tiles = x[:, : vocab - vocab % width].reshape(rows, width, -1)
-    top, index = tiles.amax(1).topk(min(count, tiles.shape[2]), dim=-1)
-    values = tiles.gather(2, index[:, None].expand(-1, width, -1)).flatten(1)
-    return torch.cat([values, x[:, vocab - vocab % width :]], -1), top[:, -1]
+    return TopTiles.of(x, width, k).values.topk(k, dim=-1).values[:, -1]
 
 
 def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
@@ -75,19 +95,7 @@ def top_p_threshold(x: Tensor, mass: Tensor) -> Tensor:
     Returns:
         [R] fp32.
     """
-    if x.shape[1] <= 2 * TILE * TOP_TILES:
-        return _bisect(x, mass)
-    values, bound = _top_tiles(x, TILE, TOP_TILES)
-    values = values.sort(-1, descending=True).values
-    exclusive = _exclusive_mass(values)
-    kept = exclusive <= mass[:, None]
-    threshold = torch.where(kept, values, float("inf")).amin(-1)
-    # Below the bound there may be tokens in tiles that were not looked at.
-    unsure = ~(threshold > bound)
-    if bool(unsure.any()):
-        index = unsure.nonzero()[:, 0]
-        threshold[index] = _by_bins(x[index], mass[index])
-    return threshold
+    return _bisect(x, mass) if x.shape[1] <= 2 * BINS else _by_bins(x, mass)
 
 
 def _by_bins(x: Tensor, mass: Tensor) -> Tensor:
@@ -121,14 +129,16 @@ def _by_bins(x: Tensor, mass: Tensor) -> Tensor:
     return _bisect(values, left)
 
 
-def _exclusive_mass(values: Tensor) -> Tensor:
-    """For descending values [R, N]: the mass of strictly larger ones, in fp64, the same for tied values."""
-    cumulated = values.double().exp().cumsum(-1)
+def _by_order(x: Tensor, mass: Tensor) -> Tensor:
+    """`top_p_threshold` of a few candidates [R, N] by putting them in order."""
+    values = x.sort(-1, descending=True).values
+    cumulated = values.exp().cumsum(-1, dtype=torch.float64)
     before = torch.cat([torch.zeros_like(cumulated[:, :1]), cumulated[:, :-1]], -1)
     first = torch.ones_like(values, dtype=torch.bool)
     first[:, 1:] = values[:, 1:] < values[:, :-1]
     # Every member of a tie takes the sum before its first member; the sums rise along the row.
-    return torch.where(first, before, 0.0).cummax(-1).values
+    exclusive = torch.where(first, before, 0.0).cummax(-1).values
+    return torch.where(exclusive <= mass[:, None], values, float("inf")).amin(-1)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -149,11 +159,13 @@ def _bisect(x: Tensor, mass: Tensor) -> Tensor:
     mass = mass.clamp_min(0.0)
     high = _ordered(x.amax(-1))  # kept: nothing is above the maximum
     low = _ordered(torch.full_like(mass, float("-inf"), dtype=torch.float32)) - 1
-    while bool((high - low > 1).any()):
+    while bool((undecided := high - low > 1).any()):
         middle = (low + high) // 2
         above = torch.where(x > _from_ordered(middle)[:, None], weights, 0.0).sum(-1, dtype=torch.float64)
         kept = above <= mass
-        high, low = torch.where(kept, middle, high), torch.where(kept, low, middle)
+        # Rows that are done stay as they are: below -inf there is no number to compare with.
+        high = torch.where(undecided & kept, middle, high)
+        low = torch.where(undecided & ~kept, middle, low)
     # The least number that keeps; the least token at or above it is the threshold.
     return torch.where(x >= _from_ordered(high)[:, None], x, float("inf")).amin(-1)
 
@@ -210,7 +222,7 @@ class Proposal:
                 offset=offset,
                 backend=self.backend,
             )
-        drawn = self._filtered_stats(logits, temperature, seed, offset)
+        drawn = self._filtered_stats(logits, seed, offset)
         if not untempered:
             return drawn
         stats = row_stats(
@@ -220,31 +232,35 @@ class Proposal:
         probability = torch.where(stats.logsumexp.isnan(), 0.0, torch.exp(x - stats.logsumexp))
         return stats._replace(sample=drawn.sample, sample_prob=probability)
 
-    def filtered_chunks(self, logits: Tensor):
+    def _tempered(self, x: Tensor, temperature, part: Tensor) -> Tensor:
+        """x [r, N] fp32 as the filters see it; not divided where T = 0. `part` are its rows among all."""
+        x = apply_softcap(x, self.softcap)
+        if isinstance(temperature, Tensor):
+            t = temperature[part, None]
+            return x / torch.where(t == 0, 1.0, t)
+        return x / temperature if temperature > 0 else x
+
+    def _flat_temperature(self, logits: Tensor):
+        temperature = self._temperature(logits)
+        if isinstance(temperature, Tensor):
+            return temperature.expand(logits.shape[:-1]).reshape(-1).to(torch.float32)
+        return temperature
+
+    def filtered_chunks(self, logits: Tensor, rows: Tensor | None = None):
         """(rows, x): a few rows of logits at a time, fp32, softcapped, tempered, -inf where a filter drops.
 
-        rows: a slice of the flattened rows. x: [r, V]; where T = 0 it is not tempered.
+        rows [r]: numbers of the flattened rows, all of them or those asked for. x: [r, V]; not tempered where T = 0.
         """
         vocab = logits.shape[-1]
         blocks = logits.reshape(-1, *logits.shape[-2:])
         length = blocks.shape[1]
-        temperature = self._temperature(logits)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.expand(logits.shape[:-1]).reshape(-1).to(torch.float32)
-        count = max(1, CHUNK_ELEMENTS // vocab)
-        for number, block in enumerate(blocks):
-            for start in range(0, length, count):
-                chunk = block[start : start + count]
-                part = slice(number * length + start, number * length + start + chunk.shape[0])
-                x = apply_softcap(chunk, self.softcap)
-                if isinstance(temperature, Tensor):
-                    t = temperature[part, None]
-                    x = x / torch.where(t == 0, 1.0, t)
-                elif temperature > 0:
-                    x = x / temperature
-                elif x.data_ptr() == chunk.data_ptr():
-                    x = x.clone()
-                yield part, self._filter_(x)
+        temperature = self._flat_temperature(logits)
+        if rows is None:
+            rows = torch.arange(blocks.shape[0] * length, device=logits.device)
+        for part in rows.split(max(1, CHUNK_ELEMENTS // vocab)):
+            # Gathered by index: a copy of a few rows, never of the whole sequence that a block is a slice of.
+            x = self._tempered(blocks[part // length, part % length], temperature, part)
+            yield part, self._filter_(x)
 
     def _filter_(self, x: Tensor) -> Tensor:
         """-inf in x [r, V] wherever a filter drops a token; in place."""
@@ -265,17 +281,72 @@ class Proposal:
             x.masked_fill_(x < threshold, float("-inf"))
         return x
 
-    def _filtered_stats(self, logits: Tensor, temperature, seed: Tensor, offset: int) -> RowStats:
-        shape = logits.shape[:-1]
+    def _filtered_stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
+        shape, vocab = logits.shape[:-1], logits.shape[-1]
+        rows = torch.arange(shape.numel(), device=logits.device)
         uniform = row_uniform(None, seed, torch.as_tensor(offset), shape.numel(), logits.device)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.expand(shape).reshape(-1)
-        parts = []
-        for part, x in self.filtered_chunks(logits):
-            if isinstance(temperature, Tensor):
-                # x is tempered already: what is left to say is which rows are greedy.
-                t = (temperature[part] != 0).to(torch.float32)
+        temperature = self._flat_temperature(logits)
+        stats = RowStats(
+            *(torch.empty(len(rows), dtype=torch.int64, device=logits.device) for _ in range(2)),
+            *(torch.empty(len(rows), device=logits.device) for _ in range(5)),
+        )
+
+        def keep(part: Tensor, x: Tensor, tokens: Tensor | None = None) -> None:
+            # x is tempered already: what is left to say is which rows are greedy.
+            greedy = temperature[part] == 0 if isinstance(temperature, Tensor) else temperature == 0
+            t = 1.0 - greedy.float() if isinstance(greedy, Tensor) else 1.0 - greedy
+            found = row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend)
+            if tokens is not None:
+                argmax, sample = (tokens.gather(1, index[:, None])[:, 0] for index in found[:2])
+                found = found._replace(argmax=argmax, sample=sample)
+            for field, values in zip(stats, found):
+                field[part] = values
+
+        left = rows
+        tiles = max(TOP_TILES, 2 * (self.top_k or 0))
+        if vocab > 2 * TILE * tiles:
+            unsettled = [
+                self._settle(block, rows[number * shape[-1] :][: shape[-1]], temperature, tiles, keep)
+                for number, block in enumerate(logits.reshape(-1, *logits.shape[-2:]))
+            ]
+            left = torch.cat(unsettled)
+        for part, x in self.filtered_chunks(logits, left) if len(left) else ():
+            keep(part, x)
+        return RowStats(*(field.reshape(shape) for field in stats))
+
+    def _settle(self, block: Tensor, rows: Tensor, temperature, tiles: int, keep) -> Tensor:
+        """`keep` the rows of a block [C, V] whose top tiles hold all that is kept; the others' numbers are returned."""
+        top = TopTiles.of(block, TILE, tiles)
+        x = self._tempered(top.values, temperature, rows)
+        bound = self._tempered(top.bound[:, None], temperature, rows)
+        threshold = x.new_full((len(rows), 1), float("-inf"))
+        if self.top_k:
+            threshold = x.topk(self.top_k, dim=-1).values[:, -1:]
+        if self.top_p is not None and self.top_p < 1:
+            highest = x.amax(-1, keepdim=True)
+            shifted = x - torch.where(highest.isfinite(), highest, 0.0)
+            if self.top_k and self.top_k_first:
+                total = torch.where(x >= threshold, shifted.exp(), 0.0).sum(-1, dtype=torch.float64)
             else:
-                t = 0.0 if temperature == 0 else 1.0
-            parts.append(row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend))
-        return RowStats(*(torch.cat(fields).reshape(shape) for fields in zip(*parts)))
+                total = self._total_mass(block, rows, temperature, highest[:, 0])
+            least = _by_order(shifted, self.top_p * total)[:, None]
+            low = torch.where(shifted >= least, x, float("inf")).amin(-1, keepdim=True)
+            threshold = torch.maximum(threshold, low)
+        # Not so for a row that is not finite: it is left to the whole filter.
+        settled = (threshold > bound)[:, 0] & x.amax(-1).isfinite()
+        if bool(settled.any()):
+            cut = x.masked_fill(x < threshold, float("-inf"))
+            keep(rows[settled], cut[settled], top.tokens[settled])
+        return rows[~settled]
+
+    def _total_mass(self, block: Tensor, rows: Tensor, temperature, highest: Tensor) -> Tensor:
+        """Sum of exp(x - highest) over the vocabulary, [C] fp64."""
+        t = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        stats = row_stats(
+            block,
+            temperature=t,
+            softcap=self.softcap,
+            uniform=torch.zeros(len(rows), device=block.device),
+            backend=self.backend,
+        )
+        return torch.exp((stats.logsumexp - highest).double())
