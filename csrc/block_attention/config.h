@@ -6,25 +6,25 @@
 namespace dgemma {
 
 // A warp owns 16 * kRowTiles rows and head_dim / kColumnWarps columns of the output. kKeys slots of keys, or of
-// values, fill one of kSlots buffers. kBlocks: blocks of threads that fit on a multiprocessor.
+// values, fill one of kBuffers buffers. kBlocks: blocks of threads that a multiprocessor has to hold.
 template <int kHeadDim>
 struct BlockAttentionTiles;
 
 template <>
 struct BlockAttentionTiles<64> {
-  static constexpr int kRowTiles = 2, kRowWarps = 4, kColumnWarps = 1, kKeys = 64, kSlots = 4, kBlocks = 2;
+  static constexpr int kRowTiles = 2, kRowWarps = 4, kColumnWarps = 1, kKeys = 32, kBuffers = 8, kBlocks = 2;
 };
 template <>
 struct BlockAttentionTiles<128> {
-  static constexpr int kRowTiles = 2, kRowWarps = 4, kColumnWarps = 1, kKeys = 32, kSlots = 5, kBlocks = 2;
+  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 1, kKeys = 32, kBuffers = 6, kBlocks = 2;
 };
 template <>
 struct BlockAttentionTiles<256> {
-  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 1, kKeys = 32, kSlots = 3, kBlocks = 2;
+  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 1, kKeys = 16, kBuffers = 6, kBlocks = 2;
 };
 template <>
 struct BlockAttentionTiles<512> {
-  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 2, kKeys = 16, kSlots = 5, kBlocks = 1;
+  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 2, kKeys = 16, kBuffers = 5, kBlocks = 1;
 };
 
 template <int kHeadDim>
@@ -38,10 +38,10 @@ struct BlockAttentionShape : BlockAttentionTiles<kHeadDim> {
   static constexpr int kKeyTiles = Tiles::kKeys / 8;
   static constexpr uint32_t kRowBytes = 2 * kHeadDim;
   static constexpr uint32_t kBufferBytes = Tiles::kKeys * kRowBytes;
-  // Partial scores that the warps of one row group show each other, 16 bytes per lane and key tile.
-  static constexpr uint32_t kExchangeOffset = Tiles::kSlots * kBufferBytes;
-  static constexpr uint32_t kExchangeBytes =
-      Tiles::kColumnWarps == 1 ? 0 : kWarps * Tiles::kRowTiles * kKeyTiles * 32 * 16;
+  // Partial scores that the warps of one row group show each other: 16 bytes per lane and 16 x 8 tile.
+  static constexpr uint32_t kExchangeOffset = Tiles::kBuffers * kBufferBytes;
+  static constexpr uint32_t kExchangeWarpBytes = Tiles::kRowTiles * kKeyTiles * 32 * 16;
+  static constexpr uint32_t kExchangeBytes = Tiles::kColumnWarps == 1 ? 0 : kWarps * kExchangeWarpBytes;
   static constexpr uint32_t kSharedBytes = kExchangeOffset + kExchangeBytes;
   static_assert(kSharedBytes <= 101376, "the limit of sm_86, 89, 120 and 121");
   static_assert(Tiles::kColumnWarps <= 2, "the exchange of scores is between two warps");

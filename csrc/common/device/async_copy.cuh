@@ -8,7 +8,7 @@
 
 #if !defined(DGEMMA_EMULATED)
 
-#include "tensor_core.cuh"
+#include "shared_address.cuh"
 
 namespace dgemma::hw {
 

@@ -8,11 +8,9 @@
 
 #if !defined(DGEMMA_EMULATED)
 
-namespace dgemma::hw {
+#include "shared_address.cuh"
 
-DGEMMA_DEVICE uint32_t shared_address(uint32_t offset) {
-  return uint32_t(__cvta_generic_to_shared(Shared<unsigned char>{offset}.pointer()));
-}
+namespace dgemma::hw {
 
 // Four 8x8 matrices of 16-bit values. Lane 8 i + r gives the address (a multiple of 16) of row r of matrix i; this
 // lane receives from matrix i the values (lane / 4, 2 (lane % 4)) and the one after it.
@@ -38,7 +36,7 @@ DGEMMA_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_
 template <>
 __device__ __forceinline__ void multiply_add<Bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
                                                        uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -48,7 +46,7 @@ __device__ __forceinline__ void multiply_add<Bfloat16>(float (&sum)[4], const ui
 template <>
 __device__ __forceinline__ void multiply_add<Float16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
                                                       uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

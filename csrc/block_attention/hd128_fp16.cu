@@ -1,0 +1,7 @@
+#include "launch.cuh"
+
+namespace dgemma {
+
+template void launch_block_attention<Float16, 128>(const BlockAttentionParams& params, void* stream);
+
+}  // namespace dgemma

@@ -1,0 +1,45 @@
+// A multiprocessor on the host: the threads of a block as fibers, and shared memory that knows who wrote what.
+//
+// Threads run one at a time until they meet at a barrier or at an instruction of the whole warp, so a run is
+// repeatable. Each byte of shared memory remembers its last writer and readers and the barrier they ran after. An
+// access that no barrier orders with an earlier one by another thread ends the program with a report, whatever the
+// values were; so does a read of bytes never written, or still being copied.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace dgemma::emulation {
+
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+// Runs `kernel` once per thread of every block; `threads` is a multiple of 32. Dynamic shared memory starts as NaN.
+void run(const Grid& grid, int threads, uint32_t shared_bytes, const std::function<void()>& kernel);
+
+// Prints one line and ends the program with status 3.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Of the thread that runs.
+int thread_index();
+int block_size();
+const Grid& block_index();
+
+void barrier();
+int barrier_count(bool predicate);
+void warp_barrier();
+
+// Waits for the 32 lanes, then calls `together` once with the argument of each lane.
+void warp_instruction(const char* name, void* argument, void (*together)(void* const (&lanes)[32]));
+
+// Memory of the block. Both check the access by `thread`, which is of the current block.
+const unsigned char* read_shared(uint32_t offset, uint32_t bytes, int thread);
+unsigned char* write_shared(uint32_t offset, uint32_t bytes, int thread);
+
+// The asynchronous copies of the thread that runs: 16 bytes each, landed when waited for.
+void start_copy(uint32_t offset, const void* source, bool valid);
+void commit_copies();
+void wait_copies(size_t pending);
+
+}  // namespace dgemma::emulation
