@@ -23,14 +23,15 @@ KERNELS = ("cuda", "triton")
 
 def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
     """{(op, compute capability): {backend: geometric mean microseconds}} of cases that all its kernels passed."""
-    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    times: dict[tuple[str, str], dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         if result["kind"] != "ops" or result["environment"]["device_type"] != "cuda":
             continue
         capability = result["environment"]["capability"]
         for row in result["rows"]:
             if row["backend"] in KERNELS and row["status"] == "ok":
-                times[row["op"], capability][row["case"]][row["backend"]] = row["median_us"]
+                case = row["shape"], row["dtype"], row["case"]
+                times[row["op"], capability][case][row["backend"]] = row["median_us"]
     means = {}
     for key, cases in times.items():
         complete = [case for case in cases.values() if set(case) == set(KERNELS)]

@@ -27,6 +27,8 @@ from bench import (
 from bench.cases import Case, Sizes, Variant, disagreement
 from bench.peers import sdpa, torch_chain
 
+pytestmark = pytest.mark.source_tree
+
 CPU = torch.device("cpu")
 LIMITS = ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11, "bfloat16": 1e11})
 

@@ -17,7 +17,8 @@ def result(capability, rows, device_type="cuda"):
         "device": "a card",
         "date": "2026-01-01",
     }
-    rows = [dict(zip(("op", "case", "backend", "status", "median_us"), row)) for row in rows]
+    names = ("op", "case", "backend", "status", "median_us")
+    rows = [{"shape": "[1, 256]", "dtype": "bf16"} | dict(zip(names, row)) for row in rows]
     return {"kind": "ops", "environment": environment, "rows": rows}
 
 
@@ -36,6 +37,14 @@ def test_only_cases_that_both_kernels_passed_count():
     table = auto.updated({}, means, {"9.0": "a card"})
     entry = table["row_stats"]["9.0"]
     assert entry["order"][0] == "triton" and "measured on a card: triton 1.50x" in entry["basis"]
+
+
+def test_shapes_of_one_label_count_each():
+    small, large = result("9.0", ROWS[:2]), result("9.0", ROWS[:2])
+    for row in large["rows"]:
+        row |= {"shape": "[16, 256]", "median_us": row["median_us"] * 100}
+    means = auto.measured([small, large])
+    assert means["row_stats", "9.0"] == pytest.approx({"cuda": 100.0, "triton": 200.0})
 
 
 def test_the_shipped_table_names_known_ops_and_backends():

@@ -9,6 +9,8 @@ import pytest
 from bench import gpu
 from bench.gpu import Outcome, Part
 
+pytestmark = pytest.mark.source_tree
+
 PARTS = gpu.all_parts((9, 0), Path("out"), python="python")
 
 

@@ -8,6 +8,8 @@ import pytest
 from bench import report, schema
 from bench.cases import BenchError
 
+pytestmark = pytest.mark.source_tree
+
 ENVIRONMENT = {
     "device": "NVIDIA Test", "device_type": "cuda", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11",
     "triton": "3.6", "transformers": "5.17", "commit": "0123456789abcdef", "clean": True, "date": "2026-01-02T03:04:05",

@@ -8,6 +8,8 @@ import torch
 
 from bench import ceilings, floors, schema
 
+pytestmark = pytest.mark.source_tree
+
 CPU = torch.device("cpu")
 
 H200 = (4.3e12, 790e12)

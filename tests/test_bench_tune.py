@@ -11,6 +11,8 @@ from bench import bench_row_stats, tune
 from bench.cases import Case, Sizes, Variant
 from dgemma_accel import configs
 
+pytestmark = pytest.mark.source_tree
+
 CPU = torch.device("cpu")
 
 
