@@ -5,6 +5,7 @@ import torch
 from hf_models import CANVAS, PAD, VOCAB, generate, prompt, tiny_model, transformers
 
 import dgemma_accel
+from dgemma_accel.hf import denoising
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,8 +49,6 @@ class TestSeed:
         assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[1], runs[2])
 
     def test_canvases_and_steps_draw_different_noise(self, model, ids, monkeypatch):
-        from dgemma_accel.hf import denoising
-
         offsets = []
         right = denoising.row_stats
         monkeypatch.setattr(
@@ -62,13 +61,13 @@ class TestSeed:
 
     def test_starting_canvas_comes_from_the_seed(self, model, ids, monkeypatch):
         starts = []
-        denoise = model._denoising_step
+        step = denoising.Denoiser.step
 
-        def watched(**kwargs):
-            starts.append(kwargs["current_canvas"])
-            return denoise(**kwargs)
+        def watched(self, canvas, *rest):
+            starts.append(canvas)
+            return step(self, canvas, *rest)
 
-        monkeypatch.setitem(vars(model), "_denoising_step", watched)
+        monkeypatch.setattr(denoising.Denoiser, "step", watched)
         model.generate(ids, seed=5, max_steps=1, max_new_tokens=2 * CANVAS)
         model.generate(ids, seed=5, max_steps=1, max_new_tokens=2 * CANVAS)
         assert torch.equal(starts[0], starts[2]) and torch.equal(starts[1], starts[3])
@@ -161,15 +160,15 @@ class TestPinned:
             pinned[1] = False
             pinned[1, 6] = True
         rows = pinned if form == "rows" else mask.expand(3, -1)
-        recorder, denoise, canvases = Drafts(), model._denoising_step, []
+        recorder, step, canvases = Drafts(), denoising.Denoiser.step, []
 
-        def watched(**kwargs):
-            result = denoise(**kwargs)
+        def watched(self, *state):
+            result = step(self, *state)
             canvases.append(result[0])
             return result
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(vars(model), "_denoising_step", watched)
+            patch.setattr(denoising.Denoiser, "step", watched)
             output = model.generate(
                 ids,
                 decoder_input_ids=canvas,

@@ -8,7 +8,7 @@ from hf_models import CANVAS, VOCAB, WINDOW, generate, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
-from dgemma_accel.hf import patches
+from dgemma_accel.hf import denoising, patches
 
 preallocated = pytest.importorskip("dgemma_accel.hf.preallocated")
 
@@ -205,16 +205,16 @@ class LargestOutput(TorchDispatchMode):
 def largest_of_a_step(model, length):
     ids, _ = prompt(1, length)
     found = []
-    step = model._denoising_step
+    step = denoising.Denoiser.step
 
-    def watched(**kwargs):
+    def watched(*arguments):
         with LargestOutput() as mode:
-            result = step(**kwargs)
+            result = step(*arguments)
         found.append(mode.elements)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vars(model), "_denoising_step", watched)
+        patch.setattr(denoising.Denoiser, "step", watched)
         model.generate(ids, cache_implementation="static", max_denoising_steps=3, seed=0)
     return max(found)
 

@@ -12,7 +12,7 @@ from .attention import decoder_attention_forward, encoder_attention_forward
 from .cache import prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
-from .generate import generate, prepare_denoiser_inputs
+from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
@@ -61,6 +61,7 @@ def accelerate(model, *, backend: str = "auto"):
     acceleration.replace(model, "_denoising_step", denoising_step)
     acceleration.replace(model, "_prepare_static_cache", prepare_static_cache)
     acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
+    acceleration.replace(model, "_compute_tokens_per_forward", compute_tokens_per_forward)
     acceleration.replace(model, "generate", generate)
     model.__dict__[ATTRIBUTE] = acceleration
     return model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..ops.row_stats import RowStats
 from ..reference.philox import WORD_RENOISE_HIGH, WORD_RENOISE_LOW, below, random_words
 
 # Offsets of the draws of canvas k start at k * CANVAS_STRIDE; its starting canvas has the last of them.
@@ -40,7 +42,8 @@ class Call:
     seed: 0-d int64, or None until the first canvas draws one. seed_given: it is the caller's.
     pinned: [B, C] bool, positions of the first canvas that keep their token, or None.
     max_steps: steps after which a canvas is taken as it is, or None.
-    needs_logits: a streamer takes the logits of every step.
+    put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
+    drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
     """
 
     seed: Tensor | None = None
@@ -49,7 +52,9 @@ class Call:
     max_steps: int | None = None
     with_confidence: bool = False
     with_steps: bool = False
+    put_draft: Callable | None = None
     needs_logits: bool = False
+    drafts_taken: bool = False
     canvases_begun: int = 0
     reports: list[CanvasReport] = field(default_factory=list)
 
@@ -78,13 +83,30 @@ class Call:
         words = random_words(self.seed, torch.tensor(offset), torch.arange(batch * length, device=device))
         return below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], vocab).view(batch, length)
 
+    def take_drafts(self) -> Callable | None:
+        """Where drafts go from now on, if anywhere."""
+        self.drafts_taken = True
+        return self.put_draft
+
+    def note_step(self, stats: RowStats, draft: Tensor, frozen: Tensor) -> None:
+        """Note a step in the report of its canvas; rows that were finished before it keep what they had."""
+        if not self.reports:
+            return
+        report = self.reports[-1]
+        report.steps = report.steps + ~frozen
+        report.draft = draft
+        if self.with_confidence:
+            for name, now in (("confidence", stats.top1_prob), ("entropy", stats.entropy)):
+                before = getattr(report, name)
+                setattr(report, name, now if before is None else torch.where(frozen[:, None], before, now))
+
 
 # A context variable keeps two threads that generate with one model apart.
 _current: ContextVar[Call | None] = ContextVar("dgemma_accel_generate", default=None)
 
 
-def current_call() -> Call:
-    return _current.get() or Call()
+def active_call() -> Call | None:
+    return _current.get()
 
 
 class calling:

@@ -1,6 +1,8 @@
-"""One denoising step: decoder, lm_head, one `row_stats`, one `commit`. No fp32 logits, no wait for the host."""
+"""The denoising of a canvas: decoder, lm_head, one `row_stats` and one `commit` a step, and no wait for the host."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,8 +10,9 @@ from torch import Tensor
 from ..ops.commit import commit
 from ..ops.row_stats import RowStats, row_stats
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
-from .call import Call, current_call
+from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
+from .lookout import Lookout
 from .patches import Acceleration, Patch
 
 
@@ -33,16 +36,19 @@ def denoising_step(
 ):
     """`DiffusionGemmaGenerationMixin._denoising_step`, the same decisions from the same noise.
 
+    Inside an accelerated `generate` one call takes all steps of the canvas, so that the loop of the original, which
+    asks the device after every step whether to go on, asks once a canvas. Elsewhere it takes one step.
+
     Returns:
         (canvas [B, C] int64, argmax canvas [B, C] int64, `StepCarry` for the next step, finished [B] bool).
     """
     model, acceleration = patch.owner, patch.acceleration
+    call = active_call()
     reason = _reason_for_reference(
-        model, past_key_values, sampler, logits_processor, diffusion_stopping_criteria
+        model, call, past_key_values, sampler, logits_processor, diffusion_stopping_criteria
     )
-    call = current_call()
     if reason is not None:
-        if options := call.options_in_use():
+        if call is not None and (options := call.options_in_use()):
             raise ValueError(f"{', '.join(options)}: only the accelerated sampler has it, but {reason}")
         acceleration.say("sampler", reason)
         return patch.original()(
@@ -62,60 +68,122 @@ def denoising_step(
             **model_kwargs,
         )
 
-    embed_tokens = model.model.decoder.embed_tokens
+    denoiser = Denoiser(
+        model, acceleration, call or Call(), decoder_position_ids, mask_mapping, past_key_values, model_kwargs,
+        sampler, logits_processor, diffusion_stopping_criteria,
+    )  # fmt: skip
     carry = self_conditioning_logits
     if not isinstance(carry, StepCarry):
-        carry = StepCarry.start(call, current_canvas, carry, embed_tokens)
-    softcap = model.final_logit_softcapping
-    soft = carry.soft_embeddings(
-        current_canvas, embed_tokens, softcap, acceleration.backend_of("soft_embedding")
-    )
-
-    logits = _logits(
-        model, current_canvas, soft, decoder_position_ids, mask_mapping, past_key_values, model_kwargs
-    )
-    temperature = temperature_of_step(logits_processor, cur_step)
-    stats = row_stats(
-        logits,
-        temperature=temperature,
-        softcap=softcap,
-        seed=carry.seed,
-        offset=carry.offset,
-        backend=acceleration.backend_of("row_stats"),
-    )
-    stats = _as_given(
-        RowStats(*(field.to(current_canvas.device) for field in stats)), current_canvas, carry.pinned
-    )
-    canvas, argmax, finished = _decide(
-        acceleration, carry, stats, current_canvas, argmax_canvas, finished_denoising, sampler,
-        diffusion_stopping_criteria,
-    )  # fmt: skip
-    _report(call, stats, argmax, finished_denoising)
-    if call.max_steps is not None and carry.step + 1 >= call.max_steps:
-        finished = torch.ones_like(finished)
-    # A single row that is finished ends its canvas, so nothing of it can be frozen.
-    frozen = finished_denoising if current_canvas.shape[0] > 1 else None
-    left = StepCarry(
-        carry.seed, carry.first_offset, carry.step + 1, soft, logits, stats, temperature, frozen, carry.pinned
-    )
-    return canvas, argmax, left, finished
+        carry = StepCarry.start(denoiser.call, current_canvas, carry, model.model.decoder.embed_tokens)
+    state = current_canvas.to(torch.int64), argmax_canvas.to(torch.int64), carry, finished_denoising
+    if call is None:
+        return denoiser.step(*state, cur_step)
+    return denoiser.run(*state, cur_step)
 
 
-def _logits(model, canvas, soft, position_ids, masks, cache, model_kwargs: dict) -> Tensor:
-    """lm_head of the decoder's last hidden states, [B, C, V] in the model's dtype, before softcap and temperature."""
-    mask = model_kwargs.get("self_conditioning_mask")
-    if soft is not None and mask is not None:
-        soft = soft * mask.to(soft.dtype)[:, None, None]
-    with given_soft_embeddings(soft):
-        output = model.model(
-            decoder_input_ids=canvas,
-            self_conditioning_logits=None,
-            decoder_attention_mask=masks,
-            past_key_values=cache,
-            decoder_position_ids=position_ids,
-            **model_kwargs,
+@dataclass(eq=False)
+class Denoiser:
+    """What stays the same over the steps of one canvas."""
+
+    model: torch.nn.Module
+    acceleration: Acceleration
+    call: Call
+    position_ids: Tensor
+    masks: dict
+    cache: object
+    model_kwargs: dict
+    sampler: object
+    logits_processor: object
+    criteria: object
+
+    def run(self, canvas: Tensor, argmax: Tensor, carry: StepCarry, finished: Tensor, steps: int):
+        """All steps until every row is finished; `finished` comes back all True, which ends the caller's loop too."""
+        last = 1 if self.call.max_steps is None else max(1, steps - self.call.max_steps + 1)
+        lookout = Lookout(self.call.take_drafts(), may_finish=self.criteria is not None)
+        for cur_step in range(steps, last - 1, -1):
+            canvas, argmax, carry, finished = self.step(canvas, argmax, carry, finished, cur_step)
+            if lookout.after_step(finished, argmax):
+                break
+        lookout.close()
+        return canvas, argmax, carry, torch.ones_like(finished)
+
+    def step(self, canvas: Tensor, argmax: Tensor, carry: StepCarry, finished: Tensor, cur_step: int):
+        """One step with `cur_step` steps left; returns what it was given, one step on."""
+        embed_tokens, softcap = self.model.model.decoder.embed_tokens, self.model.final_logit_softcapping
+        backend_of = self.acceleration.backend_of
+        soft = carry.soft_embeddings(canvas, embed_tokens, softcap, backend_of("soft_embedding"))
+        logits = self._logits(canvas, soft)
+        temperature = temperature_of_step(self.logits_processor, cur_step)
+        stats = row_stats(
+            logits,
+            temperature=temperature,
+            softcap=softcap,
+            seed=carry.seed,
+            offset=carry.offset,
+            backend=backend_of("row_stats"),
         )
-    return model.lm_head(output.last_hidden_state)
+        stats = RowStats(*(field.to(canvas.device) for field in stats))
+        given = _as_given(stats, canvas, carry.pinned)
+        new_canvas, new_argmax, new_finished = self._decide(carry, given, canvas, argmax, finished)
+        self.call.note_step(given, new_argmax, finished)
+        # A single row that is finished ends its canvas, so nothing of it has to be frozen.
+        frozen = finished if canvas.shape[0] > 1 else None
+        left = StepCarry(
+            carry.seed,
+            carry.first_offset,
+            carry.step + 1,
+            soft,
+            logits,
+            stats,
+            temperature,
+            frozen,
+            carry.pinned,
+        )
+        return new_canvas, new_argmax, left, new_finished
+
+    def _logits(self, canvas: Tensor, soft: Tensor | None) -> Tensor:
+        """lm_head of the last hidden states, [B, C, V] in the model's dtype, before softcap and temperature."""
+        mask = self.model_kwargs.get("self_conditioning_mask")
+        if soft is not None and mask is not None:
+            soft = soft * mask.to(soft.dtype)[:, None, None]
+        with given_soft_embeddings(soft):
+            output = self.model.model(
+                decoder_input_ids=canvas,
+                self_conditioning_logits=None,
+                decoder_attention_mask=self.masks,
+                past_key_values=self.cache,
+                decoder_position_ids=self.position_ids,
+                **self.model_kwargs,
+            )
+        return self.model.lm_head(output.last_hidden_state)
+
+    def _decide(
+        self, carry: StepCarry, stats: RowStats, canvas: Tensor, argmax: Tensor, finished: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Canvas, argmax canvas and finished rows after the step; sampler and criteria are left as after their own."""
+        criteria, sampler = self.criteria, self.sampler
+        stop, history = None, None
+        if criteria is not None:
+            stop = StableAndConfident(criteria.stability_threshold, criteria.confidence_threshold)
+            history = criteria.argmax_canvas_history
+        if history is None:
+            history = CanvasState.start(canvas, stop).history
+        result = commit(
+            canvas,
+            stats,
+            EntropyBound(sampler.entropy_bound),
+            Renoise(sampler.vocab_size),
+            candidates=None if carry.pinned is None else ~carry.pinned,
+            seed=carry.seed,
+            offset=carry.offset,
+            state=CanvasState(argmax, history, finished),
+            stop=stop,
+            backend=self.acceleration.backend_of("commit"),
+        )
+        sampler.accepted_token_mask = result.committed
+        if criteria is not None and criteria.stability_threshold > 0:
+            criteria.argmax_canvas_history = result.state.history
+        return result.tokens, result.state.draft, result.state.finished
 
 
 def temperature_of_step(logits_processor, cur_step: int) -> Tensor:
@@ -128,36 +196,6 @@ def temperature_of_step(logits_processor, cur_step: int) -> Tensor:
     schedule = logits_processor[0]
     share = torch.tensor(cur_step, dtype=torch.int32) / schedule.max_denoising_steps
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
-
-
-def _decide(
-    acceleration: Acceleration, carry: StepCarry, stats: RowStats, canvas: Tensor, argmax_canvas: Tensor,
-    finished: Tensor, sampler, criteria,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Canvas, argmax canvas and finished rows after the step; sampler and criteria are left as after their own step."""
-    canvas = canvas.to(torch.int64)
-    stop, history = None, None
-    if criteria is not None:
-        stop = StableAndConfident(criteria.stability_threshold, criteria.confidence_threshold)
-        history = criteria.argmax_canvas_history
-    if history is None:
-        history = CanvasState.start(canvas, stop).history
-    result = commit(
-        canvas,
-        stats,
-        EntropyBound(sampler.entropy_bound),
-        Renoise(sampler.vocab_size),
-        candidates=None if carry.pinned is None else ~carry.pinned,
-        seed=carry.seed,
-        offset=carry.offset,
-        state=CanvasState(argmax_canvas.to(torch.int64), history, finished),
-        stop=stop,
-        backend=acceleration.backend_of("commit"),
-    )
-    sampler.accepted_token_mask = result.committed
-    if criteria is not None and criteria.stability_threshold > 0:
-        criteria.argmax_canvas_history = result.state.history
-    return result.tokens, result.state.draft, result.state.finished
 
 
 def _as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStats:
@@ -174,23 +212,10 @@ def _as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStat
     )
 
 
-def _report(call: Call, stats: RowStats, draft: Tensor, frozen: Tensor) -> None:
-    """Note the step in the report of its canvas; rows that were finished before it keep what they had."""
-    if not call.reports:
-        return
-    report = call.reports[-1]
-    report.steps = report.steps + ~frozen
-    report.draft = draft
-    if call.with_confidence:
-        for name, now in (("confidence", stats.top1_prob), ("entropy", stats.entropy)):
-            before = getattr(report, name)
-            setattr(report, name, now if before is None else torch.where(frozen[:, None], before, now))
-
-
-def _reason_for_reference(model, cache, sampler, logits_processor, criteria) -> str | None:
+def _reason_for_reference(model, call: Call | None, cache, sampler, logits_processor, criteria) -> str | None:
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
-    if current_call().needs_logits:
+    if call is not None and call.needs_logits:
         return "the streamer takes logits"
     if cache.is_compileable:
         return f"{type(cache).__name__} is compiled by transformers"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from .call import Call, calling, current_call
+from .call import Call, active_call, calling
 from .patches import Patch
 
 
@@ -59,8 +59,11 @@ def generate(
         max_steps=_checked_steps(max_steps),
         with_confidence=bool(return_confidence),
         with_steps=bool(return_steps),
-        needs_logits=hasattr(streamer, "put_draft") and bool(getattr(streamer, "_takes_logits", False)),
     )
+    if hasattr(streamer, "put_draft"):
+        call.put_draft = streamer.put_draft
+        call.needs_logits = bool(getattr(streamer, "_takes_logits", False))
+        streamer = _DraftsOnce(streamer, call)
     with calling(call):
         output = patch.original()(
             input_ids=input_ids,
@@ -82,11 +85,38 @@ def prepare_denoiser_inputs(patch: Patch, **kwargs):
     """`_prepare_denoiser_inputs` with the starting canvas of the call's seed."""
     given = "decoder_input_ids" in kwargs["model_kwargs"]
     canvas, *rest = patch.original()(**kwargs)
-    call = current_call()
-    if call.seed_given and not given:
+    call = active_call()
+    if call is not None and call.seed_given and not given:
         sampler = kwargs["sampler"]
         canvas = call.starting_canvas(*canvas.shape, sampler.vocab_size, canvas.device)
     return canvas, *rest
+
+
+def compute_tokens_per_forward(
+    patch: Patch, input_ids: Tensor, decoder_forward_passes: Tensor, initial_input_ids_len: int, pad_token_id
+):
+    """`_compute_tokens_per_forward` with the passes that were made; the original's loop saw one a canvas."""
+    call = active_call()
+    if call is not None and call.reports:
+        steps = torch.stack([report.steps for report in call.reports], -1)
+        canvases = torch.arange(steps.shape[1], device=steps.device)
+        counted = canvases < decoder_forward_passes[:, None]
+        decoder_forward_passes = (steps * counted).sum(-1).to(decoder_forward_passes.dtype)
+    return patch.original()(input_ids, decoder_forward_passes, initial_input_ids_len, pad_token_id)
+
+
+class _DraftsOnce:
+    """A streamer as `generate` sees it: drafts that the accelerated sampler has delivered are not put again."""
+
+    def __init__(self, streamer, call: Call) -> None:
+        self._streamer, self._call = streamer, call
+
+    def __getattr__(self, name: str):
+        return getattr(self._streamer, name)
+
+    def put_draft(self, *args, **kwargs) -> None:
+        if not self._call.drafts_taken:
+            self._streamer.put_draft(*args, **kwargs)
 
 
 def _with_reports(output, call: Call):

@@ -1,0 +1,82 @@
+"""Watching a canvas from the host without making the device wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Steps that may be under way before the host waits for the oldest: what is run past the end is at most this.
+AHEAD = 2
+
+
+class HostCopy:
+    """Tensors that the host can read at once."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = [tensor.cpu() for tensor in tensors]
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> list[Tensor]:
+        return self.tensors
+
+
+class PinnedCopy:
+    """Tensors on their way from a CUDA device to pinned memory."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        # The caching host allocator reuses pinned blocks, so this does not stop the device.
+        self.tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for host, tensor in zip(self.tensors, tensors):
+            host.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record(torch.cuda.current_stream(tensors[0].device))
+
+    def ready(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> list[Tensor]:
+        self.event.synchronize()
+        return self.tensors
+
+
+def copy_of(tensors: list[Tensor]) -> HostCopy | PinnedCopy:
+    return PinnedCopy(tensors) if tensors[0].is_cuda else HostCopy(tensors)
+
+
+class Lookout:
+    """Learns when every row of a canvas is finished, and hands the drafts up to then to a streamer, in order.
+
+    The host runs ahead of the device by at most `AHEAD` steps. Finished rows do not change, so what runs past the end
+    changes nothing, and its drafts are dropped.
+    """
+
+    def __init__(self, put_draft: Callable | None, may_finish: bool) -> None:
+        self.put_draft, self.may_finish = put_draft, may_finish
+        self.pending: deque = deque()
+        self.over = False
+
+    def after_step(self, finished: Tensor, draft: Tensor) -> bool:
+        """Note a step, [B] bool and [B, C] int64; True as soon as the canvas is known to be finished."""
+        if self.put_draft is None and not self.may_finish:
+            return False
+        self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
+        while self.pending and not self.over and (len(self.pending) > AHEAD or self.pending[0].ready()):
+            self._take()
+        return self.over
+
+    def close(self) -> None:
+        """After the last step: deliver what is still on its way."""
+        while self.pending and not self.over:
+            self._take()
+
+    def _take(self) -> None:
+        finished, *draft = self.pending.popleft().wait()
+        if draft:
+            self.put_draft(value=draft[0])
+        # Through numpy: reading host memory is no operation of torch, on any device.
+        self.over = self.may_finish and bool(finished.numpy().all())

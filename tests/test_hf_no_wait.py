@@ -1,0 +1,222 @@
+"""The loop over the steps of a canvas: what would make the host wait for the device, and running ahead of it."""
+
+import pytest
+import torch
+from hf_models import CANVAS, generate, generation, prompt, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dgemma_accel
+from dgemma_accel.hf import denoising, lookout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+class Drafts:
+    def __init__(self):
+        self.values = []
+
+    def put(self, value):
+        pass
+
+    def put_draft(self, value):
+        self.values.append(value.clone())
+
+    def end(self):
+        pass
+
+
+class Waits(TorchDispatchMode):
+    """Operations that need values on the host: on a GPU each of them stops it until the device is done."""
+
+    READS = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "multinomial",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.operations = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.operations += 1
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        lengths = (
+            name == "repeat_interleave"
+            and isinstance(args[0], torch.Tensor)
+            and "output_size" not in (kwargs or {})
+        )
+        if by_mask or lengths or any(name.startswith(read) for read in self.READS):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_no_step_waits_for_the_device(model, monkeypatch, batch, cache):
+    traces = []
+    run = denoising.Denoiser.run
+
+    def watched(self, *state):
+        with Waits() as waits:
+            result = run(self, *state)
+        traces.append(waits)
+        return result
+
+    monkeypatch.setattr(denoising.Denoiser, "run", watched)
+    ids, mask = prompt(batch, 20, left_padding=(4,))
+    recorder = Drafts()
+    with dgemma_accel.accelerated(model):
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=3 * CANVAS, seed=1, streamer=recorder,
+            return_confidence=True, cache_implementation=cache,
+        )  # fmt: skip
+    assert len(traces) == 3 and len(recorder.values) > 6
+    assert [trace.seen for trace in traces] == [[], [], []]
+    assert all(trace.operations > 100 for trace in traces)
+
+
+def test_pinned_positions_do_not_wait_either(model, monkeypatch):
+    run, traces = denoising.Denoiser.run, []
+
+    def watched(self, *state):
+        with Waits() as waits:
+            result = run(self, *state)
+        traces.append(waits.seen)
+        return result
+
+    monkeypatch.setattr(denoising.Denoiser, "run", watched)
+    ids, _ = prompt(2, 9)
+    canvas, _ = prompt(2, CANVAS, seed=4)
+    with dgemma_accel.accelerated(model):
+        model.generate(ids, decoder_input_ids=canvas, pinned=[1, 2], max_new_tokens=CANVAS)
+    assert traces == [[]]
+
+
+def test_the_original_s_step_waits(model):
+    """The same trace on the original finds what it is meant to find."""
+    seen = []
+    step = generation.DiffusionGemmaGenerationMixin._denoising_step
+
+    def watched(**kwargs):
+        with Waits() as waits:
+            result = step(model, **kwargs)
+        seen.append(waits.seen)
+        return result
+
+    model.__dict__["_denoising_step"] = watched
+    try:
+        model.generate(prompt(1, 9)[0], max_new_tokens=CANVAS)
+    finally:
+        del model.__dict__["_denoising_step"]
+    assert all(len(names) >= 3 for names in seen)
+
+
+class Late:
+    """A copy that is only ready when somebody waits for it, as on a device that is far behind."""
+
+    def __init__(self, tensors):
+        # What the device holds at that moment.
+        self.tensors = [tensor.clone() for tensor in tensors]
+
+    def ready(self):
+        return False
+
+    def wait(self):
+        return self.tensors
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_running_ahead_changes_nothing(model, monkeypatch, batch):
+    ids, mask = prompt(batch, 20, left_padding=(4,))
+    step, steps = denoising.Denoiser.step, []
+    monkeypatch.setattr(
+        denoising.Denoiser, "step", lambda self, *state: (steps.append(1), step(self, *state))[1]
+    )
+
+    def run():
+        steps.clear()
+        recorder = Drafts()
+        options = {"return_confidence": True, "return_steps": True, "max_new_tokens": 3 * CANVAS}
+        return generate(model, ids, mask, streamer=recorder, **options), recorder.values, len(steps)
+
+    with dgemma_accel.accelerated(model):
+        at_once, drafts, count = run()
+        monkeypatch.setattr(lookout, "copy_of", Late)
+        late, late_drafts, late_count = run()
+    assert late_count > count, "nothing ran ahead"
+    assert late_count <= count + 3 * lookout.AHEAD
+    assert torch.equal(late.sequences, at_once.sequences) and torch.equal(late.steps, at_once.steps)
+    assert torch.equal(late.confidence, at_once.confidence) and torch.equal(late.entropy, at_once.entropy)
+    assert torch.equal(late.tokens_per_forward, at_once.tokens_per_forward)
+    assert len(late_drafts) == len(drafts) and all(torch.equal(a, b) for a, b in zip(late_drafts, drafts))
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=3 * CANVAS).sequences, late.sequences)
+
+
+def test_a_canvas_without_stopping_criterion(model, monkeypatch):
+    """Nothing to look out for: no copies, all steps."""
+    copies = []
+    monkeypatch.setattr(lookout, "copy_of", lambda tensors: copies.append(1))
+    monkeypatch.setitem(vars(model), "_prepare_diffusion_stopping_criteria", lambda generation_config: None)
+    ids, _ = prompt(2, 9)
+    expected = generate(model, ids)
+    with dgemma_accel.accelerated(model):
+        result = generate(model, ids, return_steps=True)
+    assert torch.equal(result.sequences, expected.sequences) and (result.steps == 8).all() and not copies
+    assert torch.equal(result.tokens_per_forward, expected.tokens_per_forward)
+
+
+def test_generate_of_the_class(model):
+    """Without the patched `generate` around it a call takes one step, as the caller's loop expects."""
+    ids, _ = prompt(2, 9)
+    first, second = Drafts(), Drafts()
+    expected = generate(model, ids, max_new_tokens=CANVAS, streamer=first)
+    with dgemma_accel.accelerated(model):
+        patched = vars(model).pop("generate")
+        try:
+            result = generate(model, ids, max_new_tokens=CANVAS, streamer=second)
+        finally:
+            vars(model)["generate"] = patched
+    assert torch.equal(result.sequences, expected.sequences)
+    assert torch.equal(result.tokens_per_forward, expected.tokens_per_forward)
+    assert len(first.values) == len(second.values) > 2
+    assert all(torch.equal(a, b) for a, b in zip(first.values, second.values))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_on_the_gpu(monkeypatch):
+    model = dgemma_accel.accelerate(tiny_model().cuda())
+    ids = prompt(2, 20)[0].cuda()
+    model.generate(ids, seed=1)
+    run = denoising.Denoiser.run
+
+    def watched(self, *state):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(self, *state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(denoising.Denoiser, "run", watched)
+    recorder = Drafts()
+    model.generate(ids, seed=1, streamer=recorder)
+    assert len(recorder.values) > 2
