@@ -7,7 +7,9 @@ no barrier orders. Mutants of the kernels' source, each with one planted bug, ha
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,20 +18,19 @@ import pytest
 import torch
 from test_block_attention import make_case
 
-from dgemma_accel.native.block_attention_params import heads_view
+from dgemma_accel.native.block_attention_params import heads_view, is_aligned
 from dgemma_accel.native.params import DTYPES
 from dgemma_accel.reference.budget import check_block_attention
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 EMULATION = ROOT / "tests" / "csrc" / "emulation"
 CACHE = ROOT / "build" / "emulation"
 TENSORS = ("query", "key", "value", "prefix_key", "prefix_value")
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-FLAGS = [
-    "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-DDGEMMA_EMULATED", "-fno-omit-frame-pointer",
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-]  # fmt: skip
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DDGEMMA_EMULATED"]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [
     pytest.mark.source_tree,
@@ -37,25 +38,25 @@ pytestmark = [
 ]
 
 
-def build(csrc: Path, folder: Path, flags: list[str]) -> Path:
-    """The program that runs the kernels of a csrc/, compiled in `folder` unless it is there already."""
-    digest = hashlib.sha256(repr((COMPILER, flags)).encode())
-    files = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *EMULATION.iterdir()]
-    for path in sorted(files):
-        digest.update(path.name.encode() + path.read_bytes())
-    program = folder / f"block_attention-{digest.hexdigest()[:16]}"
-    if not program.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = program.with_suffix(f".{os.getpid()}")
-        command = [COMPILER, *flags, f"-I{csrc}", f"-I{EMULATION}", *map(str, sorted(EMULATION.glob("*.cpp"))), "-o", str(fresh)]
-        subprocess.run(command, check=True)
-        fresh.rename(program)
-    return program
+def compile_to(target: Path, csrc: Path, sources: list[Path], *flags: str) -> Path:
+    command = [COMPILER, *FLAGS, *flags, f"-I{csrc}", f"-I{EMULATION}", *map(str, sources), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
 
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    return build(ROOT / "csrc", CACHE, FLAGS)
+    """The emulated kernels, compiled unless that was done before from the same files."""
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, SANITIZED)).encode())
+    sources = sorted(EMULATION.glob("*.cpp"))
+    for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *EMULATION.glob("*.h"), *sources]):
+        digest.update(path.name.encode() + path.read_bytes())
+    result = CACHE / f"block_attention-{digest.hexdigest()[:16]}"
+    if not result.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        fresh = compile_to(result.with_suffix(f".{os.getpid()}"), CSRC, sources, *SANITIZED)
+        fresh.rename(result)
+    return result
 
 
 def write_case(folder: Path, case, scale: float, softcap: float | None, causal: bool, splits: int) -> None:
@@ -109,6 +110,10 @@ CASES = {
         ),
         {"splits": 2},
     ),
+    "hd64_longer_than_the_ring": (
+        dict(batch=1, query_heads=2, kv_heads=1, length=9, head_dim=64, prefix=200, ranges=[(1, 195)]),
+        {"softcap": 30.0},
+    ),
     "hd64_one_query": (dict(batch=1, query_heads=4, kv_heads=1, length=1, head_dim=64, prefix=33), {}),
     "hd128_odd_group": (
         dict(batch=1, query_heads=6, kv_heads=2, length=37, head_dim=128, prefix=101, ranges=[(3, 99)]),
@@ -135,3 +140,151 @@ def test_within_budget(program, tmp_path, name, dtype):
     shape, options = CASES[name]
     _, _, problems = attend(program, tmp_path, make_case(**shape, dtype=dtype), **options)
     assert not problems
+
+
+def test_unaligned_rows_are_read_in_place(program, tmp_path):
+    """Rows of 67 elements: no two start at the same place in 16 bytes, and the gaps between them hold NaN."""
+    case = make_case(1, 4, 2, 19, 64, prefix=41, ranges=[(2, 40)], dtype=torch.bfloat16)
+    for i, tensor in enumerate(case[:5]):
+        wide = torch.full((*tensor.shape[:-1], 67), math.nan, dtype=tensor.dtype)
+        wide[..., 1:65] = tensor
+        case[i] = wide[..., 1:65]
+        assert not is_aligned(case[i])
+    assert is_aligned(torch.zeros(1, 3, 7, 64, dtype=torch.bfloat16).transpose(1, 2))
+    assert not attend(program, tmp_path, case)[2]
+
+
+def test_bounds_are_clamped_to_the_prefix(program, tmp_path):
+    case = make_case(3, 2, 1, 5, 64, prefix=37, ranges=[(0, 37), (0, 0), (30, 37)], dtype=torch.float16)
+    write_case(tmp_path, case, 0.125, None, False, 1)
+    for name, values in (("prefix_start", [-9, 20, 30]), ("prefix_end", [99, 3, 2**31 - 1])):
+        (tmp_path / name).write_bytes(torch.tensor(values, dtype=torch.int32).numpy().tobytes())
+    done = execute(program, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not check_block_attention(*read_result(tmp_path, case[0]), *case, 0.125, None, False)
+
+
+def test_large_scores_do_not_overflow(program, tmp_path):
+    case = make_case(1, 4, 2, 16, 64, prefix=48, scale=8.0, dtype=torch.bfloat16)
+    output, _, problems = attend(program, tmp_path, case, scale=1.0, splits=2)
+    assert not problems and bool(output.isfinite().all())
+
+
+def test_empty_prefix_gives_the_same_bits_as_none(program, tmp_path):
+    query, key, value, *_ = make_case(2, 4, 2, 19, 64, dtype=torch.bfloat16)
+    nowhere = torch.full((2, 2, 30, 64), math.nan, dtype=torch.bfloat16)
+    bound = torch.full((2,), 9, dtype=torch.int32)
+    alone = attend(program, tmp_path, [query, key, value, None, None, None, None])
+    empty = attend(program, tmp_path, [query, key, value, nowhere, nowhere, bound, bound])
+    assert torch.equal(alone[0], empty[0]) and torch.equal(alone[1], empty[1])
+
+
+def test_splits_fill_the_gpu_and_share_long_prefixes_only():
+    native = pytest.importorskip("dgemma_accel._C")
+    params = native.BlockAttentionParams()
+    params.batch, params.query_heads, params.kv_heads, params.length, params.head_dim = 1, 16, 2, 256, 512
+    splits = []
+    for params.prefix_length in (0, 1024, 8192, 32768):
+        splits.append(native.block_attention_splits(params, 188))
+    # 64 tiles of rows on 188 multiprocessors: at least two blocks fit for each as soon as it pays.
+    assert splits[0] == 1 and splits[1] >= 2 and splits == sorted(splits)
+    params.batch = 64
+    assert native.block_attention_splits(params, 188) == 1
+
+
+BARRIER = r"no barrier after|copy to it is running"
+# {name: (file, text that stands there once, what takes its place, head_dim, what the report says)}; where the report
+# is empty, the kernel runs to its end and the error budget has to fail.
+MUTANTS = {
+    "first_barrier_dropped": ("kernel.cuh", "hw::sync_block();\n    if (tile", "if (tile", 64, BARRIER),
+    "second_barrier_dropped": (
+        "kernel.cuh", "hw::sync_block();\n    const uint32_t keys", "const uint32_t keys", 64, BARRIER,
+    ),
+    "exchange_without_barrier": (
+        "kernel.cuh", "hw::sync_block();\n    const uint32_t keys", "const uint32_t keys", 512, "never written",
+    ),
+    "waits_for_one_group_less": (
+        "kernel.cuh", "hw::wait_copies<kAhead - 1>();\n    hw::sync_block();\n    const",
+        "hw::wait_copies<kAhead>();\n    hw::sync_block();\n    const", 64, "copy to it is running",
+    ),
+    "refills_the_buffer_in_use": (
+        "kernel.cuh", "kHeadDim>(keys, tile_rows", "kHeadDim>(used, tile_rows", 512, BARRIER,
+    ),
+    "last_tile_dropped": (
+        "kernel.cuh", "tile < walk.end; ++tile", "tile < walk.end - 1; ++tile", 64, "copies are running",
+    ),
+    "split_drops_a_tile": (
+        "key_walk.cuh", "(hw::block_y() + 1) / p.splits)", "(hw::block_y() + 1) / p.splits) - 1", 64, "",
+    ),
+    "swizzle_on_one_side_only": (
+        "key_walk.cuh", "swizzled<kHeadDim>(i, chunk), source", "i * Shape::kRowBytes + chunk * 16, source", 64, "",
+    ),
+    "swizzle_of_the_wrong_slots": (
+        "key_walk.cuh", "(chunk ^ (slot & 7))", "(chunk ^ (slot >> 1 & 7))", 64, "share banks",
+    ),
+    "swizzle_by_half_a_chunk": ("key_walk.cuh", "uint32_t(chunks % 8 * 16)", "uint32_t(chunks % 8 * 8)", 512, ""),
+    "steps_in_the_wrong_order": ("warp.cuh", "further(first, step * 2)", "further(first, (step ^ 1) * 2)", 128, ""),
+    "reads_a_slot_too_many": ("key_walk.cuh", "stride, end - slot,", "stride, end - slot + 1,", 64, ""),
+    "sees_a_key_too_many": ("warp.cuh", ">= visible)", "> visible)", 64, ""),
+    "causal_sees_the_next_key": ("warp.cuh", "/ rows.group + 1 - slot", "/ rows.group + 2 - slot", 64, ""),
+    "adds_its_own_scores_twice": (
+        "warp.cuh", "exchange(1 - column_warp).load", "exchange(column_warp).load", 512, "",
+    ),
+    "keeps_the_old_maximum": ("warp.cuh", "if (hw::ballot(changed) == 0) return;", "return;", 64, ""),
+    "merges_without_weights": ("merge.cuh", "exp_device(lse - base)", "1.0f", 64, ""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> Path:
+    return compile_to(
+        tmp_path_factory.mktemp("machine") / "machine.o", CSRC, [EMULATION / "machine.cpp"], "-O1", "-c"
+    )
+
+
+def mutate(folder: Path, file: str, text: str, replacement: str) -> Path:
+    """A copy of the headers of csrc/ with one text of block_attention's exchanged."""
+    csrc = folder / "csrc"
+    for source in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]:
+        target = csrc / source.relative_to(CSRC)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    path = csrc / "block_attention" / file
+    original = path.read_text()
+    assert original.count(text) == 1, f"{file} holds {original.count(text)} times: {text}"
+    path.write_text(original.replace(text, replacement))
+    return csrc
+
+
+def run_mutant(folder: Path, machine: Path, csrc: Path, head_dim: int):
+    """(the finished process, the violations of the budget) of a case that meets every branch."""
+    source = EMULATION / "block_attention.cpp"
+    program = compile_to(
+        folder / "mutant", csrc, [source, machine], "-O0", f"-DEMULATED_HEAD_DIM={head_dim}", "-Wno-unused"
+    )
+    length, prefix = (19, 60) if head_dim == 512 else (40, 101)
+    case = make_case(
+        2, 4, 2, length, head_dim, prefix=prefix, ranges=[(3, prefix - 4), (0, 32)], dtype=torch.bfloat16
+    )
+    arguments = (head_dim**-0.5, None, True)
+    write_case(folder, case, *arguments, splits=2)
+    done = execute(program, folder)
+    if done.returncode:
+        return done, []
+    return done, check_block_attention(*read_result(folder, case[0]), *case, *arguments)
+
+
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_unchanged_kernels_pass_what_mutants_fail(machine, tmp_path, head_dim):
+    done, problems = run_mutant(tmp_path, machine, CSRC, head_dim)
+    assert done.returncode == 0 and not problems, done.stderr
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(machine, tmp_path, name):
+    file, text, replacement, head_dim, report = MUTANTS[name]
+    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, file, text, replacement), head_dim)
+    if report:
+        assert done.returncode == 3 and re.search(report, done.stderr), done.stderr
+    else:
+        assert done.returncode == 0 and problems, done.stderr

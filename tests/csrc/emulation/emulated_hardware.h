@@ -116,6 +116,12 @@ struct MatrixLane {
 template <bool kTransposed>
 void load_matrices_together(void* const (&lanes)[32]) {
   const int first_thread = thread_x() / 32 * 32;
+  // Eight rows of 16 bytes fill the 32 banks once, where no two of them meet in one.
+  for (int i = 0; i < 4; ++i) {
+    uint32_t banks = 0;
+    for (int r = 0; r < 8; ++r) banks |= 1u << static_cast<MatrixLane*>(lanes[8 * i + r])->offset / 16 % 8;
+    if (banks != 0xff) emulation::fail("ldmatrix of thread %d's warp: rows of matrix %d share banks", thread_x(), i);
+  }
   uint16_t matrices[4][8][8];
   for (int lane = 0; lane < 32; ++lane)
     std::memcpy(matrices[lane / 8][lane % 8],
