@@ -89,7 +89,7 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_its_output_kept(tmp_pa
     )
     begun = time.monotonic()
     status = gpu.run_process((sys.executable, "-c", code), {}, 1.0, tmp_path / "log")
-    assert status is None and time.monotonic() - begun < 20
+    assert status is None and time.monotonic() - begun < 45
     assert (tmp_path / "log").read_text() == "begun\n"
     assert gpu.run_process((sys.executable, "-c", "raise SystemExit(3)"), {}, 30.0, tmp_path / "log") == 3
 

@@ -1,7 +1,6 @@
 """The step bench: floors as derived from the model's figures, random models made in place, counts and components."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -129,16 +128,17 @@ def test_launches_leave_out_views_and_look_into_ops():
         assert counter.by_op["dgemma::row_stats"] == 1 and counter.launches < inside
 
 
-def test_the_timeline_charges_the_innermost_component():
+def test_the_timeline_charges_the_innermost_component(monkeypatch):
+    ticks = iter([0.0, 0.1, 0.4, 0.5, 0.7])
+    monkeypatch.setattr(step_trace.time, "perf_counter", lambda: next(ticks))
     timeline = step_trace.Timeline(CPU)
-    time.sleep(0.02)
     timeline.become("sampler")
     timeline.enter("attention")
-    time.sleep(0.03)
     timeline.leave()
-    time.sleep(0.01)
+    timeline.become("head")
     found = timeline.milliseconds()
-    assert 30 <= found["attention"] < 60 and 10 <= found["sampler"] < 30 and found["head"] == 0
+    assert found["attention"] == pytest.approx(300) and found["sampler"] == pytest.approx(100 + 100)
+    assert found["head"] == pytest.approx(200) and found["rest"] == 0
 
 
 def test_components_cover_the_steps_of_the_reference(model):
