@@ -1,0 +1,297 @@
+"""`soft_embedding` by slices of the vocabulary: probabilities once, then a product over the tiles that hold mass.
+
+Of each slice `probabilities_kernel` writes the probabilities in the dtype of the weight to a workspace that fits an
+L2 cache, and whether a tile of rows x vocabulary holds mass. `choose_tiles_kernel` lists the tiles that do, in
+order, and `product_kernel` walks that list alone, cut into stretches that fill the GPU. Each stretch adds its slices up
+in an fp32 partial result of its own; `sum_partials_kernel` adds the stretches in order, so results repeat exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from ..reference import soft_embedding as reference_soft_embedding
+from .block_attention import split_count
+from .common import (
+    CAPABILITIES,
+    DEVICES,
+    INTERPRET,
+    by_value,
+    cap,
+    capability,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    unavailable,
+)
+
+__all__ = ["FEATURES", "soft_embedding", "unavailable"]
+
+FEATURES = {
+    "device": DEVICES,
+    "dtype": frozenset({torch.bfloat16, torch.float16, torch.float32}),
+    "compute_capability": CAPABILITIES,
+}
+
+# fp16 has no normal number below 6e-5, and a flat row holds 4e-6 by token: there probabilities are stored times 2^14.
+FP16_SHIFT = 14
+# Rows and columns that one pass of `probabilities_kernel` holds in registers.
+CHUNK_ROWS = 16
+CHUNK_COLUMNS = 512
+SUM_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["temperature", "softcap", "tolerance", "rows", "first"])
+def probabilities_kernel(
+    logits, logsumexp, probabilities, masses, holds, temperature, softcap, tolerance,
+    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, groups: tl.int32,
+    stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride,
+    TEMPERATURE_POINTER: tl.constexpr, SOFTCAP: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Probabilities times 2^SHIFT of the slice's rows x COLUMNS from `first` on, and which tiles hold mass.
+
+    masses [2, groups of PARTS tiles, rows] gets the sum of a row's probabilities before and after their rounding.
+    FULL computes every step in fp32 as the specification does. Otherwise the result is rounded to 16 bits, and
+    capping, tempering and normalising are one chain of two exponentials, off by a few 1e-5 relative.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    i_m = tl.program_id(0) % tiles_m
+    i_g = tl.program_id(0) // tiles_m
+    o_c = i_g * PARTS * BLOCK_V + tl.arange(0, PARTS * BLOCK_V)
+    m_v = first + o_c < vocab
+    # [PARTS]
+    b_most = tl.zeros([PARTS], tl.float32)
+    for i_chunk in range(BLOCK_M // ROWS):
+        o_r = i_m * BLOCK_M + i_chunk * ROWS + tl.arange(0, ROWS)
+        m_r = o_r < rows
+        # [ROWS]
+        b_lse = tl.load(logsumexp + o_r, mask=m_r, other=0.0)
+        m_valid = m_r & (b_lse == b_lse)
+        b_t = tl.zeros([ROWS], tl.float32)
+        if TEMPERATURE_POINTER:
+            b_t += tl.load(temperature + o_r * temperature_stride, mask=m_r, other=1.0)
+        else:
+            b_t += temperature
+        p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer
+        p_row += (o_r % inner_rows).to(tl.int64) * stride_inner + first
+        # [ROWS, PARTS * BLOCK_V]
+        m_x = m_valid[:, None] & m_v[None, :]
+        b_x = tl.load(p_row[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if FULL:
+            b_x = cap(b_x, softcap, 1.0 / softcap, SOFTCAP)
+            b_p = tl.exp2((b_x / b_t[:, None] - b_lse[:, None]) * LOG2E)
+        else:
+            b_k = LOG2E / b_t
+            b_c = SHIFT - b_lse * LOG2E
+            if SOFTCAP:
+                # tanh(x / c) = 1 - 2 / (e^(2x / c) + 1): its cancellation near 0 is absolute, so an exponent bears it.
+                b_r = 1.0 / (tl.exp2(b_x * (2.0 * LOG2E / softcap)) + 1.0)
+                b_p = tl.exp2((b_c + softcap * b_k)[:, None] - (2.0 * softcap * b_k)[:, None] * b_r)
+            else:
+                b_p = tl.exp2(b_x * b_k[:, None] + b_c[:, None])
+        b_p = tl.where(m_x, b_p, 0.0)
+        b_rounded = b_p.to(probabilities.dtype.element_ty)
+        tl.store(probabilities + o_r.to(tl.int64)[:, None] * COLUMNS + o_c[None, :], b_rounded)
+        # Of what the product would take, so that a tile without mass adds exactly nothing: [ROWS, PARTS].
+        b_sum = tl.sum(tl.reshape(b_rounded.to(tl.float32), [ROWS, PARTS, BLOCK_V]), 2)
+        b_most = tl.maximum(b_most, tl.max(b_sum, 0))
+        if not FULL:
+            padded = tiles_m * BLOCK_M
+            p_mass = masses + (first // (PARTS * BLOCK_V) + i_g).to(tl.int64) * padded + o_r
+            tl.store(p_mass, tl.sum(b_p, 1))
+            tl.store(p_mass + groups.to(tl.int64) * padded, tl.sum(b_sum, 1))
+    # Rounding may carry the mass of a settled row over 1.
+    ONE: tl.constexpr = 2.0**SHIFT
+    b_holds = tl.minimum(b_most, ONE) > tolerance * ONE
+    p_holds = holds + i_m * (COLUMNS // BLOCK_V) + i_g * PARTS + tl.arange(0, PARTS)
+    tl.store(p_holds, b_holds.to(tl.int32))
+
+
+@triton.jit
+def choose_tiles_kernel(holds, chosen, counts, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """For each tile of rows, the tiles of the slice that hold mass, in order, and how many there are."""
+    i_m = tl.program_id(0)
+    o_t = tl.arange(0, BLOCK)
+    # [BLOCK]
+    b_holds = tl.load(holds + i_m * TILES + o_t, mask=o_t < TILES, other=0)
+    b_place = tl.cumsum(b_holds, 0) - 1
+    tl.store(chosen + i_m * TILES + b_place, o_t, mask=b_holds != 0)
+    tl.store(counts + i_m, tl.sum(b_holds, 0))
+
+
+@triton.jit(do_not_specialize=["splits", "first"])
+def product_kernel(
+    probabilities, weight, chosen, counts, partial,
+    vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, splits: tl.int32, stride_w: tl.int64,
+    EMBEDDING: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LATER: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds probabilities @ weight over one stretch of the chosen tiles to partial [splits, rows, EMBEDDING] fp32.
+
+    EVEN: no tile of the weight crosses its edge. LATER: the partial result already holds slices.
+    """
+    TILES_E: tl.constexpr = (EMBEDDING + BLOCK_E - 1) // BLOCK_E
+    TILES_V: tl.constexpr = COLUMNS // BLOCK_V
+    # Row tiles vary fastest: the programs that take the same part of the weight run together and share it in L2.
+    i_m = tl.program_id(0) % tiles_m
+    i_e = tl.program_id(0) // tiles_m % TILES_E
+    i_s = tl.program_id(0) // tiles_m // TILES_E
+
+    count = tl.load(counts + i_m)
+    stretch = (count + splits - 1) // splits
+    begin = i_s * stretch
+    end = tl.minimum(begin + stretch, count)
+    if LATER:
+        if begin >= end:
+            return
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_v = tl.arange(0, BLOCK_V)
+    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_e = o_e < EMBEDDING
+    p_p = probabilities + o_m.to(tl.int64)[:, None] * COLUMNS + o_v[None, :]
+    p_w = weight + o_v.to(tl.int64)[:, None] * stride_w + o_e[None, :]
+    p_o = partial + (i_s.to(tl.int64) * tiles_m * BLOCK_M + o_m)[:, None] * EMBEDDING + o_e[None, :]
+    # [BLOCK_M, BLOCK_E]
+    if LATER:
+        b_o = tl.load(p_o, mask=m_e[None, :], other=0.0)
+    else:
+        b_o = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for i in range(begin, end):
+        start = tl.load(chosen + i_m * TILES_V + i) * BLOCK_V
+        # [BLOCK_M, BLOCK_V], [BLOCK_V, BLOCK_E]
+        b_p = tl.load(p_p + start)
+        p_tile = p_w + (first + start).to(tl.int64) * stride_w
+        if EVEN:
+            b_w = tl.load(p_tile)
+        else:
+            b_w = tl.load(p_tile, mask=(first + start + o_v < vocab)[:, None] & m_e[None, :], other=0.0)
+        if UPCAST:
+            b_p = b_p.to(tl.float32)
+            b_w = b_w.to(tl.float32)
+        b_o = tl.dot(b_p, b_w, b_o, input_precision=PRECISION)
+    tl.store(p_o, b_o, mask=m_e[None, :])
+
+
+@triton.jit
+def rounding_kernel(masses, factors, groups: tl.int32, padded: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Per row the mass that the probabilities had before rounding, by the one after it.
+
+    In a settled row one probability near 1 carries the whole row, and its rounding error with it: the factor
+    takes that out again. It is no normalisation: mass that is left out stays left out.
+    """
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_g = tl.arange(0, BLOCK)
+    # [BLOCK, ROWS]
+    b_before = tl.zeros([BLOCK, ROWS], tl.float32)
+    b_after = tl.zeros([BLOCK, ROWS], tl.float32)
+    for i_g in range(0, groups, BLOCK):
+        m_g = (i_g + o_g < groups)[:, None]
+        p_mass = masses + (i_g + o_g).to(tl.int64)[:, None] * padded + o_r[None, :]
+        b_before += tl.load(p_mass, mask=m_g, other=0.0)
+        b_after += tl.load(p_mass + groups.to(tl.int64) * padded, mask=m_g, other=0.0)
+    # [ROWS]
+    b_total = tl.sum(b_after, 0)
+    tl.store(factors + o_r, tl.where(b_total > 0, tl.sum(b_before, 0) / b_total, 1.0))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_partials_kernel(
+    partial, factors, output, splits: tl.int32, size: tl.int64, stride_split: tl.int64,
+    EMBEDDING: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    # [BLOCK]
+    b_o = tl.zeros([BLOCK], tl.float32)
+    for i_s in range(splits):
+        b_o += tl.load(partial + i_s * stride_split + o, mask=m, other=0.0)
+    if not FULL:
+        b_o *= tl.load(factors + o // EMBEDDING, mask=m, other=0.0) * 2.0**-SHIFT
+    tl.store(output + o, b_o.to(output.dtype.element_ty), mask=m)
+
+
+def soft_embedding(
+    logits: Tensor,
+    logsumexp: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    tolerance: float = 0.0,
+    exact: bool = False,
+    *,
+    splits: int | None = None,
+) -> Tensor:
+    """Arguments and result: `reference.soft_embedding`.
+
+    The probabilities are computed in fp32 and rounded to the dtype of `weight` for the product, which accumulates in
+    fp32; a row's result is scaled by the mass that rounding changed. Tiles of rows x vocabulary (`block_m` x `block_v`
+    of the configuration) in which no row holds more than `tolerance` are left out. exact=True takes the
+    reference's own arithmetic.
+
+    Args:
+        splits: into how many stretches the chosen tiles of a slice are cut; None takes the number that fills the GPU.
+    """
+    if exact:
+        return reference_soft_embedding(logits, logsumexp, weight, temperature, softcap, exact=True)
+    shape, (vocab, embedding) = logits.shape[:-1], weight.shape
+    rows = shape.numel()
+    output = weight.new_empty(*shape, embedding)
+    if output.numel() == 0:
+        return output
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    config = configs.select("soft_embedding", capability(logits), bytes=weight.element_size())
+    block_m = min(config["block_m"], max(16, next_power_of_2(rows)))
+    block_e = min(config["block_e"], max(16, next_power_of_2(embedding)))
+    block_v = config["block_v"]
+    width = min(max(CHUNK_COLUMNS, block_v), max(block_v, next_power_of_2(vocab)))
+    columns = min(config["slice"], triton.cdiv(vocab, width) * width)
+    tiles_m, tiles_e, tiles_v = triton.cdiv(rows, block_m), triton.cdiv(embedding, block_e), columns // block_v
+    if splits is None:
+        slots = multiprocessors(logits) * config["blocks"]
+        splits = split_count(tiles_m * tiles_e, tiles_v, slots)
+
+    full = weight.dtype == torch.float32
+    probabilities = weight.new_empty(tiles_m * block_m, columns)
+    integers = weight.new_empty((2 * tiles_v + 1, tiles_m), dtype=torch.int32).view(-1)
+    holds, chosen, counts = integers.split([tiles_m * tiles_v, tiles_m * tiles_v, tiles_m])
+    padded, groups = tiles_m * block_m, triton.cdiv(vocab, columns) * (columns // width)
+    masses = weight.new_empty((1 if full else 2, 1 if full else groups, padded), dtype=torch.float32)
+    factors = weight.new_empty(padded, dtype=torch.float32)
+    partial = weight.new_empty((splits, tiles_m * block_m, embedding), dtype=torch.float32)
+    t, t_pointer, t_stride = by_value(temperature)
+    shift = FP16_SHIFT if weight.dtype == torch.float16 else 0
+    with on_device(logits):
+        for first in range(0, vocab, columns):
+            probabilities_kernel[(tiles_m * (columns // width),)](
+                logits, logsumexp, probabilities, masses, holds, t, 1.0 if softcap is None else softcap, tolerance,
+                rows, shape[1], vocab, first, tiles_m, groups, logits.stride(0), logits.stride(1), t_stride,
+                TEMPERATURE_POINTER=t_pointer, SOFTCAP=softcap is not None, FULL=full, SHIFT=shift,
+                COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
+                ROWS=min(CHUNK_ROWS, block_m), PARTS=width // block_v, num_warps=8,
+            )  # fmt: skip
+            choose_tiles_kernel[(tiles_m,)](
+                holds, chosen, counts, TILES=tiles_v, BLOCK=next_power_of_2(tiles_v), num_warps=4
+            )
+            product_kernel[(tiles_m * tiles_e * splits,)](
+                probabilities, weight, chosen, counts, partial,
+                vocab, first, tiles_m, splits, weight.stride(0), EMBEDDING=embedding, COLUMNS=columns,
+                EVEN=vocab % columns == 0 and embedding % block_e == 0, LATER=first > 0,
+                PRECISION="ieee" if full else "tf32", UPCAST=INTERPRET and weight.dtype == torch.bfloat16,
+                BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_V=block_v,
+                num_warps=config["num_warps"], num_stages=config["num_stages"],
+            )  # fmt: skip
+        if not full:
+            rounding_kernel[(padded // 16,)](masses, factors, groups, padded, ROWS=16, BLOCK=64, num_warps=4)
+        sum_partials_kernel[(triton.cdiv(output.numel(), SUM_BLOCK),)](
+            partial, factors, output, splits, output.numel(), partial.stride(0),
+            EMBEDDING=embedding, FULL=full, SHIFT=shift, BLOCK=SUM_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return output
