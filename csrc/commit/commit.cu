@@ -11,10 +11,9 @@ void commit_cuda(const CommitParams& params, void* stream) {
   if (params.length > kCommitMaxLength)
     throw std::runtime_error("commit: canvas of " + std::to_string(params.length) + " positions, at most " +
                              std::to_string(kCommitMaxLength) + " are supported");
-  unsigned threads = 32;
-  while (threads < params.length) threads *= 2;
-  launch("commit", commit_kernel, dim3(unsigned(params.batch)), threads, commit_shared_bytes(int(threads)), stream,
-         params);
+  const int threads = commit_threads(params.length);
+  launch("commit", commit_kernel, dim3(unsigned(params.batch)), unsigned(threads), commit_shared_bytes(threads),
+         stream, params);
 }
 
 }  // namespace dgemma

@@ -10,24 +10,26 @@ namespace dgemma {
 
 // Shared memory of a block of `threads` threads.
 struct CommitShared {
-  hw::Shared<uint64_t> keys;        // [threads]
-  hw::Shared<double> warp_sums;     // [32]
-  hw::Shared<int32_t> per_warp;  // [32]
-  hw::Shared<float> score;          // [threads], by position
-  hw::Shared<float> entropy;        // [threads], by position; then by rank
-  hw::Shared<int32_t> rank;         // [threads], by position
-  hw::Shared<int32_t> run_best;     // [threads], by start of the run
-  hw::Shared<int32_t> scalars;      // [2]: ranks taken, first rank that fails
+  hw::Shared<uint64_t> keys;         // [threads]
+  hw::Shared<float> score;           // [threads], by position
+  hw::Shared<float> entropy;         // [threads], by position; then by rank
+  hw::Shared<int32_t> rank;          // [threads], by position
+  hw::Shared<int32_t> run_best;      // [threads], by start of the run
+  hw::Shared<double> warp_sums;      // [32]
+  hw::Shared<int32_t> warp_values;   // [32]
+  hw::Shared<int32_t> warp_values2;  // [32]
+  hw::Shared<int32_t> taken;         // [1]
 
   DGEMMA_MEMBER explicit CommitShared(int threads)
       : keys{0},
-        warp_sums{uint32_t(threads) * 8},
-        per_warp{uint32_t(threads) * 8 + 256},
-        score{uint32_t(threads) * 8 + 512},
-        entropy{uint32_t(threads) * 12 + 512},
-        rank{uint32_t(threads) * 16 + 512},
-        run_best{uint32_t(threads) * 20 + 512},
-        scalars{uint32_t(threads) * 8 + 384} {}
+        score{uint32_t(threads) * 8},
+        entropy{uint32_t(threads) * 12},
+        rank{uint32_t(threads) * 16},
+        run_best{uint32_t(threads) * 20},
+        warp_sums{uint32_t(threads) * 24},
+        warp_values{uint32_t(threads) * 24 + 256},
+        warp_values2{uint32_t(threads) * 24 + 384},
+        taken{uint32_t(threads) * 24 + 512} {}
 };
 
 // Ascending: thread r ends with the key of rank r + 1. The number of threads is a power of two.
@@ -61,6 +63,21 @@ DGEMMA_DEVICE double sum_block(double value, const hw::Shared<double>& warp_sums
   return total;
 }
 
+DGEMMA_DEVICE int32_t smallest_of_block(int32_t value, const hw::Shared<int32_t>& per_warp) {
+  const int thread = hw::thread_x(), warps = hw::block_threads() / hw::kWarp;
+  for (int mask = hw::kWarp / 2; mask > 0; mask /= 2) {
+    const int32_t other = hw::shuffle_xor(value, mask);
+    if (other < value) value = other;
+  }
+  if (thread % hw::kWarp == 0) per_warp.store(thread / hw::kWarp, value);
+  hw::sync_block();
+  for (int w = 0; w < warps; ++w) {
+    const int32_t other = per_warp.load(w);
+    if (other < value) value = other;
+  }
+  return value;
+}
+
 // The largest value of this thread and those before it.
 DGEMMA_DEVICE int32_t largest_so_far(int32_t value, const hw::Shared<int32_t>& per_warp) {
   const int thread = hw::thread_x(), lane = thread % hw::kWarp, warp = thread / hw::kWarp;
@@ -78,12 +95,16 @@ DGEMMA_DEVICE int32_t largest_so_far(int32_t value, const hw::Shared<int32_t>& p
 }
 
 // Whether this thread's position is the best of its run of adjacent ranked positions.
-DGEMMA_DEVICE bool is_best_of_run(bool ranked, int32_t rank, const CommitShared& shared) {
+DGEMMA_DEVICE bool is_best_of_run(bool ranked, int32_t rank, int64_t count, const CommitShared& shared) {
   const int thread = hw::thread_x();
-  shared.run_best.store(thread, 0x7fffffff);
   // A run starts behind the latest position that is not ranked.
-  const int32_t start = largest_so_far(ranked ? -1 : thread, shared.per_warp) + 1;
-  if (ranked) shared.run_best.atomic_min(start, rank);
+  const int32_t start = largest_so_far(ranked ? -1 : thread, shared.warp_values) + 1;
+  // Later runs have larger starts, so the largest pair so far is the best rank of the own run so far.
+  constexpr int32_t kPair = 2 * int32_t(kCommitMaxLength);
+  const int32_t pair = ranked ? start * kPair + kPair - 1 - rank : start * kPair;
+  const int32_t best = largest_so_far(pair, shared.warp_values2);
+  const bool ends = thread + 1 == hw::block_threads() || shared.rank.load(thread + 1) > count;
+  if (ranked && ends) shared.run_best.store(start, kPair - 1 - best % kPair);
   hw::sync_block();
   return ranked && shared.run_best.load(start) == rank;
 }
@@ -93,14 +114,11 @@ DGEMMA_DEVICE int64_t ranks_taken(const CommitParams& params, const RowRule& rul
                                   const CommitShared& shared) {
   const int thread = hw::thread_x();
   if (params.select == Select::kFactor) {
-    if (thread == 0) shared.scalars.store(1, int32_t(count));
-    hw::sync_block();
-    if (thread < count && !factor_holds(shared.score.load(position), thread + 1, rule.value))
-      shared.scalars.atomic_min(1, thread);
-    hw::sync_block();
-    return factor_length(shared.scalars.load(1), count, params.flags);
+    const bool fails = thread < count && !factor_holds(shared.score.load(int(position)), thread + 1, rule.value);
+    const int32_t leading = smallest_of_block(fails ? thread : int32_t(count), shared.warp_values);
+    return factor_length(leading, count, params.flags);
   }
-  const float own = shared.entropy.load(position);
+  const float own = shared.entropy.load(int(position));
   hw::sync_block();
   shared.entropy.store(thread, own);
   hw::sync_block();
@@ -113,10 +131,10 @@ DGEMMA_DEVICE int64_t ranks_taken(const CommitParams& params, const RowRule& rul
       if (!entropy_holds(sum, next, taken + 1, rule.value, params.flags)) break;
       sum += double(next);
     }
-    shared.scalars.store(0, taken);
+    shared.taken.store(0, taken);
   }
   hw::sync_block();
-  return shared.scalars.load(0);
+  return shared.taken.load(0);
 }
 
 DGEMMA_DEVICE void update_row_state(const CommitParams& params, int64_t b, int64_t position, bool inside,
@@ -161,16 +179,16 @@ DGEMMA_KERNEL commit_kernel(CommitParams params) {
     const uint32_t position = key == ~uint64_t{0} ? uint32_t(thread) : position_of(key);
     shared.score.store(thread, c.score);
     shared.entropy.store(thread, c.entropy);
-    shared.rank.store(position, thread + 1);
+    shared.rank.store(int(position), thread + 1);
     // The keys are no longer needed; their first slot carries the position of rank 1.
-    if (thread == 0) shared.keys.store(0, position);
+    if (thread == 0) shared.keys.store(0, uint64_t{position});
     hw::sync_block();
     rank = shared.rank.load(thread);
     ranking.best = shared.score.load(int(shared.keys.load(0)));
     if (params.select == Select::kFactor || params.select == Select::kEntropyBound)
       ranking.taken_ranks = ranks_taken(params, rule, position, count, shared);
     if (params.select == Select::kHierarchy) {
-      best_of_run = is_best_of_run(c.ranked, rank, shared);
+      best_of_run = is_best_of_run(c.ranked, rank, count, shared);
     }
   }
 

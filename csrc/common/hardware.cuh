@@ -59,8 +59,6 @@ struct Shared {
   }
   __device__ __forceinline__ T load(int index) const { return pointer()[index]; }
   __device__ __forceinline__ void store(int index, T value) const { pointer()[index] = value; }
-  __device__ __forceinline__ void atomic_min(int index, T value) const { atomicMin(pointer() + index, value); }
-  __device__ __forceinline__ void atomic_max(int index, T value) const { atomicMax(pointer() + index, value); }
 };
 
 // A 16-byte load from global memory that is read once; the address is a multiple of 16.

@@ -17,6 +17,15 @@ struct TileRecord {
 constexpr int kRowStatsWarps = kRowStatsThreads / hw::kWarp;
 static_assert(kRowStatsWarps * sizeof(TileRecord) == kRowStatsTileSharedBytes, "a record per warp");
 
+// Tiles of a row. Rows that start on a 16-byte boundary need no room for elements before their first one.
+inline int64_t row_stats_tiles(const RowStatsParams& params) {
+  const int64_t size = params.dtype == Dtype::kFloat32 ? 4 : 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 && params.stride0 * size % 16 == 0 &&
+                       params.stride1 * size % 16 == 0;
+  const int64_t elements = params.vocab + (aligned ? 0 : 16 / size - 1);
+  return (elements + kRowStatsTile - 1) / kRowStatsTile;
+}
+
 struct RowTemperatures {
   float inverse_stats, inverse_sampling, stats;
   bool greedy, two;
@@ -269,9 +278,10 @@ DGEMMA_DEVICE void write_sample(const RowStatsParams& params, int64_t row, int64
 struct RowShared {
   hw::Shared<RowPlan> plan{0};
   hw::Shared<double> sums{64};          // one per warp
-  hw::Shared<int32_t> last{192};        // last token with mass, in the tile
+  hw::Shared<int32_t> winner{128};      // one per warp: the thread that holds the sample, or -1
+  hw::Shared<int32_t> last{192};        // one per warp: last token with mass
 };
-static_assert(192 + sizeof(int32_t) <= kRowStatsRowSharedBytes, "the last of the arrays");
+static_assert(192 + kRowStatsWarps * sizeof(int32_t) <= kRowStatsRowSharedBytes, "the last of the arrays");
 
 template <class T>
 DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
@@ -284,10 +294,7 @@ DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
   const RowShared shared;
   if (warp == 0) {
     const RowPlan plan = plan_row(params, row_index, records, tiles, t);
-    if (lane == 0) {
-      shared.plan.store(0, plan);
-      shared.last.store(0, -1);
-    }
+    if (lane == 0) shared.plan.store(0, plan);
   }
   hw::sync_block();
   const RowPlan plan = shared.plan.load(0);
@@ -297,6 +304,7 @@ DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
   const int64_t first = int64_t{plan.tile} * kRowStatsTile / kElements + thread;
   const float inverse_softcap = params.softcap > 0 ? 1.0f / params.softcap : 0.0f;
   double before = 0;
+  int32_t last_token = -1;  // of this thread's, the last with mass
   for (int v = 0; v < kVectors; ++v) {
     float x[kElements];
     read_vector(row, first + v * kRowStatsThreads, x);
@@ -311,45 +319,58 @@ DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
       if (e[i] > 0) last = i;
     }
     const int64_t token = (first + v * kRowStatsThreads) * kElements - row.head;
-    if (last >= 0) shared.last.atomic_max(0, int32_t(token + last));
+    if (last >= 0) last_token = int32_t(token + last);
 
     const double scanned = scan_warp(own);
     if (lane == hw::kWarp - 1) shared.sums.store(warp, scanned);
     hw::sync_block();
     double base = before;
-    for (int w = 0; w < warp; ++w) base += shared.sums.load(w);
-    const double inclusive = base + scanned;
-    const double above = hw::shuffle_up(inclusive, 1);
-    // Equal to the inclusive sum of the thread before, bit for bit, so exactly one thread sees the crossing.
-    const double exclusive = lane == 0 ? base : above;
-    const bool crossing = inclusive > plan.target && !(exclusive > plan.target) && last >= 0;
-    if (crossing) {
-      double sum = exclusive;
-      int chosen = last;
-      float chosen_x = 0;
-      bool passed = false;
-      DGEMMA_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        sum += double(e[i]);
-        if (e[i] > 0 && !passed) {
-          chosen = i;
-          chosen_x = x[i];
-          passed = sum > plan.target;
-        }
-      }
-      write_sample(params, row_index, token + chosen, chosen_x, plan, t);
+    for (int w = 0; w < kRowStatsWarps; ++w) {
+      if (w == warp) base = before;
+      before += shared.sums.load(w);
     }
-    if (hw::sync_count(crossing)) return;
-    for (int w = warp; w < kRowStatsWarps; ++w) base += shared.sums.load(w);
-    before = base;
+    const uint32_t passed = hw::ballot(last >= 0 && base + scanned > plan.target);
+    if (lane == 0) shared.winner.store(warp, passed ? warp * hw::kWarp + hw::find_first_set(passed) - 1 : -1);
     hw::sync_block();
+    int32_t winner = -1;
+    for (int w = kRowStatsWarps - 1; w >= 0; --w) {
+      const int32_t of_warp = shared.winner.load(w);
+      if (of_warp >= 0) winner = of_warp;
+    }
+    if (winner < 0) continue;
+    if (thread != winner) return;
+    // The lanes before this one did not pass the target, so their sum is where this one starts.
+    double sum = base + scanned - own;
+    int chosen = last;
+    float chosen_x = 0;
+    bool found = false;
+    DGEMMA_UNROLL
+    for (int i = 0; i < kElements; ++i) {
+      sum += double(e[i]);
+      if (e[i] > 0 && !found) {
+        chosen = i;
+        chosen_x = x[i];
+        found = sum > plan.target;
+      }
+    }
+    write_sample(params, row_index, token + chosen, chosen_x, plan, t);
+    return;
   }
   // Rounding left a remainder after the last token with mass, which is then the sample.
+  for (int mask = 1; mask < hw::kWarp; mask *= 2) {
+    const int32_t other = hw::shuffle_xor(last_token, mask);
+    if (other > last_token) last_token = other;
+  }
+  if (lane == 0) shared.last.store(warp, last_token);
+  hw::sync_block();
   if (thread != 0) return;
-  const int32_t token = shared.last.load(0);
-  float x = to_float(row.first[token + row.head]);
+  for (int w = 1; w < kRowStatsWarps; ++w) {
+    const int32_t other = shared.last.load(w);
+    if (other > last_token) last_token = other;
+  }
+  float x = to_float(row.first[last_token + row.head]);
   if (params.softcap > 0) x = tanh_device(x * inverse_softcap) * params.softcap;
-  write_sample(params, row_index, token, x, plan, t);
+  write_sample(params, row_index, last_token, x, plan, t);
 }
 
 }  // namespace dgemma

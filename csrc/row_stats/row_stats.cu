@@ -7,20 +7,9 @@
 namespace dgemma {
 namespace {
 
-int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-// Rows that start on a 16-byte boundary need no room for elements before their first one.
-int64_t tiles_of(const RowStatsParams& params) {
-  const int64_t size = element_size(params.dtype);
-  const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 && params.stride0 * size % 16 == 0 &&
-                       params.stride1 * size % 16 == 0;
-  const int64_t elements = params.vocab + (aligned ? 0 : 16 / size - 1);
-  return (elements + kRowStatsTile - 1) / kRowStatsTile;
-}
-
 template <class T>
 void launch_both(const RowStatsParams& params, void* stream) {
-  const int64_t rows = params.rows0 * params.rows1, tiles = tiles_of(params);
+  const int64_t rows = params.rows0 * params.rows1, tiles = row_stats_tiles(params);
   if (rows * tiles > 0x7fffffff) throw std::runtime_error("row_stats: more than 2^31 - 1 tiles of logits");
   launch("row_stats", row_stats_tile_kernel<T>, dim3(unsigned(rows * tiles)), kRowStatsThreads,
          kRowStatsTileSharedBytes, stream, params, int(tiles));
@@ -31,7 +20,7 @@ void launch_both(const RowStatsParams& params, void* stream) {
 }  // namespace
 
 size_t row_stats_cuda_workspace(const RowStatsParams& params) {
-  return size_t(params.rows0 * params.rows1 * tiles_of(params)) * sizeof(TileRecord);
+  return size_t(params.rows0 * params.rows1 * row_stats_tiles(params)) * sizeof(TileRecord);
 }
 
 void row_stats_cuda(const RowStatsParams& params, void* stream) {

@@ -1,0 +1,165 @@
+"""The CUDA kernel of commit, run thread by thread on the host under sanitizers: equal to the reference."""
+
+import random
+import re
+
+import pytest
+import torch
+from emulated_kernels import build, planted, read_tensor, run, run_clean, skip_without_compiler, write_case
+
+from dgemma_accel.reference.budget import check_commit
+from dgemma_accel.samplers import rules as r
+
+pytestmark = skip_without_compiler()
+
+PROGRAM = "commit_emulated"
+NAMES = (
+    "tokens", "argmax", "sample", "entropy", "sample_prob", "top1_prob", "top2_prob", "candidates", "measure",
+    "select", "flags", "k", "value", "value2", "mask_id", "write", "write_argument", "seed", "offset", "draft",
+    "history", "finished", "confidence",
+)  # fmt: skip
+PER_ROW = {"k": torch.int64, "value": torch.float32, "value2": torch.float32, "seed": torch.int64,
+           "offset": torch.int64, "confidence": torch.float32}  # fmt: skip
+
+
+def arguments_of(rule, write, batch, length, *, levels=20, candidates=None, stop=None, agree=False, seed=3):
+    """Arguments of `reference.commit`; few `levels` make many ties."""
+
+    def number():
+        return (torch.randint(0, levels, (batch, length)) / levels).float()
+
+    encoded = rule.encode()
+    tokens, argmax, sample = (torch.randint(0, 5, (batch, length)) for _ in range(3))
+    sample_prob, entropy = number(), number()
+    sample_prob[torch.rand(batch, length) < 0.1] = -0.0
+    entropy[torch.rand(batch, length) < 0.1] = float("inf")
+    draft = history = finished = confidence = None
+    if stop is not None:
+        state = r.CanvasState.start(tokens, stop)
+        draft, history, finished = state.draft, state.history, torch.rand(batch) < 0.3
+        if agree:
+            history, entropy = argmax.expand(history.shape).clone(), entropy.nan_to_num(posinf=0.0)
+        confidence = torch.tensor(stop.confidence)
+
+    def tensor(value, dtype):
+        return torch.as_tensor(value).to(dtype)
+
+    return (
+        tokens, argmax, sample, entropy, sample_prob, number(), number(),
+        None if candidates is None else torch.rand(batch, length) < candidates,
+        int(encoded.measure), int(encoded.select), int(encoded.flags), tensor(encoded.k, torch.int64),
+        tensor(encoded.value, torch.float32), tensor(encoded.value2, torch.float32), encoded.mask_id,
+        int(write.kind), write.argument, torch.tensor(seed), torch.tensor(2), draft, history, finished, confidence,
+    )  # fmt: skip
+
+
+def case(folder, arguments):
+    named = dict(zip(NAMES, arguments))
+    batch, length = named["tokens"].shape
+    numbers = {"batch": batch, "length": length, "depth": 0 if named["history"] is None else len(named["history"])}
+    tensors = {}
+    for name, value in named.items():
+        if name in PER_ROW and value is not None:
+            numbers[name], tensors[name] = value.ndim > 0, value.to(PER_ROW[name])
+        elif isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is not None:
+            numbers[name] = value
+    return write_case(folder, numbers, tensors)
+
+
+def result(folder, arguments):
+    named = dict(zip(NAMES, arguments))
+    shape = named["tokens"].shape
+    out = [
+        read_tensor(folder, "new_tokens", torch.int64, shape),
+        read_tensor(folder, "committed", torch.bool, shape),
+        read_tensor(folder, "num_committed", torch.int64, shape[:1]),
+    ]
+    if named["finished"] is None:
+        return (*out, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0).bool())
+    return (
+        *out,
+        read_tensor(folder, "new_draft", torch.int64, shape),
+        read_tensor(folder, "new_history", torch.int64, named["history"].shape),
+        read_tensor(folder, "new_finished", torch.bool, shape[:1]),
+    )
+
+
+def rules(batch, length):
+    k, share = torch.randint(0, length + 2, (batch,)), torch.rand(batch)
+    return (
+        r.TopK(k), r.TopK(3, gumbel_temperature=0.3), r.TopK(2, measure=r.Measure.ENTROPY), r.Random(k), r.Margin(1),
+        r.Sequential(4), r.Threshold(0.5), r.Threshold(share, min_count=k, strict=True),
+        r.Threshold(0.9, slack=1e-5, measure=r.Measure.TOP1_PROB), r.Factor(0.4), r.Factor(share, last_rank_quirk=True),
+        r.EntropyBound(0.9), r.EntropyBound(share, inclusive=True), r.Bernoulli(share), r.RunBest(0.8, 0.4, 1),
+        r.RunBest(1.0, 0.0, 0), r.Edit(0.6, 0.5, 2, 1),
+    )  # fmt: skip
+
+
+WRITES = (r.Remask(2), r.Renoise(262_144), r.Renoise(2**31 - 1), r.Keep())
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build(PROGRAM)
+
+
+@pytest.mark.parametrize("batch, length", [(3, 1), (2, 31), (2, 33), (1, 100), (1, 256), (1, 520)])
+def test_equals_reference(program, tmp_path, batch, length):
+    random.seed(length)
+    cases = []
+    for rule in rules(batch, length):
+        for candidates in (None, 0.7) if length < 256 else (0.9,):
+            stop = random.choice([None, r.StableAndConfident(0, 0.5), r.StableAndConfident(3, 0.6)])
+            arguments = arguments_of(
+                rule, random.choice(WRITES), batch, length, levels=random.choice([3, 20, 10**6]),
+                candidates=candidates, stop=stop, agree=random.random() < 0.7,
+            )  # fmt: skip
+            cases.append((tmp_path / str(len(cases)), rule, arguments))
+    run_clean(program, [case(folder, arguments) for folder, _, arguments in cases])
+    for folder, rule, arguments in cases:
+        assert not check_commit(result(folder, arguments), *arguments), rule
+
+
+# What a race is reported as depends on which thread comes first.
+RACE = "no barrier after|never written"
+RUNS = r.RunBest(1.0, 0.0, 0)
+BUGS = {
+    "no barrier before partners' keys are read": (
+        "        hw::sync_block();\n        other = exchange.load(thread ^ stride);",
+        "        other = exchange.load(thread ^ stride);",
+        RUNS, RACE,
+    ),
+    "no barrier after partners' keys are read": (
+        "        other = exchange.load(thread ^ stride);\n        hw::sync_block();",
+        "        other = exchange.load(thread ^ stride);",
+        RUNS, RACE,
+    ),
+    "a thread behind the canvas takes part": (
+        "inside = thread < params.length;", "inside = thread <= params.length;", RUNS, "heap-buffer-overflow",
+    ),
+    "the sort leaves out the last stride": (
+        "stride = size / 2; stride > 0;", "stride = size / 2; stride > 1;", r.TopK(7), None,
+    ),
+    "a run ends one rank early": (
+        "shared.rank.load(thread + 1) > count;", "shared.rank.load(thread + 1) >= count;", RUNS, None,
+    ),
+    "an entropy is added before it is compared": (
+        "if (!entropy_holds(sum, next, taken", "if (!entropy_holds(sum + next, next, taken", r.EntropyBound(0.9), None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(tmp_path, bug):
+    passage, replacement, rule, report = BUGS[bug]
+    addresses = report == "heap-buffer-overflow"
+    program = planted(PROGRAM, tmp_path, "commit/kernel.cuh", passage, replacement, sanitize=addresses)
+    arguments = arguments_of(rule, r.Keep(), 1, 100, levels=50, candidates=0.6)
+    folder = case(tmp_path / "case", arguments)
+    done = run(program, [folder])
+    if report is None:
+        assert done.returncode != 0 or check_commit(result(folder, arguments), *arguments)
+    else:
+        assert done.returncode != 0 and re.search(report, done.stderr), done.stderr

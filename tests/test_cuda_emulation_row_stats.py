@@ -1,0 +1,163 @@
+"""The CUDA kernels of row_stats, run thread by thread on the host under sanitizers, within the error budget."""
+
+import re
+
+import pytest
+import torch
+from emulated_kernels import build, planted, read_tensor, run, run_clean, skip_without_compiler, write_case
+
+from dgemma_accel.native.params import DTYPES
+from dgemma_accel.ops.row_stats import RowStats
+from dgemma_accel.reference import row_stats as reference
+from dgemma_accel.reference.budget import check_row_stats
+
+pytestmark = skip_without_compiler()
+
+PROGRAM = "row_stats_emulated"
+OUTPUTS = {"argmax": torch.int64, "sample": torch.int64} | dict.fromkeys(
+    ("entropy", "logsumexp", "top1_prob", "top2_prob", "sample_prob"), torch.float32
+)
+
+
+def case(folder, logits, *, temperature=1.0, stats_temperature=None, softcap=None, uniform=None, seed=None, offset=0):
+    """Logits [N0, N1, V]; the storage is cut to what the view spans, so that one element beyond is out of bounds."""
+    rows0, rows1, vocab = logits.shape
+    span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride()))
+    storage = logits.as_strided((logits.storage_offset() + span,), (1,), 0)
+    tensors = {"logits": storage.view(torch.int16) if logits.dtype != torch.float32 else storage}
+    numbers = {
+        "dtype": DTYPES[logits.dtype], "storage_offset": logits.storage_offset(), "rows0": rows0, "rows1": rows1,
+        "vocab": vocab, "stride0": logits.stride(0), "stride1": logits.stride(1), "softcap": softcap or 0.0,
+    }  # fmt: skip
+    parameters = {"temperature": temperature, "stats_temperature": stats_temperature}
+    if uniform is None:
+        parameters |= {"seed": torch.tensor(seed), "offset": torch.tensor(offset)}
+    for name, value in parameters.items():
+        if value is not None:
+            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            numbers[name] = tensors[name].ndim > 0
+    tensors["uniform"] = uniform
+    return write_case(folder, numbers, tensors)
+
+
+def result(folder, logits) -> RowStats:
+    return RowStats(*(read_tensor(folder, name, dtype, logits.shape[:2]) for name, dtype in OUTPUTS.items()))
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build(PROGRAM)
+
+
+SETTINGS = (
+    {"temperature": 1.0},
+    {"temperature": 0.6, "softcap": 30.0},
+    {"temperature": 0.7, "stats_temperature": 1.3, "softcap": 5.0},
+    {"temperature": torch.tensor([0.0, 0.3, 1.2])},
+)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_within_budget(program, tmp_path, dtype):
+    cases = []
+    # One element, one vector, a tile and a bit, and rows that start anywhere in a 16-byte vector.
+    for vocab, offset, stride in ((1, 0, 1), (7, 3, 11), (8200, 0, 8200), (8199, 5, 8203)):
+        for scale in (0.01, 25.0) if vocab < 100 else (8.0,):
+            storage = (torch.randn(offset + 3 * stride) * scale).to(dtype)
+            logits = storage.as_strided((1, 3, vocab), (3 * stride, stride, 1), offset)
+            for kwargs in SETTINGS:
+                uniform = torch.tensor([0.0, 1 - 2.0**-24, torch.rand(()).item()])
+                cases.append((tmp_path / str(len(cases)), logits, {**kwargs, "uniform": uniform}))
+    run_clean(program, [case(folder, logits, **kwargs) for folder, logits, kwargs in cases])
+    for folder, logits, kwargs in cases:
+        checked = {**kwargs, "uniform": kwargs["uniform"][None]}
+        if isinstance(checked["temperature"], torch.Tensor):
+            checked["temperature"] = checked["temperature"][None]
+        problems = check_row_stats(result(folder, logits), logits, **checked)
+        assert not problems, (logits.shape, logits.stride(), kwargs, problems)
+
+
+def test_strides_of_two_dimensions_and_draws(program, tmp_path):
+    table = torch.randn(2, 3, 2, 500)
+    views = [table[:, :, 1], table.transpose(0, 1)[:, :, 0, :333]]
+    folders = [case(tmp_path / str(i), view, seed=2**40 + 7, offset=3, softcap=30.0) for i, view in enumerate(views)]
+    run_clean(program, folders)
+    for folder, view in zip(folders, views):
+        one, seed, offset = torch.tensor(1.0), torch.tensor(2**40 + 7), torch.tensor(3)
+        expected = RowStats(*reference(view.contiguous(), one, None, None, seed, offset, 30.0))
+        actual = result(folder, view)
+        assert torch.equal(actual.argmax, expected.argmax)
+        assert torch.equal(actual.sample, expected.sample)
+        torch.testing.assert_close(actual.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_a_distribution_and_minus_infinity(program, tmp_path):
+    logits = torch.randn(1, 7, 9000)
+    logits[0, 0] = float("-inf")
+    logits[0, 1, 77] = float("nan")
+    logits[0, 2, 8999] = float("inf")
+    logits[0, 3, :8999] = float("-inf")
+    logits[0, 4, :8500] = float("-inf")
+    logits[0, 5] = float("nan")
+    logits[0, 6] = 2.0
+    uniform = torch.tensor([0.0, 0.5, 0.9, 0.0, 0.0, 0.5, 0.5])
+    cases = [
+        (tmp_path / f"{temperature}-{softcap}", temperature, softcap)
+        for temperature in (0.0, 1.0)
+        for softcap in (None, 30.0)
+    ]
+    run_clean(program, [case(f, logits, temperature=t, softcap=c, uniform=uniform) for f, t, c in cases])
+    for folder, temperature, softcap in cases:
+        t = torch.tensor(temperature)
+        expected = RowStats(*reference(logits, t, None, uniform, None, torch.tensor(0), softcap))
+        for name, actual, wanted in zip(OUTPUTS, result(folder, logits), expected):
+            same = torch.allclose(actual.double(), wanted.double(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            assert same, (name, temperature, softcap, actual, wanted)
+
+
+def test_two_runs_give_the_same_bits(program, tmp_path):
+    logits = torch.randn(1, 2, 20_000)
+    folders = [case(tmp_path / name, logits, seed=1) for name in ("one", "two")]
+    run_clean(program, folders)
+    for name in OUTPUTS:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+# What a race is reported as depends on which thread comes first.
+RACE = "no barrier after|never written"
+BUGS = {
+    "no barrier before the records are merged": (
+        "  hw::sync_block();\n  if (thread >= hw::kWarp) return;", "  if (thread >= hw::kWarp) return;", RACE,
+    ),
+    "no barrier before the winner is read": (
+        "    hw::sync_block();\n    int32_t winner = -1;", "    int32_t winner = -1;", RACE,
+    ),
+    "a vector may end one element behind the row": (
+        "if (token >= 0 && token + kElements <= row.vocab) {",
+        "if (token >= 0 && token + kElements <= row.vocab + 1) {",
+        "heap-buffer-overflow",
+    ),
+    "an element before the row counts": (
+        "x[i] = token + i >= 0 && token + i < row.vocab ?", "x[i] = token + i < row.vocab ?", "budget",
+    ),
+    "the lanes of a pair are not merged": (
+        "  DGEMMA_UNROLL\n  for (int mask = 1; mask < hw::kWarp; mask *= 2) {\n    TileRecord other;",
+        "  DGEMMA_UNROLL\n  for (int mask = 2; mask < hw::kWarp; mask *= 2) {\n    TileRecord other;",
+        "budget",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(tmp_path, bug):
+    passage, replacement, report = BUGS[bug]
+    program = planted(PROGRAM, tmp_path, "row_stats/kernel.cuh", passage, replacement, report.startswith("heap"))
+    # 402 elements from the sixth on: the first vector begins before the row, the last one ends one element behind it.
+    logits = (torch.randn(5 + 402) * 3).as_strided((1, 1, 402), (402, 402, 1), 5)
+    uniform = torch.tensor([0.9])
+    folder = case(tmp_path / "case", logits, uniform=uniform)
+    done = run(program, [folder])
+    if report == "budget":
+        assert done.returncode != 0 or check_row_stats(result(folder, logits), logits, uniform=uniform[None])
+    else:
+        assert done.returncode != 0 and re.search(report, done.stderr), done.stderr
