@@ -62,7 +62,7 @@ class Attention(torch.nn.Module):
 
 
 class LLaDA(Attention):
-    """LLaDAModelLM: model(input_ids, attention_mask=None).logits; past_key_values and replace_position as in Fast-dLLM."""
+    """LLaDAModelLM: model(input_ids, attention_mask=None).logits; the caches are those of Fast-dLLM's copy of it."""
 
     def forward(
         self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, replace_position=None

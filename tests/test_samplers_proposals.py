@@ -209,3 +209,13 @@ def test_the_vocabulary_is_never_sorted(kind):
         except BackendError as error:
             pytest.skip(f"the host kernels are not built: {error}")
     assert 0 < sorts.longest < vocab / 10
+
+
+def test_bf16_logits_are_read_as_they_are():
+    logits = rows_of(20_011, "normal").to(torch.bfloat16)[None]
+    for options in ({"top_k": 20}, {"top_p": 0.2}, {"top_k": 20, "top_p": 0.5, "top_k_first": True}):
+        for confidence in ("proposal", "untempered"):
+            proposal = Proposal(0.3, **options, confidence=confidence)
+            ours, wide = (proposal.stats(x, SEED, 1) for x in (logits, logits.float()))
+            assert torch.equal(ours.sample, wide.sample)
+            torch.testing.assert_close(ours.sample_prob, wide.sample_prob)
