@@ -110,9 +110,9 @@ CASES = {
         ),
         {"splits": 2},
     ),
-    "hd64_longer_than_the_ring": (
-        dict(batch=1, query_heads=2, kv_heads=1, length=9, head_dim=64, prefix=200, ranges=[(1, 195)]),
-        {"softcap": 30.0},
+    "hd64_two_row_tiles": (
+        dict(batch=1, query_heads=4, kv_heads=1, length=40, head_dim=64, prefix=170, ranges=[(1, 165)]),
+        {"softcap": 30.0, "causal": True},
     ),
     "hd64_one_query": (dict(batch=1, query_heads=4, kv_heads=1, length=1, head_dim=64, prefix=33), {}),
     "hd128_odd_group": (

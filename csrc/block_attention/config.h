@@ -16,11 +16,11 @@ struct BlockAttentionTiles<64> {
 };
 template <>
 struct BlockAttentionTiles<128> {
-  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 1, kKeys = 32, kBuffers = 6, kBlocks = 2;
+  static constexpr int kRowTiles = 1, kRowWarps = 8, kColumnWarps = 1, kKeys = 32, kBuffers = 6, kBlocks = 1;
 };
 template <>
 struct BlockAttentionTiles<256> {
-  static constexpr int kRowTiles = 1, kRowWarps = 4, kColumnWarps = 1, kKeys = 16, kBuffers = 6, kBlocks = 2;
+  static constexpr int kRowTiles = 1, kRowWarps = 8, kColumnWarps = 1, kKeys = 16, kBuffers = 6, kBlocks = 1;
 };
 template <>
 struct BlockAttentionTiles<512> {
