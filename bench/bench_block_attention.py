@@ -129,7 +129,7 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, present) for batch, padded in batches]
     for context in contexts:
         for batch, padded in batches:
-            # Batches of the longest contexts do not fit beside their peers' expanded copies and say nothing new.
-            if batch == 1 or context <= 8192 or sizes.batch:
+            # A batch at 128k does not fit beside the copies that its peers expand.
+            if batch == 1 or context <= 32_768 or sizes.batch:
                 found.append(_case(GLOBAL, context, batch, padded, dtype, present))
     return found, lines
