@@ -84,7 +84,7 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length"])
+@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length", "splits"])
 def block_attention_kernel(
     query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, output, lse,
     scale, softcap, prefix_length: tl.int32, splits: tl.int32,
@@ -115,7 +115,9 @@ def block_attention_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
 
-    p_q = query + i_b * stride_qb + (i_h * GROUP + o_g).to(tl.int64) * stride_qh + o_c.to(tl.int64) * stride_qc
+    p_q = (
+        query + i_b * stride_qb + (i_h * GROUP + o_g).to(tl.int64) * stride_qh + o_c.to(tl.int64) * stride_qc
+    )
     # [BLOCK_M, BLOCK_D]
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
 
@@ -159,9 +161,23 @@ def block_attention_kernel(
     for i_n in range(first - 1, last):
         # [BLOCK_M, BLOCK_N]
         b_s = b_ahead
-        from_prefix, n_first, n_end = place(i_n + 1, first, last, tiles_prefix, start, end, block_end, BLOCK_N)
+        from_prefix, n_first, n_end = place(
+            i_n + 1, first, last, tiles_prefix, start, end, block_end, BLOCK_N
+        )
         b_k = load_tile(
-            p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_d, m_d, PREFIX, PADDED, NARROW
+            p_k,
+            p_pk,
+            stride_kc,
+            stride_pkc,
+            from_prefix,
+            n_first,
+            n_end,
+            o_n,
+            o_d,
+            m_d,
+            PREFIX,
+            PADDED,
+            NARROW,
         )
         b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
 
@@ -182,7 +198,19 @@ def block_attention_kernel(
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_max = b_new
         b_v = load_tile(
-            p_v, p_pv, stride_vc, stride_pvc, from_prefix, n_first, n_end, o_n, o_d, m_d, PREFIX, PADDED, NARROW
+            p_v,
+            p_pv,
+            stride_vc,
+            stride_pvc,
+            from_prefix,
+            n_first,
+            n_end,
+            o_n,
+            o_d,
+            m_d,
+            PREFIX,
+            PADDED,
+            NARROW,
         )
         b_p = b_p.to(b_v.dtype)
         if UPCAST:
@@ -222,7 +250,9 @@ def merge_splits_kernel(
     m_d = o_d < HEAD_DIM
     # [BLOCK_S]
     b_lse = tl.load(
-        partial_lse + ((i_b * splits + o_s) * KV_HEADS + i_h) * ROWS + i_m, mask=o_s < splits, other=float("-inf")
+        partial_lse + ((i_b * splits + o_s) * KV_HEADS + i_h) * ROWS + i_m,
+        mask=o_s < splits,
+        other=float("-inf"),
     )
     # The block's own keys are in one of the splits, so the maximum is finite.
     top = tl.max(b_lse, 0)
@@ -287,7 +317,11 @@ def block_attention(
     prefix_length = prefix_key.shape[2] if prefix else 0
     block_d = max(16, next_power_of_2(head_dim))
     config = configs.select(
-        "block_attention", capability(query), head_dim=block_d, bytes=query.element_size(), softcap=softcap is not None
+        "block_attention",
+        capability(query),
+        head_dim=block_d,
+        bytes=query.element_size(),
+        softcap=softcap is not None,
     )
     block_m = min(config["block_m"], max(16, next_power_of_2(length * group)))
     block_n = config["block_n"]
@@ -305,7 +339,10 @@ def block_attention(
         target_lse = query.new_empty(batch, splits, kv_heads, length * group, dtype=torch.float32)
     none = (0, 0, 0)
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
-    strides += [*(prefix_key.stride()[:3] if prefix else none), *(prefix_value.stride()[:3] if prefix else none)]
+    strides += [
+        *(prefix_key.stride()[:3] if prefix else none),
+        *(prefix_value.stride()[:3] if prefix else none),
+    ]
     shape = {"LENGTH": length, "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     with on_device(query):
         block_attention_kernel[(tiles_m * splits, kv_heads, batch)](
@@ -322,6 +359,6 @@ def block_attention(
         )  # fmt: skip
         if splits > 1:
             merge_splits_kernel[(length * group, kv_heads, batch)](
-                target, target_lse, output, lse, splits, **shape, BLOCK_S=next_power_of_2(splits), num_warps=2
+                target, target_lse, output, lse, splits, **shape, BLOCK_S=MAX_SPLITS, num_warps=2
             )
     return output, lse

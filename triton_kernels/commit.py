@@ -23,6 +23,8 @@ from .common import (
     UpTo,
     by_value,
     capability,
+    int_by_value,
+    int_parameter,
     next_power_of_2,
     on_device,
     parameter,
@@ -89,26 +91,30 @@ def sort_keys(b_key, BLOCK: tl.constexpr, LOG2: tl.constexpr):
             for step in tl.static_range(merge):
                 # The partner is what the pair's sum leaves: one reduction, exact because integer addition wraps.
                 b_partner = tl.sum(b_cube, LOG2 - merge + step, keep_dims=True) - b_cube
-                b_bit = tl.reshape(tl.arange(0, 2), [1] * (LOG2 - merge + step) + [2] + [1] * (merge - 1 - step))
+                b_bit = tl.reshape(
+                    tl.arange(0, 2), [1] * (LOG2 - merge + step) + [2] + [1] * (merge - 1 - step)
+                )
                 b_cube = tl.where((b_cube > b_partner) == ((b_bit != 0) != b_ascending), b_partner, b_cube)
         b_key = tl.reshape(b_cube, [BLOCK])
     return b_key
 
 
 @triton.jit(
-    do_not_specialize=["k", "value", "value2", "mask_id", "write_argument", "seed", "offset", "confidence", "depth"]
+    do_not_specialize=(
+        "k_value value value2 mask_id write_argument seed_value offset_value confidence batch depth".split()
+    )
 )
 def commit_kernel(
     tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob, candidates,
     draft, history, finished,
     new_tokens, committed, num_committed, new_draft, new_history, new_finished,
-    k, value, value2, mask_id: tl.int64, write_argument: tl.int64, seed, offset, confidence,
+    k, k_value: tl.int64, value, value2, mask_id: tl.int64, write_argument: tl.int64,
+    seed, seed_value: tl.int64, offset, offset_value: tl.int64, confidence,
     k_stride, value_stride, value2_stride, batch: tl.int64, depth: tl.int32,
     MEASURE: tl.constexpr, SELECT: tl.constexpr, WRITE: tl.constexpr,
     STRICT: tl.constexpr, RELATIVE: tl.constexpr, INCLUSIVE: tl.constexpr, LAST_RANK_QUIRK: tl.constexpr,
     GUMBEL: tl.constexpr,
-    K_POINTER: tl.constexpr, VALUE_POINTER: tl.constexpr, VALUE2_POINTER: tl.constexpr,
-    SEED_POINTER: tl.constexpr, OFFSET_POINTER: tl.constexpr, CONFIDENCE_POINTER: tl.constexpr,
+    VALUE_POINTER: tl.constexpr, VALUE2_POINTER: tl.constexpr, CONFIDENCE_POINTER: tl.constexpr,
     CANDIDATES: tl.constexpr, STATE: tl.constexpr, STOP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
     LOG2: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +123,11 @@ def commit_kernel(
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < LENGTH
 
-    row_k = tl.cast(parameter(k, i_b, k_stride, K_POINTER), tl.int64)
+    row_k = tl.cast(int_parameter(k, k_value, i_b, k_stride), tl.int64)
     row_value = tl.cast(parameter(value, i_b, value_stride, VALUE_POINTER), tl.float32)
     row_value2 = tl.cast(parameter(value2, i_b, value2_stride, VALUE2_POINTER), tl.float32)
-    row_seed = parameter(seed, 0, 0, SEED_POINTER)
-    row_offset = parameter(offset, 0, 0, OFFSET_POINTER)
+    row_seed = int_parameter(seed, seed_value, 0, 0)
+    row_offset = int_parameter(offset, offset_value, 0, 0)
 
     # In order of position, [BLOCK].
     m_eligible = m_c
@@ -153,7 +159,9 @@ def commit_kernel(
     m_ranked = m_eligible
     if SELECT == EDIT:
         m_ranked = m_eligible & (tl.load(tokens + p_row + o_c, mask=m_c, other=0) == mask_id)
-    b_key = (tl.where(m_ranked, 0, 1).to(tl.int64) << 45) | (sortable(b_score) << 13) | (o_c.to(tl.int64) << 2)
+    b_key = (
+        (tl.where(m_ranked, 0, 1).to(tl.int64) << 45) | (sortable(b_score) << 13) | (o_c.to(tl.int64) << 2)
+    )
     if SELECT == HIERARCHY:
         # The best of a run has the smallest key of it, seen from both of its ends.
         b_break = tl.where(m_ranked, 0, 1)
@@ -286,7 +294,7 @@ def commit(
     inputs = [tensor.contiguous() for tensor in inputs]
     candidates = None if candidates is None else candidates.contiguous()
     state = finished is not None
-    draft, history, finished = ((t.contiguous() for t in (draft, history, finished)) if state else (None,) * 3)
+    draft, history, finished = (t.contiguous() for t in (draft, history, finished)) if state else (None,) * 3
 
     new_tokens = torch.empty_like(inputs[0])
     committed = new_tokens.new_empty(new_tokens.shape, dtype=torch.bool)
@@ -299,25 +307,25 @@ def commit(
         num_committed.zero_()
         return new_tokens, committed, num_committed, *new_state
 
-    k_value, k_pointer, k_stride = by_value(k)
+    k, k_value, k_stride = int_by_value(k)
     value_value, value_pointer, value_stride = by_value(value)
     value2_value, value2_pointer, value2_stride = by_value(value2)
-    seed_value, seed_pointer, _ = by_value(seed)
-    offset_value, offset_pointer, _ = by_value(offset)
+    seed, seed_value, _ = int_by_value(seed)
+    offset, offset_value, _ = int_by_value(offset)
     confidence_value, confidence_pointer, _ = by_value(confidence, 0.0)
     block = next_power_of_2(length)
     config = configs.select("commit", capability(tokens), block=block)
     with on_device(tokens):
         commit_kernel[(batch,)](
             *inputs, candidates, draft, history, finished, new_tokens, committed, num_committed, *new_state,
-            k_value, value_value, value2_value, mask_id, write_argument, seed_value, offset_value, confidence_value,
+            k, k_value, value_value, value2_value, mask_id, write_argument, seed, seed_value, offset, offset_value,
+            confidence_value,
             k_stride, value_stride, value2_stride, batch, history.shape[0] if state else 0,
             MEASURE=measure, SELECT=select, WRITE=write,
             STRICT=bool(flags & Flag.STRICT), RELATIVE=bool(flags & Flag.RELATIVE),
             INCLUSIVE=bool(flags & Flag.INCLUSIVE), LAST_RANK_QUIRK=bool(flags & Flag.LAST_RANK_QUIRK),
             GUMBEL=bool(flags & Flag.GUMBEL),
-            K_POINTER=k_pointer, VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer,
-            SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, CONFIDENCE_POINTER=confidence_pointer,
+            VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer, CONFIDENCE_POINTER=confidence_pointer,
             CANDIDATES=candidates is not None, STATE=state, STOP=confidence is not None,
             LENGTH=length, BLOCK=block, LOG2=block.bit_length() - 1,
             num_warps=config["num_warps"],

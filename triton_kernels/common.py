@@ -86,6 +86,15 @@ def by_value(parameter: Tensor | None, default: float | int = 0) -> tuple[float 
     return parameter, True, parameter.stride(0) if parameter.ndim else 0
 
 
+def int_by_value(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A 0-d or per-row int64 parameter as (tensor or None, value, stride by row).
+
+    The value has an argument of its own: a Python int takes 32 or 64 bits by its size, which would recompile.
+    """
+    value, pointer, stride = by_value(parameter)
+    return (value, 0, stride) if pointer else (None, value, 0)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
@@ -161,3 +170,13 @@ def parameter(p, index, stride, POINTER: tl.constexpr):
     if POINTER:
         return tl.load(p + index * stride)
     return p
+
+
+@triton.jit
+def int_parameter(p, value, index, stride):
+    """What `int_by_value` passed, for a row."""
+    if p is None:
+        result = value
+    else:
+        result = tl.load(p + index * stride)
+    return result

@@ -24,9 +24,10 @@ from .common import (
     by_value,
     cap,
     capability,
+    int_by_value,
+    int_parameter,
     next_power_of_2,
     on_device,
-    parameter,
     philox,
     unavailable,
     uniform_from_word,
@@ -73,28 +74,18 @@ def sampling_and_stats_temperature(
     return b_greedy, b_t, b_ts
 
 
-@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows"])
-def tile_stats_kernel(
-    logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
-    temperature, stats_temperature, softcap,
-    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
-    stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
+@triton.jit
+def leave_tile_statistics(
+    b_raw, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
+    temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
-    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(0) // tiles
-    i_tile = tl.program_id(0) % tiles
-    o_r = i_row * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < rows
-    o_v = i_tile * SPAN + tl.arange(0, SPAN)
-    p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
-    # [ROWS, SPAN]
-    if EVEN:
-        m_x = m_r[:, None]
-    else:
-        m_x = m_r[:, None] & (o_v < vocab)[None, :]
-    b_raw = tl.load(p_row[:, None] + o_v[None, :], mask=m_x, other=float("-inf")).to(tl.float32)
+    """Computes and stores the statistics of a tile of raw logits.
 
+    Args: b_raw [ROWS, SPAN] fp32, -inf outside the vocabulary; o_r and m_r [ROWS]; o_v [SPAN]. EVEN: no tile
+    crosses the end of the vocabulary.
+    """
     # [ROWS]
     b_max = tl.max(b_raw, 1)
     b_argmax = tl.min(tl.where(b_raw == b_max[:, None], o_v[None, :], 2147483647), 1)
@@ -104,7 +95,7 @@ def tile_stats_kernel(
     # [ROWS, SPAN]
     b_x = cap(b_raw, softcap, inverse_softcap, SOFTCAP)
     if SOFTCAP and not EVEN:
-        b_x = tl.where(m_x, b_x, float("-inf"))
+        b_x = tl.where((o_v < vocab)[None, :], b_x, float("-inf"))
     b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     # NaN has to survive here: it is how a row without a distribution is recognised.
@@ -129,6 +120,39 @@ def tile_stats_kernel(
         tl.store(tile_zt + p_tile, b_zt, mask=m_r)
 
 
+@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows"])
+def tile_stats_kernel(
+    logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
+    temperature, stats_temperature, softcap,
+    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
+    stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
+    TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0) // tiles
+    i_tile = tl.program_id(0) % tiles
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    o_v = i_tile * SPAN + tl.arange(0, SPAN)
+    p_row = (
+        logits
+        + (o_r // inner_rows).to(tl.int64) * stride_outer
+        + (o_r % inner_rows).to(tl.int64) * stride_inner
+    )
+    # [ROWS, SPAN]
+    if EVEN:
+        m_x = m_r[:, None]
+    else:
+        m_x = m_r[:, None] & (o_v < vocab)[None, :]
+    b_raw = tl.load(p_row[:, None] + o_v[None, :], mask=m_x, other=float("-inf")).to(tl.float32)
+
+    leave_tile_statistics(
+        b_raw, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
+        temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, ROWS,
+    )  # fmt: skip
+
+
 @triton.jit
 def first_beyond(b_mass, b_target, o, NONE: tl.constexpr):
     """Per row, the first index at which the running sum of `b_mass` exceeds the target, never one without mass.
@@ -145,16 +169,18 @@ def first_beyond(b_mass, b_target, o, NONE: tl.constexpr):
     return b_index, b_before
 
 
-@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "seed", "offset", "rows"])
+@triton.jit(
+    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows inner_rows".split()
+)
 def merge_kernel(
     logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
     argmax, sample, entropy, logsumexp, top1_prob, top2_prob, sample_prob,
-    temperature, stats_temperature, softcap, uniform, seed, offset,
+    temperature, stats_temperature, softcap, uniform, seed, offset, seed_value: tl.int64, offset_value: tl.int64,
     rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
-    SEED_POINTER: tl.constexpr, OFFSET_POINTER: tl.constexpr, UNIFORM: tl.constexpr,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
+    UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
@@ -204,8 +230,8 @@ def merge_kernel(
     if UNIFORM:
         b_u += tl.load(uniform + o_r, mask=m_r, other=0.0)
     else:
-        s = parameter(seed, 0, 0, SEED_POINTER)
-        f = parameter(offset, 0, 0, OFFSET_POINTER)
+        s = int_parameter(seed, seed_value, 0, 0)
+        f = int_parameter(offset, offset_value, 0, 0)
         b_word, _, _, _ = philox(s, f, o_r.to(tl.int64))
         b_u += uniform_from_word(b_word)
 
@@ -224,7 +250,11 @@ def merge_kernel(
     SUBS: tl.constexpr = SPAN // LANES
     o_sub = tl.arange(0, SUBS)
     o_lane = tl.arange(0, LANES)
-    p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
+    p_row = (
+        logits
+        + (o_r // inner_rows).to(tl.int64) * stride_outer
+        + (o_r % inner_rows).to(tl.int64) * stride_inner
+    )
     o_v = b_tile[:, None, None] * SPAN + (o_sub[:, None] * LANES + o_lane[None, :])[None, :, :]
     m_v = m_r[:, None, None] & (o_v < vocab)
     b_x = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
@@ -290,8 +320,8 @@ def row_stats(
 
     t, t_pointer, t_stride = by_value(temperature)
     ts, ts_pointer, ts_stride = by_value(stats_temperature, 1.0)
-    seed_value, seed_pointer, _ = by_value(seed)
-    offset_value, offset_pointer, _ = by_value(offset)
+    seed, seed_value, _ = int_by_value(seed)
+    offset, offset_value, _ = int_by_value(offset)
     c = 1.0 if softcap is None else softcap
     geometry = (rows, shape[1], vocab, tiles, logits.stride(0), logits.stride(1), t_stride, ts_stride)
     programs = triton.cdiv(rows, rows_per_program)
@@ -303,10 +333,10 @@ def row_stats(
             num_warps=config["num_warps"],
         )  # fmt: skip
         merge_kernel[(programs,)](
-            logits, *partials, *integers, *floats, t, ts, c, uniform, seed_value, offset_value, *geometry,
+            logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
+            seed_value, offset_value, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
-            SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, UNIFORM=uniform is not None,
-            SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span, LANES=min(span, 128),
-            TILES=next_power_of_2(tiles), num_warps=config["merge_warps"],
+            UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span,
+            LANES=min(span, 128), TILES=next_power_of_2(tiles), num_warps=config["merge_warps"],
         )  # fmt: skip
     return (*integers, *floats)

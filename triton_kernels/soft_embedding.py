@@ -151,20 +151,22 @@ def product_kernel(
         if begin >= end:
             return
 
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Offsets inside a tile fit 32 bits.
+    o_m = tl.arange(0, BLOCK_M)
     o_v = tl.arange(0, BLOCK_V)
     o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < EMBEDDING
-    p_p = probabilities + o_m.to(tl.int64)[:, None] * COLUMNS + o_v[None, :]
-    p_w = weight + o_v.to(tl.int64)[:, None] * stride_w + o_e[None, :]
-    p_o = partial + (i_s.to(tl.int64) * tiles_m * BLOCK_M + o_m)[:, None] * EMBEDDING + o_e[None, :]
+    p_p = probabilities + i_m.to(tl.int64) * BLOCK_M * COLUMNS + (o_m[:, None] * COLUMNS + o_v[None, :])
+    p_w = weight + (o_v[:, None] * stride_w.to(tl.int32) + o_e[None, :])
     # [BLOCK_M, BLOCK_E]
-    if LATER:
-        b_o = tl.load(p_o, mask=m_e[None, :], other=0.0)
-    else:
-        b_o = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    # Read one round ahead: an address that waits for a load of its own round would shorten the pipeline of the tiles.
+    # The last round reads one entry too many, which is the next row's or a count.
+    p_chosen = chosen + i_m * TILES_V
+    i_v = tl.load(p_chosen + begin)
     for i in range(begin, end):
-        start = tl.load(chosen + i_m * TILES_V + i) * BLOCK_V
+        start = i_v * BLOCK_V
+        i_v = tl.load(p_chosen + i + 1)
         # [BLOCK_M, BLOCK_V], [BLOCK_V, BLOCK_E]
         b_p = tl.load(p_p + start)
         p_tile = p_w + (first + start).to(tl.int64) * stride_w
@@ -176,11 +178,17 @@ def product_kernel(
             b_p = b_p.to(tl.float32)
             b_w = b_w.to(tl.float32)
         b_o = tl.dot(b_p, b_w, b_o, input_precision=PRECISION)
+    p_o = partial + (i_s * tiles_m + i_m).to(tl.int64) * BLOCK_M * EMBEDDING
+    p_o += o_m[:, None] * EMBEDDING + o_e[None, :]
+    if LATER:
+        b_o += tl.load(p_o, mask=m_e[None, :], other=0.0)
     tl.store(p_o, b_o, mask=m_e[None, :])
 
 
 @triton.jit
-def rounding_kernel(masses, factors, groups: tl.int32, padded: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rounding_kernel(
+    masses, factors, groups: tl.int32, padded: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Per row the mass that the probabilities had before rounding, by the one after it.
 
     In a settled row one probability near 1 carries the whole row, and its rounding error with it: the factor
@@ -253,7 +261,11 @@ def soft_embedding(
     block_v = config["block_v"]
     width = min(max(CHUNK_COLUMNS, block_v), max(block_v, next_power_of_2(vocab)))
     columns = min(config["slice"], triton.cdiv(vocab, width) * width)
-    tiles_m, tiles_e, tiles_v = triton.cdiv(rows, block_m), triton.cdiv(embedding, block_e), columns // block_v
+    tiles_m, tiles_e, tiles_v = (
+        triton.cdiv(rows, block_m),
+        triton.cdiv(embedding, block_e),
+        columns // block_v,
+    )
     if splits is None:
         slots = multiprocessors(logits) * config["blocks"]
         splits = split_count(tiles_m * tiles_e, tiles_v, slots)

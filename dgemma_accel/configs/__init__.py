@@ -36,7 +36,9 @@ def read(name: str) -> dict:
 
 
 def _fits(when: dict, call: dict) -> bool:
-    return all(call[key] in value if isinstance(value, list) else call[key] == value for key, value in when.items())
+    return all(
+        call[key] in value if isinstance(value, list) else call[key] == value for key, value in when.items()
+    )
 
 
 @functools.cache

@@ -1,0 +1,134 @@
+"""Compile budgets: every shipped Triton configuration, compiled for every architecture without a GPU, has to fit it.
+
+The compiler runs in two processes of its own, because the rest of the tests may have set Triton to interpret.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dgemma_accel import configs
+
+pytest.importorskip("triton")
+
+CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+# Bytes of shared memory that one block may use.
+SHARED_LIMIT = {
+    (8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376,
+}  # fmt: skip
+# The tensor-core instructions of each generation: mma.sync, wgmma, tcgen05.
+MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
+
+
+def _start(capabilities) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = [f"{major}.{minor}" for major, minor in capabilities]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "dgemma_accel.triton_kernels.shipped", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict]:
+    rows = []
+    for process in [_start(CAPABILITIES[::2]), _start(CAPABILITIES[1::2])]:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        rows += [json.loads(line) for line in out.splitlines()]
+    return sorted(rows, key=lambda row: row["capability"])
+
+
+def violations(row: dict) -> list[str]:
+    """What a kernel exceeds or lacks on its architecture."""
+    capability = tuple(row["capability"])
+    problems = []
+    if row["shared"] > SHARED_LIMIT[capability]:
+        problems.append(f"{row['shared']} bytes of shared memory, {SHARED_LIMIT[capability]} allowed")
+    if row["spills"]:
+        problems.append(f"{row['spills']} spills to local memory")
+    if row["blocks"] < 1:
+        problems.append("no block fits a multiprocessor")
+    if row["matrix_expected"] and MATRIX[capability[0]] not in row["matrix"]:
+        problems.append(f"no {MATRIX[capability[0]]} instruction, only {row['matrix']}")
+    return problems
+
+
+def show(rows: list[dict]) -> str:
+    lines = [f"{'sm':>4}  {'configuration':58} {'kernel':24} warps  regs  shared  spills  blocks  matrix"]
+    for row in rows:
+        architecture = "{}{}".format(*row["capability"])
+        lines.append(
+            f"{architecture:>4}  {row['label'][:58]:58} {row['kernel'][:24]:24} {row['warps']:5} {row['registers']:5} "
+            f"{row['shared']:7} {row['spills']:7} {row['blocks']:7}  {' '.join(row['matrix'])}"
+        )
+    return "\n".join(lines)
+
+
+def test_every_configuration_fits_every_architecture(table, capsys):
+    with capsys.disabled():
+        print("\n" + show(table))
+    wrong = [
+        f"sm_{row['capability']} {row['label']} {row['kernel']}: {p}"
+        for row in table
+        for p in violations(row)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_shipped_is_left_out(table):
+    compiled = {(tuple(row["capability"]), row["label"]) for row in table}
+    for capability in CAPABILITIES:
+        name = configs.name_for(capability)
+        for file, op, when, _ in configs.shipped():
+            if file == name:
+                label = op + " " + " ".join(f"{key}={value}" for key, value in when.items())
+                assert (capability, label) in compiled
+    assert {row["kernel"] for row in table} >= {
+        "tile_stats_kernel", "merge_kernel", "commit_kernel", "block_attention_kernel", "merge_splits_kernel",
+    }  # fmt: skip
+    assert any(row["matrix_expected"] for row in table)
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"shared": 101_377}, "shared memory"),
+        ({"spills": 1}, "spills"),
+        ({"blocks": 0}, "no block fits"),
+        ({"matrix": []}, "no HMMA"),
+        ({"capability": [9, 0]}, "no HGMMA"),
+    ],
+)
+def test_a_kernel_over_budget_is_noticed(change, problem):
+    row = {
+        "capability": [12, 0], "shared": 101_376, "spills": 0, "blocks": 1, "matrix": ["HMMA"], "matrix_expected": True,
+    }  # fmt: skip
+    assert not violations(row)
+    assert problem in violations(row | change)[0]
+
+
+def test_capabilities_without_a_file_take_a_related_one():
+    assert configs.name_for((12, 1)) == "sm_120"
+    assert configs.name_for((8, 6)) == "sm_89"
+    assert configs.name_for((8, 0)) == "sm_80"
+    assert configs.name_for((10, 3)) == "sm_100"
+    assert configs.name_for((13, 0)) == configs.name_for(None) == "default"
+
+
+def test_configuration_files_answer_every_call():
+    for name in (*configs.FILES.values(), configs.DEFAULT):
+        for head_dim in (16, 32, 64, 128, 256, 512):
+            for size in (2, 4):
+                use = configs._select(name, "block_attention", (("bytes", size), ("head_dim", head_dim)))
+                assert use["block_m"] % 16 == 0 and use["block_n"] % 16 == 0
+        for block in (1, 2, 64, 256, 512, 1024):
+            assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
+        with pytest.raises(LookupError, match=f"configs/{name}.json: no entry of commit"):
+            configs._select(name, "commit", (("block", 2048),))

@@ -1,0 +1,96 @@
+"""What the public tests of block_attention do not reach in the Triton kernel: forced splits and their choice."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton_attention = pytest.importorskip("dgemma_accel.triton_kernels.block_attention")
+
+from dgemma_accel.reference.budget import check_block_attention  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    triton_attention.unavailable() is not None, reason=str(triton_attention.unavailable())
+)
+
+
+def make_case(batch, heads, kv_heads, length, head_dim, prefix, ranges, dtype=torch.float32):
+    query = torch.randn(batch, length, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, kv_heads, length, head_dim, device=DEVICE).to(dtype) for _ in "kv")
+    prefix_key, prefix_value = (
+        torch.randn(batch, kv_heads, prefix, head_dim, device=DEVICE).to(dtype) for _ in "kv"
+    )
+    start, end = (torch.tensor(column, dtype=torch.int32, device=DEVICE) for column in zip(*ranges))
+    slots = torch.arange(prefix, device=DEVICE)
+    outside = (slots < start[:, None]) | (slots >= end[:, None])
+    for tensor in (prefix_key, prefix_value):
+        tensor.masked_fill_(outside[:, None, :, None], math.nan)
+    return [query, key, value, prefix_key, prefix_value, start, end]
+
+
+@pytest.mark.parametrize("splits, causal, softcap", [(2, False, None), (3, True, 15.0), (9, False, None)])
+def test_splits_agree_with_the_truth(splits, causal, softcap):
+    # Row 1 has an empty prefix and row 2 a short one: some of their splits get no tile at all.
+    case = make_case(3, 2, 1, 19, 64, 150, [(0, 150), (60, 60), (3, 40)])
+    arguments = (*case, 0.2, softcap, causal)
+    output, lse = triton_attention.block_attention(*arguments, splits=splits)
+    assert not check_block_attention(output, lse, *arguments)
+
+
+def test_splits_in_bf16_and_a_head_that_no_power_of_two_divides():
+    case = make_case(1, 6, 2, 9, 96, 130, [(1, 129)], torch.bfloat16)
+    arguments = (*case, 0.1, None, False)
+    for splits in (1, 4):
+        output, lse = triton_attention.block_attention(*arguments, splits=splits)
+        assert not check_block_attention(output, lse, *arguments)
+
+
+def test_a_wide_cache_takes_64_bit_offsets():
+    # The stride of a slot times the tile exceeds 31 bits; only the pages that are touched exist.
+    query, key, value, *_ = make_case(1, 2, 1, 4, 16, 8, [(0, 8)])
+    stride = 2**27
+    storage = torch.empty(3 * stride + 64, device="meta" if DEVICE == "cuda" else "cpu")
+    if DEVICE == "cuda":
+        pytest.skip("allocates the whole cache on a GPU")
+    wide = torch.as_strided(storage, (1, 1, 3, 16), (4 * stride, 4 * stride, stride, 1))
+    wide.copy_(torch.randn(1, 1, 3, 16))
+    arguments = (query, key, value, wide, wide, None, None, 0.25, None, False)
+    output, lse = triton_attention.block_attention(*arguments, splits=1)
+    assert not check_block_attention(output, lse, *arguments)
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_prefix_is_neither_copied_nor_written():
+    case = make_case(1, 4, 2, 8, 64, 64, [(4, 60)])
+    before = [tensor.clone() for tensor in case]
+    with Operators() as operators:
+        triton_attention.block_attention(*case, 0.1, None, False, splits=1)
+    assert operators.names and not operators.names & {"clone", "_to_copy", "cat", "repeat", "expand", "index"}
+    for old, new in zip(before, case):
+        assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
+
+
+def test_split_count_fills_the_gpu():
+    count = triton_attention.split_count
+    # The model's global layers on 132 multiprocessors: 2 KV heads x 32 row tiles are half a wave.
+    for tiles in (256, 1024, 4096):
+        splits = count(64, tiles, 132)
+        waves = -(-64 * splits // 132)
+        assert splits > 1 and waves * 132 <= 64 * splits * 1.1
+    assert count(64, 1, 132) == 1
+    assert count(132, 100, 132) == 1
+    assert count(1, 8, 132) <= 8
+    assert count(1, 10_000, 132) == triton_attention.MAX_SPLITS

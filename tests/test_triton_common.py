@@ -1,0 +1,122 @@
+"""The parts the Triton kernels share: Philox words, tanh, and arguments that change without a recompilation."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+common = pytest.importorskip("dgemma_accel.triton_kernels.common")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from dgemma_accel.reference.philox import random_words  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(common.unavailable() is not None, reason=str(common.unavailable()))
+
+
+@triton.jit
+def words_kernel(rows, words, seed: tl.int64, offset: tl.int64, N: tl.constexpr):
+    o = tl.arange(0, N)
+    a, b, c, d = common.philox(seed, offset, tl.load(rows + o))
+    tl.store(words + o, a.to(tl.int64))
+    tl.store(words + N + o, b.to(tl.int64))
+    tl.store(words + 2 * N + o, c.to(tl.int64))
+    tl.store(words + 3 * N + o, d.to(tl.int64))
+
+
+@triton.jit
+def tanh_kernel(x, y, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(y + o, common.tanh(tl.load(x + o)))
+
+
+@needs_triton
+@pytest.mark.parametrize("seed, offset", [(0, 0), (1, 2**33 + 5), (2**45 + 3, 7), (2**63 - 1, 2**62)])
+def test_philox_words_equal_the_reference(seed, offset):
+    rows = torch.tensor([0, 1, 2, 255, 2**31, 2**32 - 1, 2**32 + 9, 2**40], device=DEVICE)
+    words = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](rows, words, seed, offset, N=8)
+    expected = random_words(torch.tensor(seed), torch.tensor(offset), rows.cpu())
+    assert torch.equal(words.cpu(), torch.stack(expected))
+
+
+@needs_triton
+def test_tanh_is_accurate_everywhere():
+    near = torch.linspace(-1.5, 1.5, 2048)
+    small = torch.logspace(-30, 0, 1024)
+    far = torch.cat([torch.linspace(-40, 40, 1020), torch.tensor([torch.inf, -torch.inf, 0.0, 3e38])])
+    x = torch.cat([near, small, far]).to(DEVICE)
+    y = torch.empty_like(x)
+    tanh_kernel[(1,)](x, y, N=4096)
+    truth = torch.tanh(x.double())
+    error = ((y.double() - truth) / truth.abs().clamp_min(1e-35)).abs()
+    assert float(error.max()) < 4 * torch.finfo(torch.float32).eps
+    assert y[-4:].tolist() == [1.0, -1.0, 0.0, 1.0]
+
+
+RECOMPILATION = """
+import torch
+from dgemma_accel.triton_kernels import ahead_of_time, commit, row_stats, block_attention
+from triton.runtime.jit import JITFunction
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def stats(t, seed, offset, softcap, rows):
+    logits = empty(1, rows, 32768, dtype=torch.bfloat16)
+    row_stats.row_stats(logits, torch.tensor(t), None, None, torch.tensor(seed), torch.tensor(offset), softcap)
+
+def decide(k, value, value2, seed, mask, batch):
+    tokens, field = empty(batch, 64, dtype=torch.int64), empty(batch, 64)
+    commit.commit(tokens, tokens, tokens, field, field, field, field, None, 0, 1, 0, torch.tensor(k),
+        torch.tensor(value), torch.tensor(value2), mask, 0, mask, torch.tensor(seed), torch.tensor(0),
+        None, None, None, None)
+
+def attend(length, scale, softcap, splits):
+    query, prefix = empty(1, 2, 32, 64, dtype=torch.bfloat16), empty(1, 2, length, 64, dtype=torch.bfloat16)
+    block_attention.block_attention(
+        query, query, query, prefix, prefix, None, None, scale, softcap, False, splits=splits)
+
+cases = [
+    (stats, (0.5, 1, 0, 30.0, 256), (1.0, 2**62 + 3, 16, 1.0, 257), (0.0, 0, 2**40, 29.0, 1024)),
+    (decide, (1, 0.5, 0.0, 1, 7, 1), (16, 1.0, 1.0, 2**50, 2**30, 16), (2**40, 0.0, 0.25, 0, 1, 3)),
+    (attend, (4096, 1.0, 30.0, 2), (8191, 0.3, 1.0, 16), (1, 2.0, 50.0, 5)),
+]
+for function, *calls in cases:
+    seen = set()
+    for arguments in calls:
+        with ahead_of_time.recording((9, 0)) as compiled:
+            function(*arguments)
+        seen.add(tuple(kernel.hash for _, kernel in compiled))
+    print(function.__name__, len(seen))
+"""
+
+
+def test_values_do_not_recompile():
+    """Temperature, softcap, seed, step, threshold, k, scale, lengths and batch size reach one compiled kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RECOMPILATION], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["stats", "1", "decide", "1", "attend", "1"]
+
+
+def test_features_show_what_they_allow():
+    assert (
+        (8, 0) in common.CAPABILITIES and (12, 1) in common.CAPABILITIES and (7, 5) not in common.CAPABILITIES
+    )
+    assert str(common.CAPABILITIES) == "8.0 and newer"
+    assert 512 in common.UpTo(512) and 513 not in common.UpTo(512) and 0 not in common.UpTo(512)
+
+
+@needs_triton
+def test_parameters_on_the_cpu_go_by_value():
+    assert common.by_value(torch.tensor(0.25)) == (0.25, False, 0)
+    rows = torch.ones(3)
+    assert common.by_value(rows)[1:] == (True, 1)
+    assert common.by_value(None, 1.0) == (1.0, False, 0)

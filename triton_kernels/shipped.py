@@ -1,0 +1,108 @@
+"""Every shipped configuration as calls on meta tensors, for `ahead_of_time`.
+
+`python -m dgemma_accel.triton_kernels.shipped 9.0 12.0` compiles them for those compute capabilities and writes one
+JSON object per kernel: what `tests/test_compile_budgets.py` judges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .. import configs
+from ..samplers import EntropyBound, Renoise
+from . import ahead_of_time
+from .block_attention import block_attention
+from .commit import commit
+from .row_stats import row_stats
+
+VOCAB = 262_144
+CANVAS = 256
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _row_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
+    def launch():
+        one = torch.tensor(1.0)
+        logits = _empty(1, CANVAS, VOCAB, dtype=DTYPES[when["bytes"]])
+        other = one if two_temperatures else None
+        return row_stats(logits, one, other, None, torch.tensor(1), torch.tensor(0), 30.0)
+
+    return launch
+
+
+def _commit(when: dict) -> Callable[[], object]:
+    length = max(when["block"]) if isinstance(when["block"], list) else when["block"]
+
+    def launch():
+        rule, write = EntropyBound(0.1).encode(), Renoise(VOCAB)
+        tokens = _empty(1, length, dtype=torch.int64)
+        stats = _empty(1, length)
+        number = torch.tensor(0.0)
+        return commit(
+            tokens, tokens, tokens, stats, stats, stats, stats, None,
+            int(rule.measure), int(rule.select), int(rule.flags), torch.tensor(0), number, number, -1,
+            int(write.kind), write.argument, torch.tensor(1), torch.tensor(0),
+            tokens, _empty(1, 1, length, dtype=torch.int64), _empty(1, dtype=torch.bool), number,
+        )  # fmt: skip
+
+    return launch
+
+
+def _block_attention(when: dict, causal: bool, softcap: float | None) -> Callable[[], object]:
+    head_dim = max(when["head_dim"]) if isinstance(when["head_dim"], list) else when["head_dim"]
+    dtype = DTYPES[when["bytes"]]
+    # The two kinds of layers of DiffusionGemma: 8 query heads to a KV head at head_dim 512, else 2.
+    kv_heads, group = (2, 8) if head_dim == 512 else (8, 2)
+
+    def launch():
+        query = _empty(1, CANVAS, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
+        key = _empty(1, CANVAS, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+        prefix = _empty(1, kv_heads, 32_768, head_dim, dtype=dtype)
+        bound = _empty(1, dtype=torch.int32)
+        return block_attention(query, key, key, prefix, prefix, bound, bound, 1.0, softcap, causal, splits=4)
+
+    return launch
+
+
+def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
+    for op, entries in configs.read(name).items():
+        for entry in entries:
+            when = entry["when"]
+            label = op + " " + " ".join(f"{key}={value}" for key, value in when.items())
+            if op == "row_stats":
+                yield label, False, _row_stats(when, False)
+                yield label + " two temperatures", False, _row_stats(when, True)
+            elif op == "commit":
+                yield label, False, _commit(when)
+            elif op == "block_attention":
+                # fp32 products keep fp32 precision, which tensor cores do not have.
+                matrix = when["bytes"] == 2
+                yield label, matrix, _block_attention(when, False, None)
+                if matrix and when["head_dim"] in (256, 512):
+                    yield label + " causal softcap", matrix, _block_attention(when, True, 50.0)
+            else:
+                raise ValueError(f"configs/{name}.json: no launch known for {op}")
+
+
+def report(capability: tuple[int, int]) -> Iterator[dict]:
+    """The resources of every kernel of every shipped configuration that a capability takes."""
+    for label, matrix, launch in launches(configs.name_for(capability)):
+        for used in ahead_of_time.compile_launches(capability, launch):
+            expected = matrix and used.kernel == "block_attention_kernel"
+            yield dataclasses.asdict(used) | {"label": label, "matrix_expected": expected}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for row in report(tuple(int(part) for part in argument.split("."))):
+            print(json.dumps(row), flush=True)
