@@ -9,6 +9,7 @@ import torch
 from dgemma_accel.samplers import (
     CreditThreshold,
     DInferThreshold,
+    Edit,
     Entropy,
     EntropyBound,
     EntropyBoundRenoise,
@@ -359,6 +360,7 @@ def test_entropy_bound_renoise_is_the_diffusiongemma_step():
     ("arguments", "message"),
     [
         ({"strategy": 0.9}, "strategy"),
+        ({"strategy": Edit(0.5, 0.5, MASK)}, "JointThresholdEdit is the strategy"),
         ({"mask_id": -1}, "mask_id"),
         ({"steps": 0}, "steps"),
         ({"block_length": 0}, "block_length"),

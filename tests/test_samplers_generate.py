@@ -382,11 +382,12 @@ def test_end_tokens():
 
 
 def test_generation_stops_when_all_rows_ended():
-    model = Fixed([1, 5, 6, 21, 8, 9, 9, 9, 9, 9])
-    sampler = MaskedDiffusionSampler(Threshold(0.5), mask_id=MASK, block_length=3, eos_id=21)
-    result = sampler.generate(model, [[1]], 9)
+    model, recorder = Fixed([1, 5, 6, 21, 8, 9, 9, 9, 9, 9]), Recorder()
+    sampler = MaskedDiffusionSampler(Threshold(0.5), mask_id=MASK, block_length=4, eos_id=21, pad_id=0)
+    result = sampler.generate(model, [[1]], 9, streamer=recorder)
+    assert ("put", [[5, 6, 21, 0]]) in recorder.events
     assert model.calls == result.calls == 1
-    assert result.new_tokens.tolist() == [[5, 6] + [21] * 7]
+    assert result.new_tokens.tolist() == [[5, 6, 21] + [0] * 6]
 
 
 def test_the_last_block_may_be_short():

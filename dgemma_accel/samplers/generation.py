@@ -175,8 +175,6 @@ class _Run:
                 break
             if end < self.tokens.shape[1]:
                 self.session.end_block(self._fed(), start, end)
-        if self.sampler.eos_ids:
-            self._pad_after_end()
         if self.streamer is not None:
             self.streamer.end()
 
@@ -199,6 +197,7 @@ class _Run:
         self.stuck |= state.stuck
         if sampler.eos_ids:
             self.ended |= (self._is_end() & self.new)[:, : min(end, self.end)].any(-1)
+            self._pad_after_end()
         if self.streamer is not None:
             new = slice(max(start, self.prompt_length), min(end, self.end))
             self.streamer.put(self.tokens[:, new].cpu())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult, commit
 from ...ops.row_stats import RowStats
-from ..rules import EntropyBound, Flag, Measure, Remask, Rule, check_number
+from ..rules import Edit, EntropyBound, Flag, Measure, Remask, Rule, check_number
 
 CONFIDENCES = ("untempered", "proposal")
 SCHEDULES = ("masked", "block")
@@ -197,6 +197,10 @@ def as_strategy(strategy: Strategy | Rule) -> Strategy:
     """A strategy as it is; a rule as the strategy that applies it at every step."""
     if isinstance(strategy, Strategy):
         return strategy
+    if isinstance(strategy, Edit):
+        raise TypeError(
+            "strategy: Edit decides over written tokens too; JointThresholdEdit is the strategy with it"
+        )
     if isinstance(strategy, Rule):
         return EveryStep(strategy)
     raise TypeError(
