@@ -127,6 +127,22 @@ def test_backends_give_the_same_tokens(model, asked):
     assert_same(*both(model, ids, mask, fast_options={"backend": asked}))
 
 
+def test_inexact_conditioning(model, monkeypatch):
+    """In fp32 there is no rounding to repeat, so the tokens are the same; the op is asked for the sliced form."""
+    from dgemma_accel.hf import conditioning
+
+    asked = []
+    right = conditioning.soft_embedding
+    monkeypatch.setattr(
+        conditioning, "soft_embedding", lambda *a, **k: (asked.append(k["exact"]), right(*a, **k))[1]
+    )
+    ids, mask = prompt(2, 20, left_padding=(0, 6))
+    assert_same(*both(model, ids, mask, fast_options={"exact": False}))
+    assert asked and not any(asked)
+    with pytest.raises(TypeError, match="exact: a bool expected, got int"):
+        dgemma_accel.accelerate(model, exact=1)
+
+
 def test_eager_attention():
     """The original cannot pad a batch under eager attention; accelerated, it gives what sdpa gives."""
     eager, sdpa = (tiny_model(attn_implementation=name, seed=3) for name in ("eager", "sdpa"))

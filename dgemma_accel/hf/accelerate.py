@@ -21,7 +21,7 @@ MINIMUM_TRANSFORMERS = (5, 17)
 OPS = ("block_attention", "row_stats", "commit", "soft_embedding")
 
 
-def accelerate(model, *, backend: str = "auto"):
+def accelerate(model, *, backend: str = "auto", exact: bool = True, graph: bool = False):
     """Run a DiffusionGemma model's attention and sampler through this package.
 
     `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
@@ -36,20 +36,28 @@ def accelerate(model, *, backend: str = "auto"):
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion`.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; an op that has no such implementation takes "auto".
+        exact: repeat the original's roundings of self-conditioning (bf16 logits, bf16 probabilities), which takes a
+            table of logits in fp32 for a moment. False computes it in fp32 in slices, nearer the truth and with less
+            memory; in bf16 other tokens may come of it.
+        graph: compile the whole step (`torch.compile(fullgraph=True)`) once per batch size and cache size, for calls
+            with `cache_implementation="static"` or a `PreallocatedCache`; others run as without it and say so once.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: a model of another class.
+        TypeError: a model of another class, an `exact` or `graph` that is no bool.
         ImportError: transformers is missing or older than 5.17.
         ValueError: an unknown backend.
         backends.BackendError: the backend cannot run on this machine.
     """
     _check_backend(backend)
+    for name, value in (("exact", exact), ("graph", graph)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: a bool expected, got {type(value).__name__}")
     _check_model(model)
     restore(model)
-    acceleration = Acceleration(backend)
+    acceleration = Acceleration(backend, exact, graph)
     encoder, decoder = model.model.encoder, model.model.decoder
     for layer in encoder.language_model.layers:
         acceleration.replace(layer.self_attn, "forward", encoder_attention_forward)
@@ -83,20 +91,21 @@ def restore(model):
 
 
 @contextmanager
-def accelerated(model, *, backend: str = "auto") -> Iterator:
+def accelerated(model, *, backend: str = "auto", exact: bool = True, graph: bool = False) -> Iterator:
     """`accelerate(model)` for the length of a `with` block; then the model is as it was, also after an exception.
 
-    A model that was accelerated before comes back accelerated, with the backend it had.
+    A model that was accelerated before comes back accelerated, with the options it had.
     """
     before = acceleration_of(model) if isinstance(model, nn.Module) else None
-    earlier_backend = None if before is None else before.backend
-    accelerate(model, backend=backend)
+    options = ("backend", "exact", "graph")
+    earlier = None if before is None else {name: getattr(before, name) for name in options}
+    accelerate(model, backend=backend, exact=exact, graph=graph)
     try:
         yield model
     finally:
         restore(model)
-        if earlier_backend is not None:
-            accelerate(model, backend=earlier_backend)
+        if earlier is not None:
+            accelerate(model, **earlier)
 
 
 def _check_backend(backend: str) -> None:

@@ -38,7 +38,7 @@ def decoder_attention_forward(
         if not torch.compiler.is_compiling():
             patch.acceleration.say("attention", reason)
         return _original(patch, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
-    query, key, value = _project(module, hidden_states, position_embeddings)
+    query, key, value = project(module, hidden_states, position_embeddings)
     layer = past_key_values.layers[module.layer_idx]
     return _attend(patch, query, key, value, layer, attention_mask, causal=False), None
 
@@ -62,7 +62,7 @@ def encoder_attention_forward(
         module, hidden_states, cache.layers[module.layer_idx], kwargs
     ):
         return _original(patch, hidden_states, position_embeddings, attention_mask, cache, kwargs)
-    query, key, value = _project(module, hidden_states, position_embeddings)
+    query, key, value = project(module, hidden_states, position_embeddings)
     layer = cache.layers[module.layer_idx]
     # Before the update: that may move what the cache holds.
     output = _attend(patch, query, key, value, layer, attention_mask, causal=True)
@@ -101,19 +101,22 @@ def _attend(patch: Patch, query, key, value, layer, mask: PrefixRange | None, *,
     return patch.owner.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def _project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+def project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [B, heads, C, D], normalised and rotated."""
-    from transformers.models.diffusion_gemma.modeling_diffusion_gemma import apply_rotary_pos_emb
-
     cos, sin = position_embeddings
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     query = module.q_norm(module.q_proj(hidden_states).view(shape))
     key = module.k_proj(hidden_states).view(shape)
     # Global layers have one projection for both; they part at the norms.
     value = key if module.v_proj is None else module.v_proj(hidden_states).view(shape)
-    query = apply_rotary_pos_emb(query, cos, sin, unsqueeze_dim=2)
-    key = apply_rotary_pos_emb(module.k_norm(key), cos, sin, unsqueeze_dim=2)
+    query, key = _rotate(query, cos, sin), _rotate(module.k_norm(key), cos, sin)
     return query.transpose(1, 2), key.transpose(1, 2), module.v_norm(value).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of [B, C, heads, D] by cos, sin [1 or B, C, D]; the frequency pairs are D / 2 apart."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
 
 
 def _reason_for_reference(module, hidden_states: Tensor, mask, cache, kwargs: dict) -> str | None:

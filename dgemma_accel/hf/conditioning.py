@@ -52,20 +52,19 @@ class StepCarry:
         return self.first_offset + self.step
 
     def soft_embeddings(
-        self, canvas: Tensor, embed_tokens, softcap: float | None, backend: str
+        self, canvas: Tensor, embed_tokens, softcap: float | None, exact: bool, backend: str
     ) -> Tensor | None:
         """[B, C, E] for the next decoder pass over `canvas` [B, C]; the logits are let go."""
         if self.logits is None:
             return self.soft
         weight = embed_tokens.weight
-        # exact: the roundings of the original, so that the same noise gives the same tokens.
         soft = soft_embedding(
             self.logits.to(weight.device, weight.dtype),
             self.stats,
             weight,
             softcap=softcap,
             temperature=self.temperature,
-            exact=True,
+            exact=exact,
             backend=backend,
         )
         soft = soft * embed_tokens.embed_scale.to(weight.dtype)

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..ops.commit import commit
 from ..ops.row_stats import RowStats, row_stats
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
+from . import compiled
 from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
 from .lookout import Lookout
 from .patches import Acceleration, Patch
+from .statistics import as_given
 
 
 def denoising_step(
@@ -99,6 +101,15 @@ class Denoiser:
     def run(self, canvas: Tensor, argmax: Tensor, carry: StepCarry, finished: Tensor, steps: int):
         """All steps until every row is finished; `finished` comes back all True, which ends the caller's loop too."""
         last = 1 if self.call.max_steps is None else max(1, steps - self.call.max_steps + 1)
+        if self.acceleration.graph:
+            reason = compiled.why_eager(self, canvas)
+            if reason is None:
+                temperatures = [
+                    temperature_of_step(self.logits_processor, cur_step)
+                    for cur_step in range(steps, last - 1, -1)
+                ]
+                return compiled.run(self, canvas, argmax, carry, finished, temperatures)
+            self.acceleration.say("graph", reason, "step by step without compilation goes")
         lookout = Lookout(self.call.take_drafts(), may_finish=self.criteria is not None)
         for cur_step in range(steps, last - 1, -1):
             canvas, argmax, carry, finished = self.step(canvas, argmax, carry, finished, cur_step)
@@ -111,7 +122,9 @@ class Denoiser:
         """One step with `cur_step` steps left; returns what it was given, one step on."""
         embed_tokens, softcap = self.model.model.decoder.embed_tokens, self.model.final_logit_softcapping
         backend_of = self.acceleration.backend_of
-        soft = carry.soft_embeddings(canvas, embed_tokens, softcap, backend_of("soft_embedding"))
+        soft = carry.soft_embeddings(
+            canvas, embed_tokens, softcap, self.acceleration.exact, backend_of("soft_embedding")
+        )
         logits = self._logits(canvas, soft)
         temperature = temperature_of_step(self.logits_processor, cur_step)
         stats = row_stats(
@@ -123,7 +136,7 @@ class Denoiser:
             backend=backend_of("row_stats"),
         )
         stats = RowStats(*(field.to(canvas.device) for field in stats))
-        given = _as_given(stats, canvas, carry.pinned)
+        given = as_given(stats, canvas, carry.pinned)
         new_canvas, new_argmax, new_finished = self._decide(carry, given, canvas, argmax, finished)
         self.call.note_step(given, new_argmax, finished)
         # A single row that is finished ends its canvas, so nothing of it has to be frozen.
@@ -196,20 +209,6 @@ def temperature_of_step(logits_processor, cur_step: int) -> Tensor:
     schedule = logits_processor[0]
     share = torch.tensor(cur_step, dtype=torch.int32) / schedule.max_denoising_steps
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
-
-
-def _as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStats:
-    """Statistics in which a pinned position is certain of its token."""
-    if pinned is None:
-        return stats
-    return stats._replace(
-        argmax=torch.where(pinned, canvas, stats.argmax),
-        sample=torch.where(pinned, canvas, stats.sample),
-        entropy=torch.where(pinned, 0.0, stats.entropy),
-        top1_prob=torch.where(pinned, 1.0, stats.top1_prob),
-        top2_prob=torch.where(pinned, 0.0, stats.top2_prob),
-        sample_prob=torch.where(pinned, 1.0, stats.sample_prob),
-    )
 
 
 def _reason_for_reference(model, call: Call | None, cache, sampler, logits_processor, criteria) -> str | None:

@@ -60,17 +60,20 @@ class Patch:
 
 @dataclass(eq=False)
 class Acceleration:
-    """The replacements on one model, the backend they ask for, what has been said about fallbacks, and the
-    `PreallocatedCache` that calls with a static cache share."""
+    """The replacements on one model, the options of `accelerate`, what has been said about fallbacks, and the
+    `PreallocatedCache` that calls with a static cache share, and the compiled steps by shape."""
 
     backend: str = "auto"
+    exact: bool = True
+    graph: bool = False
     patches: list[Patch] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     static_cache: object | None = None
+    compiled: dict = field(default_factory=dict)
 
     def __getstate__(self) -> dict:
-        """A copy of the model makes its own cache."""
-        return {**vars(self), "static_cache": None}
+        """A copy of the model makes its own cache and compiles for itself."""
+        return {**vars(self), "static_cache": None, "compiled": {}}
 
     def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
         """Let `owner.name(...)` call `function(patch, ...)`."""
@@ -88,9 +91,9 @@ class Acceleration:
         """The backend for an op: the one asked for, or `auto` where the op has no such implementation at all."""
         return self.backend if self.backend in MODULES[op] else "auto"
 
-    def say(self, what: str, reason: str) -> None:
-        """Log once per model that the reference path serves `what`, and why."""
-        line = f"{what}: the reference path serves this call ({reason})"
+    def say(self, what: str, reason: str, instead: str = "the reference path serves") -> None:
+        """Log once per model that something slower serves `what`, and why."""
+        line = f"{what}: {instead} this call ({reason})"
         if line not in self.said:
             self.said.add(line)
             logger.warning(line)

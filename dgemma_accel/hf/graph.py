@@ -1,0 +1,174 @@
+"""A denoising step as one function of tensors, which `torch.compile(fullgraph=True)` traces once per shape.
+
+Everything that changes between steps, canvases, prompts or calls is a tensor: range of the prefix, temperature, seed,
+offset, thresholds. The cache comes as whole buffers, so a longer prefix is another number and not another shape.
+Norms, RoPE, GeGLU and residuals are the compiler's to fuse; the ops of this package are opaque to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.block_attention import block_attention
+from ..ops.commit import commit
+from ..ops.row_stats import row_stats
+from ..ops.soft_embedding import soft_embedding
+from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
+from .attention import project
+from .statistics import as_given
+
+
+class Prefix(NamedTuple):
+    """What the decoder reads of one layer kind. start, end: [B] int32 slots of the buffers. cos, sin: [1, C, D]."""
+
+    start: Tensor
+    end: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class Settings(NamedTuple):
+    """What holds for a whole call and is part of the graph. depth: canvases of the history; None: rows never finish."""
+
+    softcap: float | None
+    vocab: int
+    depth: int | None
+    exact: bool
+    backends: tuple[str, str, str, str]  # block_attention, row_stats, commit, soft_embedding
+
+
+class Numbers(NamedTuple):
+    """0-d tensors: seed, offset int64, the others fp32."""
+
+    seed: Tensor
+    offset: Tensor
+    temperature: Tensor
+    entropy_bound: Tensor
+    confidence: Tensor
+
+
+class State(NamedTuple):
+    """What one step hands to the next.
+
+    canvas, draft: [B, C] int64. history: [S, B, C] int64. finished: [B] bool. soft: [B, C, E] soft embeddings times
+    embed_scale, zeros before the first step. confidence, entropy: [B, C] fp32 of the draft. steps: [B] int64.
+    """
+
+    canvas: Tensor
+    draft: Tensor
+    history: Tensor
+    finished: Tensor
+    soft: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    steps: Tensor
+
+
+def take_step(
+    model,
+    state: State,
+    keys: list[Tensor],
+    values: list[Tensor],
+    prefixes: dict[str, Prefix],
+    numbers: Numbers,
+    pinned: Tensor | None,
+    settings: Settings,
+) -> State:
+    """One denoising step.
+
+    Args:
+        model: `DiffusionGemmaForBlockDiffusion`.
+        keys, values: the cache's buffers [B, Hkv, capacity, D] of every layer.
+        prefixes: by layer kind.
+        pinned: [B, C] bool, or None.
+    """
+    attention_backend, stats_backend, commit_backend, soft_backend = settings.backends
+    embed_tokens = model.model.decoder.embed_tokens
+    hidden = decode(model.model.decoder, state.canvas, state.soft, keys, values, prefixes, attention_backend)
+    logits = model.lm_head(hidden)
+    stats = row_stats(
+        logits,
+        temperature=numbers.temperature,
+        softcap=settings.softcap,
+        seed=numbers.seed,
+        offset=numbers.offset,
+        backend=stats_backend,
+    )
+    given = as_given(stats, state.canvas, pinned)
+    stop = None if settings.depth is None else StableAndConfident(settings.depth, numbers.confidence)
+    result = commit(
+        state.canvas,
+        given,
+        EntropyBound(numbers.entropy_bound),
+        Renoise(settings.vocab),
+        candidates=None if pinned is None else ~pinned,
+        seed=numbers.seed,
+        offset=numbers.offset,
+        state=CanvasState(state.draft, state.history, state.finished),
+        stop=stop,
+        backend=commit_backend,
+    )
+    # Here and not at the start of the next step, so that no logits leave the graph.
+    soft = soft_embedding(
+        logits,
+        stats,
+        embed_tokens.weight,
+        softcap=settings.softcap,
+        temperature=numbers.temperature,
+        exact=settings.exact,
+        backend=soft_backend,
+    )
+    soft = soft * embed_tokens.embed_scale.to(soft.dtype)
+    if pinned is not None:
+        soft = torch.where(pinned[..., None], embed_tokens(state.canvas), soft)
+    frozen = state.finished[:, None]
+    return State(
+        result.tokens,
+        result.state.draft,
+        result.state.history,
+        result.state.finished,
+        torch.where(frozen[..., None], state.soft, soft),
+        torch.where(frozen, state.confidence, given.top1_prob),
+        torch.where(frozen, state.entropy, given.entropy),
+        state.steps + ~state.finished,
+    )
+
+
+def decode(decoder, canvas: Tensor, soft: Tensor, keys, values, prefixes, backend: str) -> Tensor:
+    """The last hidden states [B, C, E] of `DiffusionGemmaDecoderModel`, from soft embeddings instead of logits."""
+    conditioning = decoder.self_conditioning
+    # The method of the class: the instance's takes its soft embeddings elsewhere.
+    hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
+    for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
+        prefix = prefixes[layer.self_attn.layer_type]
+        hidden = _layer(layer, hidden, keys[index], values[index], prefix, backend)
+    return decoder.norm(hidden)
+
+
+def _layer(layer, hidden: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, backend: str) -> Tensor:
+    """`DiffusionGemmaDecoderTextLayer.forward`: attention, then a dense MLP and experts side by side."""
+    attention = layer.self_attn
+    query, key, value = project(attention, layer.input_layernorm(hidden), (prefix.cos, prefix.sin))
+    attended = block_attention(
+        query,
+        key,
+        value,
+        keys,
+        values,
+        prefix_start=prefix.start,
+        prefix_end=prefix.end,
+        scale=float(attention.scaling),
+        backend=backend,
+    )
+    attended = attention.o_proj(attended.transpose(1, 2).flatten(2))
+    hidden = hidden + layer.post_attention_layernorm(attended)
+
+    dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    _, weights, index = layer.router(rows)
+    mixed = layer.experts(layer.pre_feedforward_layernorm_2(rows), index, weights).reshape(hidden.shape)
+    mixed = layer.post_feedforward_layernorm_2(mixed)
+    return (hidden + layer.post_feedforward_layernorm(dense + mixed)) * layer.layer_scalar

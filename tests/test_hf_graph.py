@@ -1,0 +1,219 @@
+"""The compiled step: one graph per shape, and the tokens of the step that is not compiled."""
+
+import logging
+
+import pytest
+import torch
+from hf_models import CANVAS, WINDOW, generate, prompt, tiny_model
+from torch._dynamo.utils import counters
+
+import dgemma_accel
+from dgemma_accel.hf import compiled, graph, patches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+class Drafts:
+    def __init__(self):
+        self.values = []
+
+    def put(self, value):
+        pass
+
+    def put_draft(self, value):
+        self.values.append(value)
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The step as a function of tensors, without the compiler's minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traced whole by dynamo and AOT autograd, run without inductor."""
+    right = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **o: right(function, backend="aot_eager", **o))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def assert_same(model, ids, mask=None, **options):
+    expected_drafts, drafts = Drafts(), Drafts()
+    expected = generate(model, ids, mask, streamer=expected_drafts, **options)
+    with dgemma_accel.accelerated(model, graph=True):
+        result = generate(model, ids, mask, streamer=drafts, cache_implementation="static", **options)
+        assert patches.acceleration_of(model).compiled, "the compiled step did not run"
+    assert torch.equal(result.sequences, expected.sequences)
+    assert torch.equal(result.tokens_per_forward, expected.tokens_per_forward)
+    assert len(drafts.values) == len(expected_drafts.values)
+    assert all(torch.equal(a, b) for a, b in zip(drafts.values, expected_drafts.values))
+
+
+@pytest.mark.usefixtures("uncompiled")
+class TestTheSameTokens:
+    @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5])
+    def test_prompt_lengths(self, model, length):
+        assert_same(model, prompt(2, length)[0], max_new_tokens=3 * CANVAS)
+
+    def test_left_padding_and_end_of_text(self, model):
+        ids, mask = prompt(3, 20, left_padding=(0, 5, 9))
+        assert_same(model, ids, mask, max_new_tokens=4 * CANVAS, eos_token_id=[11, 12, 13, 14])
+
+    @pytest.mark.parametrize("stability", [0, 2])
+    def test_stability(self, model, stability):
+        ids, _ = prompt(3, 9, seed=4)
+        assert_same(
+            model, ids, stability_threshold=stability, confidence_threshold=0.5, max_denoising_steps=12
+        )
+
+    def test_starting_canvas_and_self_conditioning_logits(self, model):
+        ids, _ = prompt(2, 13)
+        canvas, _ = prompt(2, CANVAS, seed=8)
+        assert_same(
+            model, ids, decoder_input_ids=canvas, self_conditioning_logits=torch.randn(2, CANVAS, 83) * 4
+        )
+
+    def test_options(self, model):
+        """Against the accelerated model without a graph, which has the same options."""
+        ids, _ = prompt(3, 9)
+        canvas, _ = prompt(3, CANVAS, seed=21)
+        options = {
+            "decoder_input_ids": canvas, "pinned": [0, 3, 7], "seed": 4, "max_steps": 5, "return_confidence": True,
+            "return_steps": True, "max_new_tokens": 2 * CANVAS, "cache_implementation": "static",
+        }  # fmt: skip
+        with dgemma_accel.accelerated(model):
+            expected = model.generate(ids, **options)
+        with dgemma_accel.accelerated(model, graph=True):
+            result = model.generate(ids, **options)
+        assert torch.equal(result.sequences, expected.sequences) and torch.equal(result.steps, expected.steps)
+        assert torch.allclose(result.confidence, expected.confidence, atol=1e-4)
+        assert torch.allclose(result.entropy, expected.entropy, atol=1e-3)
+
+    def test_an_exception_in_a_step(self, model, monkeypatch):
+        ids, _ = prompt(2, 9)
+        expected = generate(model, ids).sequences
+        right = graph.decode
+        count = []
+
+        def broken(*arguments):
+            count.append(1)
+            if len(count) == 3:
+                raise RuntimeError("in a step")
+            return right(*arguments)
+
+        monkeypatch.setattr(graph, "decode", broken)
+        with dgemma_accel.accelerated(model, graph=True):
+            with pytest.raises(RuntimeError, match="in a step"):
+                generate(model, ids, cache_implementation="static")
+            assert torch.equal(generate(model, ids, cache_implementation="static").sequences, expected)
+        assert patches.ATTRIBUTE not in vars(model)
+
+    def test_a_model_of_another_dtype_is_captured_again(self):
+        model = dgemma_accel.accelerate(tiny_model(), graph=True)
+        ids, _ = prompt(2, 20)
+        generate(model, ids, cache_implementation="static")
+        model.bfloat16()
+        result = generate(model, ids, cache_implementation="static")
+        assert len(patches.acceleration_of(model).compiled) == 2
+        dgemma_accel.accelerate(model)
+        assert torch.equal(generate(model, ids).sequences, result.sequences)
+
+
+@pytest.mark.usefixtures("uncompiled")
+class TestWhereItDoesNotRun:
+    def lines(self, caplog):
+        return [r.getMessage() for r in caplog.records if "without compilation" in r.getMessage()]
+
+    def test_dynamic_cache(self, model, caplog):
+        ids, _ = prompt(2, 9)
+        with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
+            for _ in range(2):
+                result = generate(model, ids)
+            assert not patches.acceleration_of(model).compiled
+        assert len(self.lines(caplog)) == 1 and "DynamicCache" in self.lines(caplog)[0]
+        assert torch.equal(result.sequences, generate(model, ids).sequences)
+
+    def test_hooks_are_called(self, model, caplog):
+        ids, _ = prompt(2, 9)
+        seen = []
+        handle = model.model.decoder.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
+            generate(model, ids, cache_implementation="static")
+        handle.remove()
+        assert seen and "hooks" in self.lines(caplog)[0]
+
+    def test_off_by_default(self, model):
+        ids, _ = prompt(2, 9)
+        with dgemma_accel.accelerated(model):
+            generate(model, ids, cache_implementation="static")
+            assert not patches.acceleration_of(model).compiled
+
+    def test_bad_option(self, model):
+        with pytest.raises(TypeError, match="graph: a bool expected, got str"):
+            dgemma_accel.accelerate(model, graph="yes")
+
+
+@pytest.mark.usefixtures("traced")
+def test_one_graph_for_steps_canvases_prompts_and_calls(model):
+    options = {"cache_implementation": "static", "max_new_tokens": 2 * CANVAS}
+    with dgemma_accel.accelerated(model, graph=True):
+        first, _ = prompt(2, 40)
+        generate(model, first, **options)
+        for length, temperature, bound in ((3, 0.9, 0.2), (WINDOW, 0.7, 0.5), (31, 0.8, 0.4)):
+            ids, mask = prompt(2, length, seed=length, left_padding=(0, 1))
+            setup = {"t_max": temperature, "confidence_threshold": bound}
+            result = generate(model, ids, mask, base=length, **options, **setup)
+            model_copy_of_result = result.sequences.clone()
+            with_dynamic = generate(model, ids, mask, base=length, max_new_tokens=2 * CANVAS, **setup)
+            assert torch.equal(model_copy_of_result, with_dynamic.sequences)
+        state = patches.acceleration_of(model)
+        assert len(state.compiled) == 1
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        # A new batch size is captured once more.
+        generate(model, prompt(1, 5)[0], max_denoising_steps=2, **options)
+        assert len(state.compiled) == 2 and counters["stats"]["unique_graphs"] == 2
+
+
+def test_decode_is_the_model_s_forward(model):
+    """Hidden states of the function of tensors against the original decoder."""
+    ids, _ = prompt(2, 20)
+    canvas, _ = prompt(2, CANVAS, seed=3)
+    from dgemma_accel.hf.preallocated import PreallocatedCache
+
+    cache = PreallocatedCache(model.config, 64)
+    decoder = model.model.decoder
+    logits = torch.randn(2, CANVAS, 83) * 3
+    with torch.no_grad():
+        model.model.encoder(input_ids=ids, past_key_values=cache)
+        expected = decoder(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=logits)
+        soft = logits.softmax(-1) @ decoder.embed_tokens.weight * decoder.embed_tokens.embed_scale
+
+        class View:
+            model = None
+
+        view = View()
+        view.model, view.cache = model, cache
+        view.masks = dict.fromkeys(("full_attention", "sliding_attention"))
+        view.position_ids = torch.arange(20, 20 + CANVAS)[None]
+        prefixes = compiled._prefixes(view, soft)
+        buffers = [
+            [getattr(layer, name) for layer in cache.layers] for name in ("key_buffer", "value_buffer")
+        ]
+        result = graph.decode(decoder, canvas, soft, *buffers, prefixes, "auto")
+    assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
