@@ -99,7 +99,9 @@ class Choice:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, (set, frozenset, tuple, list)):
+    if isinstance(value, tuple):  # a compute capability
+        return ".".join(map(str, value))
+    if isinstance(value, (set, frozenset, list)):
         return "{" + ", ".join(sorted(_show(item) for item in value)) + "}"
     return str(value).removeprefix("torch.")
 
