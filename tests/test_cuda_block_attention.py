@@ -1,0 +1,90 @@
+"""block_attention's CUDA backend: what it supports and says, and on a GPU that it fits into streams and graphs."""
+
+import pytest
+import torch
+from test_block_attention import make_case
+
+import dgemma_accel
+from dgemma_accel.backends import Implementation
+from dgemma_accel.native import block_attention_cuda
+from dgemma_accel.reference.budget import check_block_attention
+
+SUPPORTED = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 512, "compute_capability": (8, 0)}
+
+
+@pytest.mark.parametrize(
+    "name, value, line",
+    [
+        ("device", "cpu", "device: required cpu, supported {cuda}"),
+        ("dtype", torch.float32, "dtype: required float32, supported {bfloat16, float16}"),
+        ("head_dim", 96, "head_dim: required 96, supported {128, 256, 512, 64}"),
+        ("compute_capability", (7, 5), "compute_capability: required 7.5, supported 8.0 and above"),
+    ],
+)
+def test_a_mismatch_says_what_is_required_and_supported(name, value, line):
+    implementation = Implementation("block_attention", "cuda", None, block_attention_cuda)
+    assert implementation.missing(SUPPORTED) == []
+    assert implementation.missing({**SUPPORTED, "compute_capability": (12, 1)}) == []
+    assert implementation.missing({**SUPPORTED, name: value}) == [line]
+
+
+def long_prefix(head_dim: int, dtype=torch.bfloat16):
+    """One tile of rows and keys for many blocks of threads, so that the prefix is split."""
+    return make_case(1, 8, 2, 16, head_dim, prefix=3000, ranges=[(5, 2990)], dtype=dtype, device="cuda")
+
+
+def attend(case):
+    query, key, value, prefix_key, prefix_value, start, end = case
+    return dgemma_accel.block_attention(
+        query, key, value, prefix_key, prefix_value, prefix_start=start, prefix_end=end, return_lse=True,
+        backend="cuda",
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_split_prefix_is_within_budget_and_repeats_its_bits(head_dim, dtype):
+    case = long_prefix(head_dim, dtype)
+    output, lse = attend(case)
+    assert not check_block_attention(output, lse, *case, head_dim**-0.5, None, False)
+    for _ in range(3):
+        again, lse_again = attend(case)
+        assert torch.equal(output, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_unaligned_rows(head_dim):
+    case = make_case(
+        2, 4, 2, 19, head_dim, prefix=41, ranges=[(2, 40), (0, 41)], dtype=torch.float16, device="cuda"
+    )
+    for i, tensor in enumerate(case[:5]):
+        wide = torch.full((*tensor.shape[:-1], head_dim + 3), float("nan"), dtype=tensor.dtype, device="cuda")
+        wide[..., 1:-2] = tensor
+        case[i] = wide[..., 1:-2]
+    assert not check_block_attention(*attend(case), *case, head_dim**-0.5, None, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_side_stream_and_graph_give_the_same_bits(head_dim):
+    case = long_prefix(head_dim)
+    output, lse = attend(case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside, _ = attend(case)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(output, aside)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_lse = attend(case)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(output, captured) and torch.equal(lse, captured_lse)
+    # The bounds are read at each replay.
+    case[6].fill_(100)
+    graph.replay()
+    assert not check_block_attention(captured, captured_lse, *case, head_dim**-0.5, None, False)
