@@ -103,6 +103,15 @@ def test_a_changed_tree_is_marked():
     assert "0123456789+ 2026-01-02" in "\n".join(report.op_table([changed], True))
 
 
+def test_a_busy_cpu_is_named():
+    busy = copy.deepcopy(OPS)
+    busy["environment"] |= {"device_type": "cpu", "threads": 2}
+    busy["clocks"] = {"before": {"cpu": 2600.0, "load": 6.3}, "after": None}
+    assert "busy machine, load average 6.3" in report.busy_lines([busy])[0]
+    busy["clocks"]["before"]["load"] = 1.9
+    assert report.busy_lines([busy, OPS]) == []
+
+
 @pytest.mark.parametrize("text", ["no markers", report.BEGIN, report.END + report.BEGIN, README + README])
 def test_a_readme_without_its_markers_is_refused(place, text, capsys):
     (place / "README.md").write_text(text)
