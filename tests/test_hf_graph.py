@@ -1,11 +1,14 @@
 """The compiled step: one graph per shape, and the tokens of the step that is not compiled."""
 
 import logging
+import re
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, generate, prompt, tiny_model
+from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
 from dgemma_accel.hf import compiled, graph, patches
@@ -217,3 +220,64 @@ def test_decode_is_the_model_s_forward(model):
         ]
         result = graph.decode(decoder, canvas, soft, *buffers, prefixes, "auto")
     assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
+
+
+class NonViewOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_compiled(code: str) -> int:
+    """Calls of fused kernels, matrix products and other operators in the function that inductor wrote."""
+    body = code[code.rindex("def call(") :]
+    fused = re.findall(r"^\s*(?:\w+\.)?cpp_fused\w*\(", body, re.MULTILINE)
+    products = re.findall(r"^\s*extern_kernels\.\w+\(", body, re.MULTILINE)
+    operators = re.findall(r"^\s*\w+ = torch\.ops\.[\w.]+\(", body, re.MULTILINE)
+    assert fused and products and any("dgemma.row_stats" in call for call in operators)
+    return len(fused) + len(products) + len(operators)
+
+
+@pytest.mark.slow
+def test_launches_fall_to_a_fifth(model, monkeypatch):
+    """Compiled by inductor for the CPU; an op of this package counts as one launch, as it is on a GPU."""
+    counts, right = [], torch.compile
+    step = generation.DiffusionGemmaGenerationMixin._denoising_step
+
+    def counted(**kwargs):
+        with NonViewOps() as mode:
+            result = step(model, **kwargs)
+        counts.append(mode.count)
+        return result
+
+    ids, _ = prompt(1, 9)
+    model.__dict__["_denoising_step"] = counted
+    try:
+        expected = generate(model, ids, max_new_tokens=CANVAS).sequences
+    finally:
+        del model.__dict__["_denoising_step"]
+
+    codes = []
+
+    def compile_and_keep(function, **options):
+        compiled_function = right(function, **options)
+
+        def call(*arguments):
+            if codes:
+                return compiled_function(*arguments)
+            result, code = run_and_get_code(compiled_function, *arguments)
+            codes.extend(code)
+            return result
+
+        return call
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_and_keep)
+    with dgemma_accel.accelerated(model, graph=True):
+        result = generate(model, ids, max_new_tokens=CANVAS, cache_implementation="static").sequences
+    assert torch.equal(result, expected)
+    assert 5 * launches_of_compiled(codes[-1]) <= min(counts)

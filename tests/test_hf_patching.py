@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -238,3 +239,8 @@ class TestBadInput:
         with pytest.raises(BackendError, match="'cuda' cannot accelerate a model here: .*no such device"):
             dgemma_accel.accelerate(model, backend="cuda")
         assert patches.acceleration_of(model) is None
+
+
+def test_importing_the_package_does_not_import_transformers():
+    code = "import dgemma_accel, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
