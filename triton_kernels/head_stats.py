@@ -19,6 +19,7 @@ from .common import (
     INTERPRET,
     by_value,
     capability,
+    int_by_value,
     next_power_of_2,
     on_device,
     unavailable,
@@ -47,14 +48,15 @@ def head_tile_kernel(
     # Row tiles vary fastest: the programs that take one tile of the weight run together and share it in L2.
     i_m = tl.program_id(0) % tiles_m
     i_tile = tl.program_id(0) // tiles_m
-    o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_r = o_r < rows
-    o_v = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_v = o_v < vocab
+    # Rows and tokens beyond the end repeat the last: their products are never stored, and no load needs a mask.
+    # Offsets inside a tile fit 32 bits.
+    o_r = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - i_m * BLOCK_M)
+    o_v = tl.arange(0, BLOCK_N)
+    if not EVEN:
+        o_v = tl.minimum(o_v, vocab - 1 - i_tile * BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # Rows and tokens beyond the end repeat the first: their products are never stored, and no load needs a mask.
-    p_h = hidden + tl.where(m_r, o_r, 0).to(tl.int64)[:, None] * stride_h + o_k[None, :]
-    p_w = weight + tl.where(m_v, o_v, 0).to(tl.int64)[:, None] * stride_w + o_k[None, :]
+    p_h = hidden + i_m.to(tl.int64) * BLOCK_M * stride_h + (o_r[:, None] * stride_h.to(tl.int32) + o_k[None, :])
+    p_w = weight + i_tile.to(tl.int64) * BLOCK_N * stride_w + (o_v[:, None] * stride_w.to(tl.int32) + o_k[None, :])
     # [BLOCK_M, BLOCK_N]
     b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in range(0, EMBEDDING, BLOCK_K):
@@ -73,7 +75,12 @@ def head_tile_kernel(
 
     # The model's lm_head rounds here: the statistics are those of the logits that are stored.
     b_logits = b_x.to(logits.dtype.element_ty)
-    p_x = logits + o_r.to(tl.int64)[:, None] * vocab + o_v[None, :]
+    o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_v = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_r = o_r < rows
+    m_v = o_v < vocab
+    p_x = logits + i_m.to(tl.int64) * BLOCK_M * vocab + i_tile * BLOCK_N
+    p_x += tl.arange(0, BLOCK_M)[:, None] * vocab + tl.arange(0, BLOCK_N)[None, :]
     if EVEN:
         tl.store(p_x, b_logits, mask=m_r[:, None])
         b_x = b_logits.to(tl.float32)
@@ -120,8 +127,8 @@ def head_stats(
 
     t, t_pointer, t_stride = by_value(temperature)
     ts, ts_pointer, ts_stride = by_value(stats_temperature, 1.0)
-    seed_value, seed_pointer, _ = by_value(seed)
-    offset_value, offset_pointer, _ = by_value(offset)
+    seed, seed_value, _ = int_by_value(seed)
+    offset, offset_value, _ = int_by_value(offset)
     c = 1.0 if softcap is None else softcap
     flags = {
         "TEMPERATURE_POINTER": t_pointer, "STATS_POINTER": ts_pointer, "TWO_TEMPERATURES": two,
@@ -138,9 +145,9 @@ def head_stats(
             num_warps=config["num_warps"], num_stages=config["num_stages"], **flags,
         )  # fmt: skip
         merge_kernel[(rows,)](
-            logits, *partials, *integers, *floats, t, ts, c, uniform, seed_value, offset_value,
-            rows, rows, vocab, tiles, 0, vocab, t_stride, ts_stride,
-            SEED_POINTER=seed_pointer, OFFSET_POINTER=offset_pointer, UNIFORM=uniform is not None,
+            logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
+            seed_value, offset_value, rows, rows, vocab, tiles, 0, vocab, t_stride, ts_stride,
+            UNIFORM=uniform is not None,
             ROWS=1, SPAN=block_n, LANES=min(block_n, 128), TILES=next_power_of_2(tiles),
             num_warps=config["merge_warps"], **flags,
         )  # fmt: skip

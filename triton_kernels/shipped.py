@@ -18,10 +18,15 @@ from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time
 from .block_attention import block_attention
 from .commit import commit
+from .head_stats import head_stats
 from .row_stats import row_stats
+from .soft_embedding import soft_embedding
 
 VOCAB = 262_144
 CANVAS = 256
+EMBEDDING = 2816
+# The kernels of an op that hold its matrix products; the others merge or select.
+MATRIX_KERNELS = ("block_attention_kernel", "head_tile_kernel", "product_kernel")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -73,6 +78,25 @@ def _block_attention(when: dict, causal: bool, softcap: float | None) -> Callabl
     return launch
 
 
+def _head_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
+    def launch():
+        one, zero = torch.tensor(1.0), torch.tensor(0)
+        hidden = _empty(1, CANVAS, EMBEDDING, dtype=DTYPES[when["bytes"]])
+        weight = _empty(VOCAB, EMBEDDING, dtype=DTYPES[when["bytes"]])
+        return head_stats(hidden, weight, one, one if two_temperatures else None, None, zero, zero, 30.0)
+
+    return launch
+
+
+def _soft_embedding(when: dict, softcap: float | None) -> Callable[[], object]:
+    def launch():
+        dtype = DTYPES[when["bytes"]]
+        logits, weight = _empty(1, CANVAS, VOCAB, dtype=dtype), _empty(VOCAB, EMBEDDING, dtype=dtype)
+        return soft_embedding(logits, _empty(1, CANVAS), weight, torch.tensor(1.0), softcap, splits=6)
+
+    return launch
+
+
 def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
     for op, entries in configs.read(name).items():
@@ -90,6 +114,11 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 yield label, matrix, _block_attention(when, False, None)
                 if matrix and when["head_dim"] in (256, 512):
                     yield label + " causal softcap", matrix, _block_attention(when, True, 50.0)
+            elif op == "head_stats":
+                yield label, when["bytes"] == 2, _head_stats(when, False)
+                yield label + " two temperatures", when["bytes"] == 2, _head_stats(when, True)
+            elif op == "soft_embedding":
+                yield label, when["bytes"] == 2, _soft_embedding(when, 30.0)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
 
@@ -98,7 +127,7 @@ def report(capability: tuple[int, int]) -> Iterator[dict]:
     """The resources of every kernel of every shipped configuration that a capability takes."""
     for label, matrix, launch in launches(configs.name_for(capability)):
         for used in ahead_of_time.compile_launches(capability, launch):
-            expected = matrix and used.kernel == "block_attention_kernel"
+            expected = matrix and used.kernel in MATRIX_KERNELS
             yield dataclasses.asdict(used) | {"label": label, "matrix_expected": expected}
 
 

@@ -181,8 +181,10 @@ def product_kernel(
     p_o = partial + (i_s * tiles_m + i_m).to(tl.int64) * BLOCK_M * EMBEDDING
     p_o += o_m[:, None] * EMBEDDING + o_e[None, :]
     if LATER:
-        b_o += tl.load(p_o, mask=m_e[None, :], other=0.0)
-    tl.store(p_o, b_o, mask=m_e[None, :])
+        # Adds without loading, which registers would not hold. Only this program adds here: the order is fixed.
+        tl.atomic_add(p_o, b_o, mask=m_e[None, :], sem="relaxed")
+    else:
+        tl.store(p_o, b_o, mask=m_e[None, :])
 
 
 @triton.jit
