@@ -123,6 +123,47 @@ def test_without_acceleration_it_is_a_cache_like_any_other(model):
     assert_same(result, generate(model, ids, mask))
 
 
+def test_a_static_cache_of_transformers(model, caplog):
+    """Made by the caller, it is served as the original serves it, and not compiled."""
+    from transformers import StaticCache
+
+    ids, _ = prompt(2, 6)
+    length = 6 + 2 * CANVAS
+
+    def cache():
+        return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+
+    expected = generate(model, ids, past_key_values=cache(), disable_compile=True)
+    before = dict(vars(model))
+    with dgemma_accel.accelerated(model):
+        for _ in range(2):
+            result = generate(model, ids, past_key_values=cache())
+    assert_same(result, expected)
+    assert vars(model).keys() == before.keys(), "something compiled was left on the model"
+    lines = [r.getMessage() for r in caplog.records if "static cache" in r.getMessage()]
+    assert len(lines) == 1 and "PreallocatedCache" in lines[0]
+
+
+def test_layers_of_another_kind_are_left_to_the_original(model, caplog):
+    """As with quantised layers, `keys` of a class that is not known need not be the whole prefix."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Unknown(DynamicLayer):
+        """Might keep anything in `keys`."""
+
+    def cache():
+        made = DynamicCache(config=model.config)
+        made.layers[2] = Unknown()
+        return made
+
+    ids, _ = prompt(2, 20)
+    expected = generate(model, ids, past_key_values=cache())
+    with dgemma_accel.accelerated(model):
+        result = generate(model, ids, past_key_values=cache())
+    assert_same(result, expected)
+    assert any("cannot be read in place" in record.getMessage() for record in caplog.records)
+
+
 def test_too_small(model):
     ids, _ = prompt(2, 11)
     cache = preallocated.PreallocatedCache(model.config, 15)

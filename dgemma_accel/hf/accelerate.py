@@ -9,7 +9,7 @@ from torch import nn
 
 from ..backends import MODULES, BackendError, load, requested
 from .attention import decoder_attention_forward, encoder_attention_forward
-from .cache import prepare_static_cache
+from .cache import leave_uncompiled, prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
 from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
@@ -68,6 +68,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = True, graph: bool 
     acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
     acceleration.replace(model, "_denoising_step", denoising_step)
     acceleration.replace(model, "_prepare_static_cache", prepare_static_cache)
+    acceleration.replace(model, "_compile_functions", leave_uncompiled)
     acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
     acceleration.replace(model, "_compute_tokens_per_forward", compute_tokens_per_forward)
     acceleration.replace(model, "generate", generate)

@@ -44,3 +44,17 @@ def prepare_static_cache(patch: Patch, cache_implementation: str, batch_size: in
         cache = patch.acceleration.static_cache = PreallocatedCache(patch.owner.config, max_length)
     cache.reset()
     return cache
+
+
+def leave_uncompiled(patch: Patch, sampler, diffusion_stopping_criteria):
+    """`_compile_functions` for a static cache of transformers that the caller made: everything runs uncompiled.
+
+    What it would compile are the original's forwards, and it keeps the first call's sampler for all later ones.
+    """
+    patch.acceleration.say(
+        "static cache",
+        "a PreallocatedCache or cache_implementation='static' is faster and right beyond the window",
+        "transformers' own, uncompiled, serves",
+    )
+    model = patch.owner
+    return model.model.encoder, model.forward, sampler, diffusion_stopping_criteria

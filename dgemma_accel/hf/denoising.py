@@ -46,9 +46,7 @@ def denoising_step(
     """
     model, acceleration = patch.owner, patch.acceleration
     call = active_call()
-    reason = _reason_for_reference(
-        model, call, past_key_values, sampler, logits_processor, diffusion_stopping_criteria
-    )
+    reason = _reason_for_reference(model, call, sampler, logits_processor, diffusion_stopping_criteria)
     if reason is not None:
         if call is not None and (options := call.options_in_use()):
             raise ValueError(f"{', '.join(options)}: only the accelerated sampler has it, but {reason}")
@@ -211,13 +209,11 @@ def temperature_of_step(logits_processor, cur_step: int) -> Tensor:
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
 
 
-def _reason_for_reference(model, call: Call | None, cache, sampler, logits_processor, criteria) -> str | None:
+def _reason_for_reference(model, call: Call | None, sampler, logits_processor, criteria) -> str | None:
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
     if call is not None and call.needs_logits:
         return "the streamer takes logits"
-    if cache.is_compileable:
-        return f"{type(cache).__name__} is compiled by transformers"
     if type(sampler) is not generation.EntropyBoundSampler:
         return f"the sampler is a {type(sampler).__name__}"
     schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
