@@ -97,8 +97,8 @@ void commit_row(const CommitParams& params, int64_t b) {
 }  // namespace
 
 void commit_host(const CommitParams& params, int threads) {
-  // Below this many positions a row is done sooner than a thread wakes up.
-  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, params.length));
+  // Fewer positions than this are done sooner than another thread wakes up on a busy machine.
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, params.length));
   parallel_for(params.batch, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) commit_row(params, b);
   });
