@@ -1,0 +1,171 @@
+"""What the public tests of head_stats and soft_embedding do not reach in the Triton kernels."""
+
+import math
+
+import pytest
+import torch
+
+triton_soft = pytest.importorskip("dgemma_accel.triton_kernels.soft_embedding")
+triton_head = pytest.importorskip("dgemma_accel.triton_kernels.head_stats")
+
+from dgemma_accel import RowStats, configs, row_stats  # noqa: E402
+from dgemma_accel.reference.budget import check_row_stats, check_soft_embedding  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(triton_soft.unavailable() is not None, reason=str(triton_soft.unavailable()))
+
+ONE = torch.tensor(1.0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh tensors hold NaN and the largest integers instead of what memory happens to hold."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def small_tiles(monkeypatch, **changes):
+    """Tiles of 16 rows x 16 tokens and slices of 512 tokens, so that small cases have many of each."""
+    select = configs.select
+
+    def changed(op, capability, **call):
+        use = dict(select(op, capability, **call))
+        tiles = {"block_m": 16, "block_n": 32, "block_k": 16, "block_e": 16, "block_v": 16, "slice": 512} | changes
+        return use | {key: value for key, value in tiles.items() if key in use}
+
+    monkeypatch.setattr(configs, "select", changed)
+
+
+def logsumexp_of(logits, temperature=1.0, softcap=None):
+    stats = row_stats(logits, temperature=temperature, softcap=softcap, seed=0, backend="reference")
+    return stats.logsumexp
+
+
+@pytest.mark.parametrize("splits", [1, 3, 40])
+def test_any_number_of_splits(monkeypatch, poisoned, splits):
+    # 40 splits of at most 32 tiles: some get none, and settled rows leave fewer still.
+    small_tiles(monkeypatch)
+    logits = torch.randn(1, 37, 1300, device=DEVICE)
+    logits[:, :16] -= 200
+    logits[:, :16, 700] = 0
+    weight = torch.randn(1300, 24, device=DEVICE)
+    result = triton_soft.soft_embedding(logits, logsumexp_of(logits), weight, ONE, None, splits=splits)
+    assert not check_soft_embedding(result, logits, weight, 1.0, None)
+
+
+def test_a_tile_without_mass_is_never_read(monkeypatch, poisoned):
+    small_tiles(monkeypatch)
+    logits = torch.randn(1, 32, 600, device=DEVICE)
+    logits[..., 32:64] = -math.inf
+    logits[:, :16, 528:560] -= 25
+    weight = torch.randn(600, 16, device=DEVICE)
+    weight[32:64] = math.nan
+    lse = logsumexp_of(logits)
+    clean = weight.nan_to_num(0.0)
+    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
+    assert not check_soft_embedding(result, logits, clean, 1.0, None)
+
+    # A little mass: left out where no row of the tile holds more than the tolerance, taken where one does.
+    weight[528:560] = math.nan
+    clean[528:560] = 1.0
+    assert triton_soft.soft_embedding(logits, lse, weight, ONE, None).isnan().all()
+    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, 1e-6)
+    assert not check_soft_embedding(result[:, :16], logits[:, :16], clean, 1.0, None, 1e-6)
+    assert result[:, 16:].isnan().all()
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 0.2])
+def test_error_of_a_tolerance_is_bounded(monkeypatch, tolerance):
+    small_tiles(monkeypatch)
+    vocab, block_v = 1024, 16
+    logits = torch.randn(1, 16, vocab, device=DEVICE) * 3
+    weight = torch.randn(vocab, 16, device=DEVICE)
+    lse = logsumexp_of(logits)
+    probabilities = torch.softmax(logits, -1)
+    most = probabilities.unflatten(-1, (-1, block_v)).sum(-1).amax((0, 1))
+    kept = (most > tolerance).repeat_interleave(block_v)
+    assert 0 < kept.sum() < vocab or tolerance == 1e-4
+    complete = probabilities @ weight
+    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, tolerance)
+    assert torch.allclose(result, (probabilities * kept) @ weight, atol=1e-5)
+    left_out = (most <= tolerance).sum()
+    assert (result - complete).abs().max() <= tolerance * left_out * weight.abs().max() + 1e-5
+
+
+def test_settled_rows_keep_no_rounding_of_their_one_probability():
+    """bf16 holds 0.9973 as 0.9961 or 1: only the result itself may be rounded, not that probability too."""
+    logits = torch.zeros(1, 16, 512, dtype=torch.bfloat16, device=DEVICE)
+    logits[0, :, 5] = torch.linspace(11, 13, 16)
+    weight = torch.zeros(512, 64, dtype=torch.bfloat16, device=DEVICE)
+    weight[5] = torch.linspace(1, 2, 64)
+    truth = torch.softmax(logits.double(), -1) @ weight.double()
+    result = triton_soft.soft_embedding(logits, logsumexp_of(logits), weight, ONE, None)
+    spacing = torch.exp2(truth.log2().floor() - 7)
+    # A conversion to bf16 rounds to nearest on a GPU and truncates in Triton's interpreter.
+    assert ((result - truth).abs() <= (1.01 if triton_soft.INTERPRET else 0.51) * spacing).all()
+
+
+def test_half_precision_of_flat_rows():
+    """Probabilities far below fp16's normal numbers keep their digits."""
+    logits = torch.randn(1, 2, 30_000, dtype=torch.float16, device=DEVICE)
+    logits[..., 0] = 12.0
+    weight = torch.ones(30_000, 16, dtype=torch.float16, device=DEVICE)
+    weight[0] = 0.0
+    lse = logsumexp_of(logits)
+    truth = torch.softmax(logits.double(), -1) @ weight.double()
+    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
+    assert ((result - truth).abs() <= 1e-3 * truth).all()
+
+
+def test_rows_by_stride_and_by_temperature(monkeypatch, poisoned):
+    small_tiles(monkeypatch)
+    table = torch.full((3, 11, 700), math.nan, device=DEVICE)
+    logits = table[:, 1:10:2, 20:620]
+    logits.copy_(torch.randn(3, 5, 600))
+    padded = torch.full((640, 40), math.nan, device=DEVICE)
+    weight = padded[:600, 3:27]
+    weight.copy_(torch.randn(600, 24))
+    temperature = torch.linspace(0.3, 2.0, 15, device=DEVICE)
+    lse = logsumexp_of(logits, temperature.view(3, 5), 20.0)
+    lse[1, 2] = math.nan
+    result = triton_soft.soft_embedding(logits, lse, weight, temperature, 20.0)
+    assert not result[1, 2].any()
+    keep = [i for i in range(15) if i != 7]
+    flat = logits.reshape(15, 600)[keep]
+    assert not check_soft_embedding(result.reshape(15, 24)[keep], flat, weight, temperature[keep], 20.0)
+
+
+@pytest.mark.parametrize("stats_temperature", [None, 1.0])
+def test_head_over_many_tiles(monkeypatch, poisoned, stats_temperature):
+    small_tiles(monkeypatch)
+    rows, vocab, embedding = 37, 530, 40
+    # What lies beside the views is NaN: a load beyond the last row, token or column would show.
+    hidden = torch.full((rows + 16, embedding + 24), math.nan, device=DEVICE)[:rows, :embedding]
+    weight = torch.full((vocab + 32, embedding + 24), math.nan, device=DEVICE)[:vocab, :embedding]
+    hidden.copy_(torch.randn(rows, embedding))
+    weight.copy_(torch.randn(vocab, embedding))
+    # Equal tokens in two tiles: the argmax is the first.
+    weight[500] = weight[3]
+    temperature = torch.linspace(0, 2, rows, device=DEVICE)
+    other = None if stats_temperature is None else torch.tensor(stats_temperature)
+    uniform = torch.rand(rows, device=DEVICE)
+    uniform[:4] = torch.tensor([0.0, 1 - 2**-24, 0.5, 2**-24])
+    uniform[-2:] = torch.tensor([0.0, 1 - 2**-24])
+    zero = torch.tensor(0)
+    logits, *fields = triton_head.head_stats(
+        hidden.unsqueeze(0), weight, temperature, other, uniform, None, zero, 15.0
+    )
+    assert torch.allclose(logits[0], hidden @ weight.T, atol=1e-4)
+    settings = {"temperature": temperature, "stats_temperature": other, "softcap": 15.0, "uniform": uniform}
+    assert not check_row_stats(RowStats(*(field[0] for field in fields)), logits[0], **settings)
+    tied = torch.where(logits[0, :, 3] == logits[0].amax(-1))[0]
+    assert (fields[0][0, tied] == 3).all()
+
+
+def test_head_without_rows():
+    hidden, weight = torch.randn(2, 0, 32, device=DEVICE), torch.randn(50, 32, device=DEVICE)
+    logits, *fields = triton_head.head_stats(hidden, weight, ONE, None, None, torch.tensor(1), torch.tensor(0), None)
+    assert logits.shape == (2, 0, 50) and all(field.shape == (2, 0) for field in fields)
+    empty = torch.empty(2, 0, device=DEVICE)
+    assert triton_soft.soft_embedding(logits, empty, weight, ONE, None).shape == (2, 0, 32)
