@@ -128,7 +128,8 @@ def test_the_original_s_step_waits(model):
         model.generate(prompt(1, 9)[0], max_new_tokens=CANVAS)
     finally:
         del model.__dict__["_denoising_step"]
-    assert all(len(names) >= 3 for names in seen)
+    # Two more come of validating the distributions, which torch.compile turns off for the process.
+    assert all(names for names in seen)
 
 
 class Late:
