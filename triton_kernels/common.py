@@ -136,12 +136,8 @@ def uniform_from_word(word):
 
 
 @triton.jit
-def tanh(u):
-    """tanh to about 2 units in the last place of fp32, over all of it.
-
-    1 - 2 / (e^2u + 1) cancels near 0, so there an odd polynomial (a least-squares fit on [0, 0.625],
-    relative error 6.4e-10) takes its place.
-    """
+def tanh_near_0(u):
+    """tanh where |u| < 0.625: an odd polynomial, a least-squares fit of relative error 6.4e-10."""
     w = u * u
     p = 0.00229582
     p = p * w - 0.00834696
@@ -149,11 +145,19 @@ def tanh(u):
     p = p * w - 0.0539594
     p = p * w + 0.13333304
     p = p * w - 0.33333333
-    small = u + u * (w * p)
+    return u + u * (w * p)
+
+
+@triton.jit
+def tanh(u):
+    """tanh to about 2 units in the last place of fp32, over all of it.
+
+    1 - 2 / (e^2u + 1) cancels near 0, so there the polynomial takes its place.
+    """
     a = tl.abs(u)
     large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
     large = tl.where(u < 0, -large, large)
-    return tl.where(a < 0.625, small, large)
+    return tl.where(a < 0.625, tanh_near_0(u), large)
 
 
 @triton.jit
