@@ -40,18 +40,23 @@ DGEMMA_HD float exp_of_difference(float d) { return d < kLowestExponent ? 0.0f :
 DGEMMA_HD float larger(float a, float b) { return a > b ? a : b; }
 DGEMMA_HD float smaller(float a, float b) { return a > b ? b : a; }
 
+// The statistics of the union. `exponential` is e^d for d <= 0 of the host or of the device; the sampling mass is merged
+// only if it differs from z (`two_temperatures`), and is 0 otherwise.
+template <class Exponential>
 DGEMMA_HD TileStatistics merge(const TileStatistics& a, const TileStatistics& b, float inverse_stats,
-                               float inverse_sampling) {
+                               float inverse_sampling, bool two_temperatures, Exponential exponential) {
   TileStatistics result;
   result.max = larger(a.max, b.max);
   result.second = larger(smaller(a.max, b.max), larger(a.second, b.second));
   const float da = scaled_difference(a.max, result.max, inverse_stats);
   const float db = scaled_difference(b.max, result.max, inverse_stats);
-  const float fa = exp_of_difference(da), fb = exp_of_difference(db);
+  const float fa = exponential(da), fb = exponential(db);
   result.z = a.z * fa + b.z * fb;
   result.s = (a.s + a.z * da) * fa + (b.s + b.z * db) * fb;
-  result.mass = a.mass * exp_of_difference(scaled_difference(a.max, result.max, inverse_sampling)) +
-                b.mass * exp_of_difference(scaled_difference(b.max, result.max, inverse_sampling));
+  result.mass = 0;
+  if (two_temperatures)
+    result.mass = a.mass * exponential(scaled_difference(a.max, result.max, inverse_sampling)) +
+                  b.mass * exponential(scaled_difference(b.max, result.max, inverse_sampling));
   return result;
 }
 

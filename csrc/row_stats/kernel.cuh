@@ -2,6 +2,7 @@
 // merges the records of a row, picks the tile that holds the sample and reads that one again.
 #pragma once
 
+#include "../common/device/qualifiers.cuh"
 #include "../common/device_math.cuh"
 #include "../common/philox.h"
 #include "../params.h"
@@ -43,21 +44,13 @@ DGEMMA_DEVICE RowTemperatures row_temperatures(const RowStatsParams& params, int
   return t;
 }
 
+struct DeviceExponential {
+  DGEMMA_DEVICE_MEMBER float operator()(float d) const { return exp_device(d); }
+};
+
 DGEMMA_DEVICE TileRecord merge_records(const TileRecord& a, const TileRecord& b, const RowTemperatures& t) {
   TileRecord result;
-  result.stats.max = larger(a.stats.max, b.stats.max);
-  result.stats.second = larger(smaller(a.stats.max, b.stats.max), larger(a.stats.second, b.stats.second));
-  const float da = scaled_difference(a.stats.max, result.stats.max, t.inverse_stats);
-  const float db = scaled_difference(b.stats.max, result.stats.max, t.inverse_stats);
-  const float fa = exp_device(da), fb = exp_device(db);
-  result.stats.z = a.stats.z * fa + b.stats.z * fb;
-  result.stats.s = (a.stats.s + a.stats.z * da) * fa + (b.stats.s + b.stats.z * db) * fb;
-  result.stats.mass = 0;
-  if (t.two) {
-    const float ga = exp_device(scaled_difference(a.stats.max, result.stats.max, t.inverse_sampling));
-    const float gb = exp_device(scaled_difference(b.stats.max, result.stats.max, t.inverse_sampling));
-    result.stats.mass = a.stats.mass * ga + b.stats.mass * gb;
-  }
+  result.stats = merge(a.stats, b.stats, t.inverse_stats, t.inverse_sampling, t.two, DeviceExponential{});
   const bool second_wins = b.stats.max > a.stats.max || (b.stats.max == a.stats.max && b.argmax < a.argmax);
   result.argmax = second_wins ? b.argmax : a.argmax;
   return result;
