@@ -1,6 +1,9 @@
 """What the public tests of head_stats and soft_embedding do not reach in the Triton kernels."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,3 +172,44 @@ def test_head_without_rows():
     assert logits.shape == (2, 0, 50) and all(field.shape == (2, 0) for field in fields)
     empty = torch.empty(2, 0, device=DEVICE)
     assert triton_soft.soft_embedding(logits, empty, weight, ONE, None).shape == (2, 0, 32)
+
+
+RECOMPILATION = """
+import torch
+from dgemma_accel.triton_kernels import ahead_of_time
+from dgemma_accel.triton_kernels.head_stats import head_stats
+from dgemma_accel.triton_kernels.soft_embedding import soft_embedding
+
+def head(batch, temperature, softcap, seed):
+    hidden = torch.empty(batch, 16, 64, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(512, 64, dtype=torch.bfloat16, device="meta")
+    numbers = torch.tensor(temperature), None, None, torch.tensor(seed), torch.tensor(seed + 1)
+    head_stats(hidden, weight, *numbers, softcap)
+
+def soft(batch, temperature, softcap, tolerance):
+    logits = torch.empty(batch, 16, 512, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(512, 64, dtype=torch.bfloat16, device="meta")
+    logsumexp = torch.empty(batch, 16, device="meta")
+    soft_embedding(logits, logsumexp, weight, torch.tensor(temperature), softcap, tolerance)
+
+for function, calls in (
+    (head, [(8, 1.0, 30.0, 0), (9, 0.5, 1.0, 2**40), (16, 0.0, 16.0, 16)]),
+    (soft, [(8, 1.0, 30.0, 0.0), (9, 0.5, 1.0, 1e-6), (40, 16.0, 16.0, 1.0)]),
+):
+    seen = set()
+    for arguments in calls:
+        with ahead_of_time.recording((9, 0)) as compiled:
+            function(*arguments)
+        seen.add(tuple(kernel.hash for _, kernel in compiled))
+    print(function.__name__, len(seen))
+"""
+
+
+def test_values_do_not_recompile():
+    """Temperature, softcap, tolerance, seed and batch size reach the same compiled kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RECOMPILATION], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["head", "1", "soft", "1"]

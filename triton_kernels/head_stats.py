@@ -35,7 +35,7 @@ FEATURES = {
 }
 
 
-@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows"])
+@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "tiles_m"])
 def head_tile_kernel(
     hidden, weight, logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
     temperature, stats_temperature, softcap,

@@ -45,7 +45,7 @@ CHUNK_COLUMNS = 512
 SUM_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["temperature", "softcap", "tolerance", "rows", "first"])
+@triton.jit(do_not_specialize=["temperature", "softcap", "tolerance", "rows", "first", "tiles_m", "groups"])
 def probabilities_kernel(
     logits, logsumexp, probabilities, masses, holds, temperature, softcap, tolerance,
     rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, groups: tl.int32,
@@ -124,7 +124,7 @@ def choose_tiles_kernel(holds, chosen, counts, TILES: tl.constexpr, BLOCK: tl.co
     tl.store(counts + i_m, tl.sum(b_holds, 0))
 
 
-@triton.jit(do_not_specialize=["splits", "first"])
+@triton.jit(do_not_specialize=["splits", "first", "tiles_m"])
 def product_kernel(
     probabilities, weight, chosen, counts, partial,
     vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, splits: tl.int32, stride_w: tl.int64,
@@ -187,7 +187,7 @@ def product_kernel(
         tl.store(p_o, b_o, mask=m_e[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "padded"])
 def rounding_kernel(
     masses, factors, groups: tl.int32, padded: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
