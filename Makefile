@@ -24,6 +24,8 @@ prepare:
 
 demo: prepare
 	@$(RUN) examples/demo.py
+	@echo "== a masked diffusion model, every sampler: exact match and evaluations per answer"
+	@$(RUN) examples/tiny-masked/evaluate.py --prompts 50
 
 # Two workers with one thread each use two cores better than one process with two threads does.
 test: prepare

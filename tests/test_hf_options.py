@@ -50,9 +50,9 @@ class TestSeed:
 
     def test_canvases_and_steps_draw_different_noise(self, model, ids, monkeypatch):
         offsets = []
-        right = denoising.row_stats
+        right = denoising.logits_and_stats
         monkeypatch.setattr(
-            denoising, "row_stats", lambda *a, **k: (offsets.append(k["offset"]), right(*a, **k))[1]
+            denoising, "logits_and_stats", lambda *a, **k: (offsets.append(k["offset"]), right(*a, **k))[1]
         )
         recorder = Drafts()
         model.generate(ids, seed=5, streamer=recorder, max_new_tokens=3 * CANVAS)

@@ -18,7 +18,7 @@ from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 MINIMUM_TRANSFORMERS = (5, 17)
 # The ops that the drop-in calls.
-OPS = ("block_attention", "row_stats", "commit", "soft_embedding")
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
 
 
 def accelerate(model, *, backend: str = "auto", exact: bool = True, graph: bool = False):

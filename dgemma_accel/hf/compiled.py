@@ -69,7 +69,7 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
 
 
 def _settings(denoiser) -> graph.Settings:
-    names = ("block_attention", "row_stats", "commit", "soft_embedding")
+    names = ("block_attention", "head_stats", "commit", "soft_embedding")
     return graph.Settings(
         softcap=denoiser.model.final_logit_softcapping,
         vocab=denoiser.sampler.vocab_size,

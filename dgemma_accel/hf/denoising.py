@@ -1,4 +1,4 @@
-"""The denoising of a canvas: decoder, lm_head, one `row_stats` and one `commit` a step, and no wait for the host."""
+"""The denoising of a canvas: decoder, one `head_stats` and one `commit` a step, and no wait for the host."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..ops.commit import commit
-from ..ops.row_stats import RowStats, row_stats
+from ..ops.row_stats import RowStats
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from . import compiled
 from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
+from .head import logits_and_stats
 from .lookout import Lookout
 from .patches import Acceleration, Patch
 from .statistics import as_given
@@ -123,15 +124,15 @@ class Denoiser:
         soft = carry.soft_embeddings(
             canvas, embed_tokens, softcap, self.acceleration.exact, backend_of("soft_embedding")
         )
-        logits = self._logits(canvas, soft)
         temperature = temperature_of_step(self.logits_processor, cur_step)
-        stats = row_stats(
-            logits,
+        logits, stats = logits_and_stats(
+            self.model.lm_head,
+            self._last_hidden_states(canvas, soft),
             temperature=temperature,
             softcap=softcap,
             seed=carry.seed,
             offset=carry.offset,
-            backend=backend_of("row_stats"),
+            backend=backend_of("head_stats"),
         )
         stats = RowStats(*(field.to(canvas.device) for field in stats))
         given = as_given(stats, canvas, carry.pinned)
@@ -152,8 +153,8 @@ class Denoiser:
         )
         return new_canvas, new_argmax, left, new_finished
 
-    def _logits(self, canvas: Tensor, soft: Tensor | None) -> Tensor:
-        """lm_head of the last hidden states, [B, C, V] in the model's dtype, before softcap and temperature."""
+    def _last_hidden_states(self, canvas: Tensor, soft: Tensor | None) -> Tensor:
+        """[B, C, E] of the decoder, its self-conditioning given as soft embeddings."""
         mask = self.model_kwargs.get("self_conditioning_mask")
         if soft is not None and mask is not None:
             soft = soft * mask.to(soft.dtype)[:, None, None]
@@ -166,7 +167,7 @@ class Denoiser:
                 decoder_position_ids=self.position_ids,
                 **self.model_kwargs,
             )
-        return self.model.lm_head(output.last_hidden_state)
+        return output.last_hidden_state
 
     def _decide(
         self, carry: StepCarry, stats: RowStats, canvas: Tensor, argmax: Tensor, finished: Tensor

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
-from ..ops.row_stats import row_stats
 from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
+from .head import logits_and_stats
 from .statistics import as_given
 
 
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     vocab: int
     depth: int | None
     exact: bool
-    backends: tuple[str, str, str, str]  # block_attention, row_stats, commit, soft_embedding
+    backends: tuple[str, str, str, str]  # block_attention, head_stats, commit, soft_embedding
 
 
 class Numbers(NamedTuple):
@@ -85,17 +85,17 @@ def take_step(
         prefixes: by layer kind.
         pinned: [B, C] bool, or None.
     """
-    attention_backend, stats_backend, commit_backend, soft_backend = settings.backends
+    attention_backend, head_backend, commit_backend, soft_backend = settings.backends
     embed_tokens = model.model.decoder.embed_tokens
     hidden = decode(model.model.decoder, state.canvas, state.soft, keys, values, prefixes, attention_backend)
-    logits = model.lm_head(hidden)
-    stats = row_stats(
-        logits,
+    logits, stats = logits_and_stats(
+        model.lm_head,
+        hidden,
         temperature=numbers.temperature,
         softcap=settings.softcap,
         seed=numbers.seed,
         offset=numbers.offset,
-        backend=stats_backend,
+        backend=head_backend,
     )
     given = as_given(stats, state.canvas, pinned)
     stop = None if settings.depth is None else StableAndConfident(settings.depth, numbers.confidence)

@@ -1,0 +1,48 @@
+"""The language model's head: `head_stats` where it is a plain matrix, the module itself where it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import FLOAT_DTYPES
+from ..ops.head_stats import head_stats
+from ..ops.row_stats import RowStats, row_stats
+
+
+def is_plain(lm_head: nn.Module, hidden: Tensor) -> bool:
+    """Whether calling `lm_head` is a product with its weight and nothing else: not quantised, sharded or hooked."""
+    if type(lm_head) is not nn.Linear or lm_head.bias is not None or "forward" in lm_head.__dict__:
+        return False
+    if lm_head._forward_hooks or lm_head._forward_pre_hooks or hasattr(lm_head, "_hf_hook"):
+        return False
+    weight = lm_head.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype in FLOAT_DTYPES
+        and weight.dtype == hidden.dtype
+        and weight.device == hidden.device
+    )
+
+
+def logits_and_stats(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    *,
+    temperature: Tensor,
+    softcap: float | None,
+    seed: Tensor,
+    offset: Tensor | int,
+    backend: str,
+) -> tuple[Tensor, RowStats]:
+    """(logits [B, C, V] in the model's dtype before softcap and temperature, their `RowStats` [B, C]).
+
+    Args:
+        hidden: [B, C, E], the decoder's last hidden states.
+        The others as in `row_stats`.
+    """
+    draw = {"temperature": temperature, "softcap": softcap, "seed": seed, "offset": offset, "backend": backend}
+    if is_plain(lm_head, hidden) and not (torch.is_grad_enabled() and lm_head.weight.requires_grad):
+        return head_stats(hidden, lm_head.weight, **draw)
+    logits = lm_head(hidden)
+    return logits, row_stats(logits, **draw)
