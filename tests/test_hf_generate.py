@@ -127,8 +127,9 @@ def test_backends_give_the_same_tokens(model, asked):
     assert_same(*both(model, ids, mask, fast_options={"backend": asked}))
 
 
-def test_inexact_conditioning(model, monkeypatch):
-    """In fp32 there is no rounding to repeat, so the tokens are the same; the op is asked for the sliced form."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_conditioning_with_and_without_the_roundings(model, monkeypatch, exact):
+    """In fp32 there is no rounding to repeat, so the tokens are the same either way."""
     from dgemma_accel.hf import conditioning
 
     asked = []
@@ -137,8 +138,8 @@ def test_inexact_conditioning(model, monkeypatch):
         conditioning, "soft_embedding", lambda *a, **k: (asked.append(k["exact"]), right(*a, **k))[1]
     )
     ids, mask = prompt(2, 20, left_padding=(0, 6))
-    assert_same(*both(model, ids, mask, fast_options={"exact": False}))
-    assert asked and not any(asked)
+    assert_same(*both(model, ids, mask, fast_options={"exact": exact}))
+    assert asked and set(asked) == {exact}
     with pytest.raises(TypeError, match="exact: a bool expected, got int"):
         dgemma_accel.accelerate(model, exact=1)
 
@@ -164,7 +165,7 @@ class TestBfloat16:
         recorders = Recorder(), Recorder()
         expected = generate(model, ids, mask, streamer=recorders[0], max_new_tokens=3 * CANVAS)
         monkeypatch.setattr("dgemma_accel.hf.attention.readable", lambda cache, layer: False)
-        with dgemma_accel.accelerated(model):
+        with dgemma_accel.accelerated(model, exact=True):
             result = generate(model, ids, mask, streamer=recorders[1], max_new_tokens=3 * CANVAS)
         assert_same(expected, result, recorders)
 

@@ -21,7 +21,7 @@ MINIMUM_TRANSFORMERS = (5, 17)
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
 
 
-def accelerate(model, *, backend: str = "auto", exact: bool = True, graph: bool = False):
+def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool = False):
     """Run a DiffusionGemma model's attention and sampler through this package.
 
     `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
@@ -36,9 +36,9 @@ def accelerate(model, *, backend: str = "auto", exact: bool = True, graph: bool 
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion`.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; an op that has no such implementation takes "auto".
-        exact: repeat the original's roundings of self-conditioning (bf16 logits, bf16 probabilities), which takes a
-            table of logits in fp32 for a moment. False computes it in fp32 in slices, nearer the truth and with less
-            memory; in bf16 other tokens may come of it.
+        exact: False computes self-conditioning from fp32 in slices: nearer the truth than the original and without a
+            table in fp32. True repeats the original's roundings (bf16 logits, bf16 probabilities), for comparing a
+            bf16 model's tokens with the original's; it takes a table of logits in fp32 for a moment.
         graph: compile the whole step (`torch.compile(fullgraph=True)`) once per batch size and cache size, for calls
             with `cache_implementation="static"` or a `PreallocatedCache`; others run as without it and say so once.
 
@@ -92,7 +92,7 @@ def restore(model):
 
 
 @contextmanager
-def accelerated(model, *, backend: str = "auto", exact: bool = True, graph: bool = False) -> Iterator:
+def accelerated(model, *, backend: str = "auto", exact: bool = False, graph: bool = False) -> Iterator:
     """`accelerate(model)` for the length of a `with` block; then the model is as it was, also after an exception.
 
     A model that was accelerated before comes back accelerated, with the options it had.

@@ -64,7 +64,7 @@ class Acceleration:
     `PreallocatedCache` that calls with a static cache share, and the compiled steps by shape."""
 
     backend: str = "auto"
-    exact: bool = True
+    exact: bool = False
     graph: bool = False
     patches: list[Patch] = field(default_factory=list)
     said: set[str] = field(default_factory=set)

@@ -32,7 +32,7 @@ def soft_embedding(
     exact: bool = False,
 ) -> Tensor:
     """See `reference.soft_embedding`. The probabilities of a slice are rounded to the dtype of `weight` for the
-    product, which accumulates in fp32; slices add up in fp32. On the host a slice in which no row holds more than
+    product, and so is the slice's product; slices add up in fp32. On the host a slice in which no row holds more than
     `tolerance` is left out; on a GPU that would wait for the device, so every slice is computed."""
     if exact:
         return reference_soft_embedding(logits, logsumexp, weight, temperature, softcap, exact=True)
