@@ -88,11 +88,12 @@ def _head_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
     return launch
 
 
-def _soft_embedding(when: dict, softcap: float | None) -> Callable[[], object]:
+def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     def launch():
-        dtype = DTYPES[when["bytes"]]
-        logits, weight = _empty(1, CANVAS, VOCAB, dtype=dtype), _empty(VOCAB, EMBEDDING, dtype=dtype)
-        return soft_embedding(logits, _empty(1, CANVAS), weight, torch.tensor(1.0), softcap, splits=6)
+        # The first slice and a later one are all the kernels there are.
+        dtype, vocab = DTYPES[when["bytes"]], 2 * use["slice"]
+        logits, weight = _empty(1, CANVAS, vocab, dtype=dtype), _empty(vocab, EMBEDDING, dtype=dtype)
+        return soft_embedding(logits, _empty(1, CANVAS), weight, torch.tensor(1.0), 30.0, splits=6)
 
     return launch
 
@@ -118,7 +119,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 yield label, when["bytes"] == 2, _head_stats(when, False)
                 yield label + " two temperatures", when["bytes"] == 2, _head_stats(when, True)
             elif op == "soft_embedding":
-                yield label, when["bytes"] == 2, _soft_embedding(when, 30.0)
+                yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
 
