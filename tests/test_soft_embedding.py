@@ -63,8 +63,12 @@ def test_rows_without_a_distribution_yield_zeros(backend, device):
 @pytest.mark.parametrize("tolerance", [0.0, 1e-6, 1e-3])
 def test_settled_rows_with_a_tolerance(backend, device, tolerance):
     logits, weight = make_case(6, 20_000, 32, torch.bfloat16, device, settled=1.0)
-    _, problems = run(logits, weight, backend, softcap=30.0, temperature=0.4, tolerance=tolerance)
+    result, problems = run(logits, weight, backend, softcap=30.0, temperature=0.4, tolerance=tolerance)
     assert not problems
+    # Whatever the bound allows, a settled row keeps the token that holds its mass.
+    complete, _ = run(logits, weight, "reference", softcap=30.0, temperature=0.4)
+    assert torch.allclose(result.float(), complete.float(), atol=0.05)
+    assert not torch.allclose(torch.zeros_like(complete).float(), complete.float(), atol=0.05)
 
 
 def test_tolerance_of_one_leaves_everything_out(backend, device):
