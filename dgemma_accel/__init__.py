@@ -4,6 +4,7 @@ from . import samplers
 from .hf import accelerate, accelerated, restore
 from .ops.block_attention import block_attention
 from .ops.commit import CommitResult, commit
+from .ops.experts import experts
 from .ops.head_stats import head_stats
 from .ops.merge_stats import merge_stats
 from .ops.row_stats import RowStats, row_stats
@@ -18,6 +19,7 @@ __all__ = [
     "accelerated",
     "block_attention",
     "commit",
+    "experts",
     "head_stats",
     "merge_stats",
     "restore",

@@ -61,6 +61,10 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "dgemma_accel.triton_kernels.soft_embedding",
         "cuda": "dgemma_accel.native.soft_embedding_chunked",
     },
+    "experts": {
+        "reference": "dgemma_accel.backends_reference",
+        "triton": "dgemma_accel.triton_kernels.experts",
+    },
 }
 
 # Where the order by architecture comes from; `python -m bench auto` rewrites its measured entries.

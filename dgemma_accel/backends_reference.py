@@ -1,11 +1,12 @@
 """The reference as a backend: any device, any dtype."""
 
-from .reference import block_attention, commit, head_stats, row_stats, soft_embedding
+from .reference import block_attention, commit, experts, head_stats, row_stats, soft_embedding
 
 __all__ = [
     "FEATURES",
     "block_attention",
     "commit",
+    "experts",
     "head_stats",
     "row_stats",
     "soft_embedding",

@@ -22,6 +22,7 @@ REQUIREMENTS: dict[str, dict[str, object]] = {
     "commit": {"canvas_length": 256},
     "head_stats": {"dtype": torch.bfloat16},
     "soft_embedding": {"dtype": torch.bfloat16},
+    "experts": {"dtype": torch.bfloat16, "activation": "gelu_tanh"},
 }
 
 

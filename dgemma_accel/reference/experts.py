@@ -5,30 +5,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .row_stats import compute_dtype
+
+ACTIVATIONS = ("gelu_tanh", "silu")
+
+
+def activate(gate: Tensor, activation: str) -> Tensor:
+    """gelu_tanh: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))). silu: g / (1 + e^-g)."""
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh")
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
+
 
 def experts(
-    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor
+    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str = "gelu_tanh"
 ) -> Tensor:
-    """sum over the row's experts e of weight_e * down_e (gelu_tanh(gate_e x) * (up_e x)), in fp32.
+    """sum over the row's choices (e, w) of w * down_e (act(gate_e x) * (up_e x)), in fp32 (fp64 for fp64 rows).
 
     Args:
         hidden: [R, E].
-        top_k_index: [R, K] int64 expert numbers in [0, X).
-        top_k_weights: [R, K] router weights.
+        index: [R, K] int64 expert numbers in [0, X); a choice outside that range adds nothing, an expert chosen
+            twice by a row counts twice.
+        weights: [R, K] router weights.
         gate_up: [X, 2 * I, E], the gate's rows first.
         down: [X, E, I].
+        activation: of the gate, one of `ACTIVATIONS`.
 
     Returns:
         [R, E] in the dtype of `hidden`.
 
-    Source: DiffusionGemmaTextExperts.forward in transformers' modeling_diffusion_gemma.py, with the
-    activation gelu_pytorch_tanh of the released configuration.
+    Source: DiffusionGemmaTextExperts.forward in transformers' modeling_diffusion_gemma.py, which computes in the
+    dtype of the weights; its activation is gelu_pytorch_tanh in the released configuration.
     """
-    x = hidden.float()
+    compute = compute_dtype(hidden)
+    x = hidden.to(compute)
     output = torch.zeros_like(x)
-    for expert in top_k_index.unique().tolist():
-        row, slot = torch.where(top_k_index == expert)
-        gate, up = (x[row] @ gate_up[expert].float().T).chunk(2, dim=-1)
-        result = (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ down[expert].float().T
-        output.index_add_(0, row, result * top_k_weights[row, slot, None].float())
+    for expert in index.unique().tolist():
+        if not 0 <= expert < gate_up.shape[0]:
+            continue
+        row, choice = torch.where(index == expert)
+        gate, up = (x[row] @ gate_up[expert].to(compute).T).chunk(2, dim=-1)
+        result = (activate(gate, activation) * up) @ down[expert].to(compute).T
+        output.index_add_(0, row, result * weights[row, choice, None].to(compute))
     return output.to(hidden.dtype)

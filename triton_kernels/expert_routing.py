@@ -1,0 +1,92 @@
+"""Which rows go to which expert, as lists on the device: the host never learns the counts.
+
+The choices [R, K] of the router are numbered in their own order; such a number is called a pair (row, choice).
+`route` sorts the pairs by expert, keeping their order within an expert, and cuts each expert's stretch into tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import next_power_of_2
+
+# Choices that one pass of `route_kernel` looks at.
+BLOCK = 1024
+TILE_BLOCK = 32
+
+
+@triton.jit
+def chosen(index, o_p, pairs, EXPERTS: tl.constexpr):
+    """The experts of the pairs o_p as int32; EXPERTS for what is none: beyond the end, or out of range."""
+    b_e = tl.load(index + o_p, mask=o_p < pairs, other=EXPERTS)
+    return tl.where((b_e >= 0) & (b_e < EXPERTS), b_e, EXPERTS).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles_most"])
+def route_kernel(
+    index, order, tiles, pairs: tl.int32, tiles_most: tl.int32,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per expert, and one more that marks the unused entries of the list of tiles.
+
+    Every program counts all choices: that is less work than waiting for another program's counts.
+    """
+    i_e = tl.program_id(0)
+    o_p = tl.arange(0, BLOCK)
+    # [BINS]
+    b_counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, pairs, BLOCK):
+        b_counts += tl.histogram(chosen(index, start + o_p, pairs, EXPERTS), BINS)
+    o_e = tl.arange(0, BINS)
+    b_tiles = tl.where(o_e < EXPERTS, (b_counts + BLOCK_M - 1) // BLOCK_M, 0)
+    begin = tl.sum(tl.where(o_e < i_e, b_counts, 0), 0)
+    end = begin + tl.sum(tl.where(o_e == i_e, b_counts, 0), 0)
+    first = tl.sum(tl.where(o_e < i_e, b_tiles, 0), 0)
+    last = first + tl.sum(tl.where(o_e == i_e, b_tiles, 0), 0)
+    last = tl.where(i_e == EXPERTS, tiles_most, last)
+    expert = tl.where(i_e == EXPERTS, -1, i_e)
+    for tile in range(first, last, TILE_BLOCK):
+        o_t = tile + tl.arange(0, TILE_BLOCK)
+        m_t = o_t < last
+        tl.store(tiles + o_t, tl.zeros([TILE_BLOCK], tl.int32) + expert, mask=m_t)
+        tl.store(tiles + tiles_most + o_t, begin + (o_t - first) * BLOCK_M, mask=m_t)
+        tl.store(tiles + 2 * tiles_most + o_t, tl.zeros([TILE_BLOCK], tl.int32) + end, mask=m_t)
+    if begin < end and i_e < EXPERTS:
+        for start in range(0, pairs, BLOCK):
+            # [BLOCK]
+            m_own = chosen(index, start + o_p, pairs, EXPERTS) == i_e
+            b_place = begin + tl.cumsum(m_own.to(tl.int32), 0) - 1
+            tl.store(order + b_place, start + o_p, mask=m_own)
+            begin += tl.sum(m_own.to(tl.int32), 0)
+
+
+def most_tiles(pairs: int, experts: int, block_m: int) -> int:
+    """The largest number of tiles that any routing of `pairs` choices can need: the size of a launch."""
+    return (pairs + min(pairs, experts) * (block_m - 1)) // block_m
+
+
+def route(index: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """Sorts the choices by expert.
+
+    Args:
+        index: [R, K] int64, contiguous. Numbers outside [0, experts) belong to no expert and appear nowhere.
+        experts: X.
+        block_m: pairs in a tile.
+
+    Returns:
+        order [R * K] int32: pairs by expert, ascending within an expert; unwritten behind the last expert's.
+        tiles [3, T] int32 with T = `most_tiles`: the expert of a tile (-1: unused), its first place in `order`, and
+            the end of its expert's places.
+    """
+    pairs = index.numel()
+    total = most_tiles(pairs, experts, block_m)
+    order = torch.empty(pairs, dtype=torch.int32, device=index.device)
+    tiles = torch.empty((3, total), dtype=torch.int32, device=index.device)
+    route_kernel[(experts + 1,)](
+        index, order, tiles, pairs, total, EXPERTS=experts, BINS=next_power_of_2(experts + 1), BLOCK_M=block_m,
+        BLOCK=BLOCK, TILE_BLOCK=TILE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return order, tiles

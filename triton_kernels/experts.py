@@ -1,0 +1,205 @@
+"""`experts` as grouped matrix products over tiles of rows that chose the same expert.
+
+`route` lists the tiles on the device. `gate_up_kernel` computes act(gate) * up of a tile, `down_kernel` the expert's
+result of every (row, choice), in fp32 and at a place of its own, and `combine_kernel` adds a row's choices up
+in their order: no two programs add to one number, so results repeat bit for bit.
+
+Both products are computed transposed, weights @ rows^T. Matrix instructions are wide in their first dimension (64 on
+sm_90, 16 elsewhere) and narrow in the second (8): the weights have enough columns for the one, and the 16 rows
+that an expert gets from a canvas are enough for the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from .common import CAPABILITIES, DEVICES, INTERPRET, capability, on_device, unavailable
+from .expert_routing import route
+
+__all__ = ["FEATURES", "experts", "unavailable"]
+
+FEATURES = {
+    "device": DEVICES,
+    "dtype": frozenset({torch.bfloat16, torch.float16, torch.float32}),
+    "compute_capability": CAPABILITIES,
+    "activation": frozenset({"gelu_tanh", "silu"}),
+}
+
+# Choices (rows * K) computed at a time: bounds the fp32 results of a long prompt, 369 MB at E = 2816.
+PAIRS_AT_ONCE = 32_768
+# The mean number of rows by expert up to which a call takes the configuration for few.
+FEW = 24
+COMBINE_BLOCK = 512
+
+
+@triton.jit
+def activate(gate, ACTIVATION: tl.constexpr):
+    """The activation of an fp32 tile. 0.5 (1 + tanh(u)) is 1 / (1 + e^(-2u)), which cancels nowhere."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    u = gate
+    if ACTIVATION == "gelu_tanh":
+        u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp2(-u * LOG2E))
+
+
+@triton.jit
+def load_tile(p, o_k, left, EVEN: tl.constexpr, UPCAST: tl.constexpr):
+    """A tile whose last dimension has `left` columns of its row left."""
+    if EVEN:
+        b = tl.load(p)
+    else:
+        b = tl.load(p, mask=(o_k < left)[None, :], other=0.0)
+    if UPCAST:
+        b = b.to(tl.float32)
+    return b
+
+
+@triton.jit(do_not_specialize=["tiles_most"])
+def gate_up_kernel(
+    hidden, gate_up, order, tiles, middle, tiles_most: tl.int32, stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns."""
+    TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    EVEN: tl.constexpr = HIDDEN % BLOCK_K == 0
+    # Columns vary fastest: tiles of one expert run close together, so L2 hands its weights to all of them.
+    i_n = tl.program_id(0) % TILES_N
+    i_t = tl.program_id(0) // TILES_N
+    i_e = tl.load(tiles + i_t)
+    if i_e < 0:
+        return
+    begin = tl.load(tiles + tiles_most + i_t)
+    end = tl.load(tiles + 2 * tiles_most + i_t)
+    # Beyond the edges the last row and column stand in: computed, not stored, and no mask in the loop.
+    o_m = begin + tl.arange(0, BLOCK_M)
+    o_r = tl.load(order + tl.minimum(o_m, end - 1)) // TOP_K
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_w = tl.minimum(o_n, WIDTH - 1).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = hidden + (o_r.to(tl.int64) * stride_h)[:, None] + o_k[None, :]
+    p_g = gate_up + i_e.to(tl.int64) * stride_x + (o_w * stride_n)[:, None] + o_k[None, :]
+    p_u = p_g + WIDTH * stride_n
+    # [BLOCK_N, BLOCK_M]
+    b_gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    b_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(0, HIDDEN, BLOCK_K):
+        # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
+        b_x = tl.trans(load_tile(p_x + k, o_k, HIDDEN - k, EVEN, UPCAST))
+        b_g = load_tile(p_g + k, o_k, HIDDEN - k, EVEN, UPCAST)
+        b_gate = tl.dot(b_g, b_x, b_gate, input_precision=PRECISION)
+        b_u = load_tile(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST)
+        b_up = tl.dot(b_u, b_x, b_up, input_precision=PRECISION)
+    b_middle = activate(b_gate, ACTIVATION) * b_up
+    p_o = middle + (o_m.to(tl.int64) * WIDTH)[None, :] + o_n[:, None]
+    tl.store(p_o, b_middle.to(middle.dtype.element_ty), mask=(o_m < end)[None, :] & (o_n < WIDTH)[:, None])
+
+
+@triton.jit(do_not_specialize=["tiles_most"])
+def down_kernel(
+    middle, down, order, tiles, partial, tiles_most: tl.int32, stride_x: tl.int64, stride_n: tl.int64,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial [pairs, HIDDEN] fp32: middle @ down^T of BLOCK_M places x BLOCK_N columns, stored in the pairs' order."""
+    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0
+    i_n = tl.program_id(0) % TILES_N
+    i_t = tl.program_id(0) // TILES_N
+    i_e = tl.load(tiles + i_t)
+    if i_e < 0:
+        return
+    begin = tl.load(tiles + tiles_most + i_t)
+    end = tl.load(tiles + 2 * tiles_most + i_t)
+    o_m = begin + tl.arange(0, BLOCK_M)
+    o_s = tl.minimum(o_m, end - 1)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_w = tl.minimum(o_n, HIDDEN - 1).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = middle + (o_s.to(tl.int64) * WIDTH)[:, None] + o_k[None, :]
+    p_w = down + i_e.to(tl.int64) * stride_x + (o_w * stride_n)[:, None] + o_k[None, :]
+    # [BLOCK_N, BLOCK_M]
+    b_o = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
+        b_x = tl.trans(load_tile(p_x + k, o_k, WIDTH - k, EVEN, UPCAST))
+        b_w = load_tile(p_w + k, o_k, WIDTH - k, EVEN, UPCAST)
+        b_o = tl.dot(b_w, b_x, b_o, input_precision=PRECISION)
+    o_p = tl.load(order + o_s)
+    p_o = partial + (o_p.to(tl.int64) * HIDDEN)[None, :] + o_n[:, None]
+    tl.store(p_o, b_o, mask=(o_m < end)[None, :] & (o_n < HIDDEN)[:, None])
+
+
+@triton.jit
+def combine_kernel(
+    partial, index, weights, output, stride_r: tl.int64, stride_k: tl.int64,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """output [R, HIDDEN]: the weighted sum of a row's choices, in their order; choices of no expert are not read."""
+    TILES: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    i_r = (tl.program_id(0) // TILES).to(tl.int64)
+    o = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
+    # [BLOCK]
+    b_o = tl.zeros([BLOCK], tl.float32)
+    for k in range(TOP_K):
+        i_e = tl.load(index + i_r * TOP_K + k)
+        w = tl.load(weights + i_r * stride_r + k * stride_k).to(tl.float32)
+        m_y = o < tl.where((i_e >= 0) & (i_e < EXPERTS), HIDDEN, 0)
+        b_y = tl.load(partial + (i_r * TOP_K + k) * HIDDEN + o, mask=m_y, other=0.0)
+        b_o += tl.where(m_y, b_y * w, 0.0)
+    tl.store(output + i_r * HIDDEN + o, b_o.to(output.dtype.element_ty), mask=o < HIDDEN)
+
+
+def experts(
+    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str = "gelu_tanh"
+) -> Tensor:
+    """Arguments and result: `reference.experts`.
+
+    Products accumulate in fp32; act(gate) * up is computed in fp32 and rounded once, to the dtype of the weights; weights
+    and sum of a row's choices are fp32, rounded once.
+    """
+    output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if output.numel() == 0 or index.numel() == 0:
+        return output.zero_()
+    hidden, gate_up, down = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, gate_up, down))
+    at_once = max(1, PAIRS_AT_ONCE // index.shape[1])
+    with on_device(hidden):
+        for first in range(0, hidden.shape[0], at_once):
+            part = slice(first, first + at_once)
+            _experts(hidden[part], index[part].contiguous(), weights[part], gate_up, down, activation, output[part])
+    return output
+
+
+def _experts(hidden, index, weights, gate_up, down, activation: str, output) -> None:
+    (rows, embedding), top_k, (count, _, width) = hidden.shape, index.shape[1], down.shape
+    crowd = "few" if index.numel() <= FEW * count else "many"
+    config = configs.select("experts", capability(hidden), bytes=hidden.element_size(), rows=crowd)
+    up_n, down_n = config["up_n"], config["down_n"]
+    order, tiles = route(index, count, config["block_m"])
+    total = tiles.shape[1]
+    middle = hidden.new_empty(index.numel(), width)
+    partial = hidden.new_empty((index.numel(), embedding), dtype=torch.float32)
+    common = {
+        "WIDTH": width, "HIDDEN": embedding, "BLOCK_M": config["block_m"],
+        "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
+        "UPCAST": INTERPRET and hidden.dtype == torch.bfloat16,
+    }  # fmt: skip
+    gate_up_kernel[(total * triton.cdiv(width, up_n),)](
+        hidden, gate_up, order, tiles, middle, total, hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
+        TOP_K=top_k, ACTIVATION=activation, BLOCK_N=up_n, BLOCK_K=config["up_k"],
+        num_warps=config["up_warps"], num_stages=config["up_stages"], **common,
+    )  # fmt: skip
+    down_kernel[(total * triton.cdiv(embedding, down_n),)](
+        middle, down, order, tiles, partial, total, down.stride(0), down.stride(1),
+        BLOCK_N=down_n, BLOCK_K=config["down_k"],
+        num_warps=config["down_warps"], num_stages=config["down_stages"], **common,
+    )  # fmt: skip
+    combine_kernel[(rows * triton.cdiv(embedding, COMBINE_BLOCK),)](
+        partial, index, weights, output, weights.stride(0), weights.stride(1),
+        EXPERTS=count, TOP_K=top_k, HIDDEN=embedding, BLOCK=COMBINE_BLOCK, num_warps=4,
+    )  # fmt: skip
