@@ -94,6 +94,9 @@ struct HeadsView {
   bool aligned = false;                      // every row starts on a 16-byte boundary
 };
 
+// Wider than any context and still far enough from 2^31 for sums with it.
+constexpr int64_t kNoWindow = 0x7fff0000;
+
 struct BlockAttentionParams {
   Dtype dtype = Dtype::kBFloat16;            // of queries, keys, values and output; fp16 or bf16
   int64_t batch = 0, query_heads = 0, kv_heads = 0;  // B, Hq, Hkv; Hq is a multiple of Hkv
@@ -108,6 +111,7 @@ struct BlockAttentionParams {
   float scale = 1;                           // factor on the scores
   float softcap = 0;                         // score units; 0: none
   bool causal = false;                       // inside the block only
+  int64_t window = kNoWindow;                // keys at a distance below it are seen, >= 1; only where causal
 
   void* output = nullptr;                    // [B, C, Hq, D]
   float* lse = nullptr;                      // [B, Hq, C], nats

@@ -47,14 +47,14 @@ def make_case(
     return [query, key, value, prefix_key, prefix_value, start, end]
 
 
-def run(case, backend, scale=None, softcap=None, causal=False):
+def run(case, backend, scale=None, softcap=None, causal=False, window=None):
     query, key, value, prefix_key, prefix_value, start, end = case
     output, lse = dgemma_accel.block_attention(
         query, key, value, prefix_key, prefix_value, prefix_start=start, prefix_end=end,
-        scale=scale, softcap=softcap, causal=causal, return_lse=True, backend=backend,
+        scale=scale, softcap=softcap, causal=causal, window=window, return_lse=True, backend=backend,
     )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return output, check_block_attention(output, lse, *case, scale, softcap, causal)
+    return output, check_block_attention(output, lse, *case, scale, softcap, causal, window)
 
 
 def supported_dtype(backend):
@@ -126,6 +126,84 @@ def test_empty_prefix_equals_none(backend, device):
             query, key, value, nowhere, nowhere, prefix_start=start, prefix_end=end, backend=backend
         )
         assert torch.allclose(alone, empty, atol=1e-6)
+
+
+WINDOWED = {
+    "shorter_than_the_block": ("odd_block", 5),
+    "itself_alone": ("odd_block", 1),
+    "over_the_prefix_end": ("odd_block", 30),
+    "several_tiles": ("long_block", 70),
+    "more_than_there_is": ("odd_block", 2**40),
+    "ranges": ("ranges", 25),
+    "head_dim_512": ("global_layer", 21),
+    "without_prefix": ("square", 7),
+}
+CASES_OF_WINDOWS = CASES | {
+    "long_block": dict(
+        batch=2, query_heads=2, kv_heads=1, length=150, head_dim=64, prefix=90, ranges=[(0, 90), (50, 71)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_window(backend, device, name):
+    shape, window = WINDOWED[name]
+    case = make_case(**CASES_OF_WINDOWS[shape], dtype=supported_dtype(backend), device=device)
+    for softcap in (None, 20.0):
+        _, problems = run(case, backend, causal=True, window=window, softcap=softcap)
+        assert not problems
+    # One key more or less has to show.
+    query, *_ = case
+    if window < query.shape[2]:
+        output, lse = dgemma_accel.block_attention(
+            *case[:5], prefix_start=case[5], prefix_end=case[6], causal=True, window=window, return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+        scale = query.shape[-1] ** -0.5
+        for other in (window - 1, window + 1):
+            if other:
+                lines = check_block_attention(output, lse, *case, scale, None, True, other)
+                assert {line.split(":")[0] for line in lines} == {"output", "lse"}
+
+
+def test_what_a_window_hides_is_not_read(backend, device):
+    """Slots of the prefix that no query sees may hold anything, as those outside of [start, end)."""
+    case = make_case(1, 2, 1, 20, 64, prefix=200, ranges=[(10, 190)], dtype=supported_dtype(backend), device=device)
+    query, key, value, prefix_key, prefix_value, start, end = case
+    expected, problems = run(case, backend, causal=True, window=40)
+    assert not problems
+    if backend == "reference":
+        return
+    # Query 0 sees itself and slots 151 ... 189.
+    for tensor in (prefix_key, prefix_value):
+        tensor[:, :, :151] = math.nan
+    result = dgemma_accel.block_attention(
+        query, key, value, prefix_key, prefix_value, prefix_start=start, prefix_end=end, causal=True, window=40,
+        backend=backend,
+    )  # fmt: skip
+    assert torch.equal(result, expected)
+
+
+def test_window_agrees_with_a_mask_over_positions():
+    """The mask of transformers' sliding layers: 0 <= distance < window, of a block after a left-padded prefix."""
+    query, key, value, prefix_key, prefix_value, start, end = make_case(
+        2, 4, 2, 21, 64, prefix=34, ranges=[(0, 30), (25, 34)]
+    )
+    for window in (1, 6, 12, 25, 100):
+        result = dgemma_accel.block_attention(
+            query, key, value, prefix_key, prefix_value, prefix_start=start, prefix_end=end, causal=True,
+            window=window, backend="reference",
+        )  # fmt: skip
+        for b, (first, last) in enumerate(((0, 30), (25, 34))):
+            keys = torch.cat([prefix_key[b, :, first:last], key[b]], 1)
+            values = torch.cat([prefix_value[b, :, first:last], value[b]], 1)
+            of_query = torch.arange(last - first, last - first + 21)[:, None]
+            of_key = torch.arange(last - first + 21)[None]
+            mask = (of_key <= of_query) & (of_query - of_key < window)
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query[b], keys, values, attn_mask=mask, enable_gqa=True
+            )
+            assert torch.allclose(result[b], expected, atol=2e-6)
 
 
 def test_agrees_with_scaled_dot_product_attention():
@@ -204,6 +282,9 @@ P, BOUND = torch.zeros(2, 2, 10, 64), torch.zeros(2, dtype=torch.int32)
         ),
         ((Q, K, K), {"scale": math.nan}, ValueError, "scale: must be finite"),
         ((Q, K, K), {"scale": "1"}, TypeError, "scale: a number expected"),
+        ((Q, K, K), {"causal": True, "window": 0}, ValueError, "window: must be at least 1, got 0"),
+        ((Q, K, K), {"causal": True, "window": 4.0}, TypeError, "window: an int or None expected, got float"),
+        ((Q, K, K), {"window": 4}, ValueError, "window: only for causal=True"),
         ((Q, K, K), {"softcap": 0.0}, ValueError, "softcap: must be finite and > 0"),
         ((Q, K, K), {"backend": "cpp"}, BackendError, "block_attention has no cpp implementation"),
     ],
@@ -217,8 +298,11 @@ def test_opcheck(backend, device):
     query, key, value, prefix_key, prefix_value, start, end = make_case(
         2, 4, 2, 16, 64, prefix=32, ranges=[(0, 32), (3, 20)], dtype=supported_dtype(backend), device=device
     )
-    arguments = (query, key, value, prefix_key, prefix_value, start, end, 0.125, None, True, False, backend)
-    torch.library.opcheck(torch.ops.dgemma.block_attention.default, arguments)
+    for window in (None, 9):
+        arguments = (
+            query, key, value, prefix_key, prefix_value, start, end, 0.125, None, True, window, False, backend,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.dgemma.block_attention.default, arguments)
 
 
 def test_compile_fullgraph(backend, device):

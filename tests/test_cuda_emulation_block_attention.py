@@ -59,14 +59,14 @@ def program() -> Path:
     return result
 
 
-def write_case(folder: Path, case, scale: float, softcap: float | None, causal: bool, splits: int) -> None:
+def write_case(folder: Path, case, scale: float, softcap: float | None, causal: bool, splits: int, window=None) -> None:
     query, key = case[:2]
     lines = {
         "dtype": DTYPES[query.dtype], "batch": query.shape[0], "query_heads": query.shape[1],
         "kv_heads": key.shape[1], "length": query.shape[2], "head_dim": query.shape[3],
         "prefix_length": 0 if case[3] is None else case[3].shape[2], "scale": scale,
         "softcap": 0.0 if softcap is None else softcap, "causal": int(causal), "splits": splits,
-    }  # fmt: skip
+    } | ({} if window is None else {"window": window})  # fmt: skip
     for name, tensor in zip(TENSORS, case):
         if tensor is None:
             continue
@@ -84,14 +84,14 @@ def execute(program: Path, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([program, folder], capture_output=True, text=True, timeout=300)
 
 
-def attend(program: Path, folder: Path, case, scale=None, softcap=None, causal=False, splits=1):
+def attend(program: Path, folder: Path, case, scale=None, softcap=None, causal=False, splits=1, window=None):
     """(output, lse, violations of the budget) of the emulated kernels; fails where they do."""
     scale = case[0].shape[-1] ** -0.5 if scale is None else scale
-    write_case(folder, case, scale, softcap, causal, splits)
+    write_case(folder, case, scale, softcap, causal, splits, window)
     done = execute(program, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     output, lse = read_result(folder, case[0])
-    return output, lse, check_block_attention(output, lse, *case, scale, softcap, causal)
+    return output, lse, check_block_attention(output, lse, *case, scale, softcap, causal, window)
 
 
 def read_result(folder: Path, query: torch.Tensor):
@@ -130,6 +130,30 @@ CASES = {
     "hd512_split_causal": (
         dict(batch=2, query_heads=2, kv_heads=1, length=21, head_dim=512, prefix=40, ranges=[(0, 40), (7, 9)]),
         {"causal": True, "splits": 4},
+    ),
+    "hd64_window_over_the_prefix_end": (
+        dict(batch=2, query_heads=4, kv_heads=1, length=70, head_dim=64, prefix=90, ranges=[(1, 87), (40, 51)]),
+        {"causal": True, "window": 41, "softcap": 30.0},
+    ),
+    "hd64_window_in_the_block": (
+        dict(batch=1, query_heads=2, kv_heads=2, length=300, head_dim=64, prefix=20),
+        {"causal": True, "window": 33, "splits": 3},
+    ),
+    "hd128_window_of_one": (
+        dict(batch=1, query_heads=2, kv_heads=1, length=37, head_dim=128, prefix=50),
+        {"causal": True, "window": 1},
+    ),
+    "hd256_sliding_window": (
+        dict(batch=1, query_heads=4, kv_heads=2, length=40, head_dim=256, prefix=120, ranges=[(3, 119)]),
+        {"causal": True, "window": 64, "splits": 2},
+    ),
+    "hd512_window": (
+        dict(batch=1, query_heads=4, kv_heads=1, length=21, head_dim=512, prefix=40, ranges=[(2, 40)]),
+        {"causal": True, "window": 19, "splits": 2},
+    ),
+    "hd64_no_such_window": (
+        dict(batch=1, query_heads=2, kv_heads=2, length=40, head_dim=64, prefix=20),
+        {"causal": True, "window": 0x7FFF0000},
     ),
 }  # fmt: skip
 
@@ -188,7 +212,12 @@ def test_splits_fill_the_gpu_and_share_long_prefixes_only():
         splits.append(native.block_attention_splits(params, 188))
     # 64 tiles of rows on 188 multiprocessors: at least two blocks fit for each as soon as it pays.
     assert splits[0] == 1 and splits[1] >= 2 and splits == sorted(splits)
-    params.batch = 64
+    # A window of the sliding layers bounds what there is to share, whatever the context.
+    params.causal, params.window = True, 1024
+    bounded = native.block_attention_splits(params, 188)
+    params.prefix_length = 1 << 20
+    assert native.block_attention_splits(params, 188) == bounded < splits[-1]
+    params.causal, params.batch, params.prefix_length = False, 64, 32768
     assert native.block_attention_splits(params, 188) == 1
 
 
@@ -225,8 +254,19 @@ MUTANTS = {
     "swizzle_by_half_a_chunk": ("key_walk.cuh", "uint32_t(chunks % 8 * 16)", "uint32_t(chunks % 8 * 8)", 512, ""),
     "steps_in_the_wrong_order": ("warp.cuh", "further(first, step * 2)", "further(first, (step ^ 1) * 2)", 128, ""),
     "reads_a_slot_too_many": ("key_walk.cuh", "stride, end - slot,", "stride, end - slot + 1,", 64, ""),
-    "sees_a_key_too_many": ("warp.cuh", ">= visible)", "> visible)", 64, ""),
-    "causal_sees_the_next_key": ("warp.cuh", "/ rows.group + 1 - slot", "/ rows.group + 2 - slot", 64, ""),
+    "sees_a_key_too_many": ("warp.cuh", "key >= visible", "key > visible", 64, ""),
+    "causal_sees_the_next_key": (
+        "warp.cuh", "up_to_own < slots ? up_to_own", "up_to_own < slots ? up_to_own + 1", 64, "",
+    ),
+    "window_hides_a_key_too_many": ("warp.cuh", "|| key < hidden", "|| key <= hidden", 64, ""),
+    "window_shows_a_key_too_many": ("warp.cuh", "|| key < hidden", "|| key < hidden - 1", 64, ""),
+    "window_masks_too_few_tiles": ("warp.cuh", "tile * Shape::kKeys < Shape::kRows", "tile < 1", 64, ""),
+    "walk_starts_a_key_late": (
+        "key_walk.cuh", "first_position + 1 - int(p.window)", "first_position + 2 - int(p.window)", 64, "",
+    ),
+    "block_starts_a_key_late": (
+        "key_walk.cuh", "furthest < 0 ? 0 : furthest;", "furthest < 0 ? 0 : furthest + 1;", 64, "",
+    ),
     "adds_its_own_scores_twice": (
         "warp.cuh", "exchange(1 - column_warp).load", "exchange(column_warp).load", 512, "",
     ),
@@ -256,34 +296,40 @@ def mutate(folder: Path, file: str, text: str, replacement: str) -> Path:
     return csrc
 
 
-def run_mutant(folder: Path, machine: Path, csrc: Path, head_dim: int):
+# A window that starts in the prefix for the first tile of rows and in the block for the others.
+WINDOW, WINDOWED_LENGTH = 50, 150
+WINDOW_MUTANTS = {name for name in MUTANTS if "window" in name or "starts_a_key_late" in name}
+
+
+def run_mutant(folder: Path, machine: Path, csrc: Path, head_dim: int, window: int | None = None):
     """(the finished process, the violations of the budget) of a case that meets every branch."""
     source = EMULATION / "block_attention.cpp"
     program = compile_to(
         folder / "mutant", csrc, [source, machine], "-O0", f"-DEMULATED_HEAD_DIM={head_dim}", "-Wno-unused"
     )
-    length, prefix = (19, 60) if head_dim == 512 else (40, 101)
+    length, prefix = (19, 60) if head_dim == 512 else (40, 101) if window is None else (WINDOWED_LENGTH, 101)
     case = make_case(
         2, 4, 2, length, head_dim, prefix=prefix, ranges=[(3, prefix - 4), (0, 32)], dtype=torch.bfloat16
     )
     arguments = (head_dim**-0.5, None, True)
-    write_case(folder, case, *arguments, splits=2)
+    write_case(folder, case, *arguments, splits=2, window=window)
     done = execute(program, folder)
     if done.returncode:
         return done, []
-    return done, check_block_attention(*read_result(folder, case[0]), *case, *arguments)
+    return done, check_block_attention(*read_result(folder, case[0]), *case, *arguments, window)
 
 
-@pytest.mark.parametrize("head_dim", [64, 512])
-def test_unchanged_kernels_pass_what_mutants_fail(machine, tmp_path, head_dim):
-    done, problems = run_mutant(tmp_path, machine, CSRC, head_dim)
+@pytest.mark.parametrize("head_dim, window", [(64, None), (512, None), (64, WINDOW)])
+def test_unchanged_kernels_pass_what_mutants_fail(machine, tmp_path, head_dim, window):
+    done, problems = run_mutant(tmp_path, machine, CSRC, head_dim, window)
     assert done.returncode == 0 and not problems, done.stderr
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(machine, tmp_path, name):
     file, text, replacement, head_dim, report = MUTANTS[name]
-    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, file, text, replacement), head_dim)
+    window = WINDOW if name in WINDOW_MUTANTS else None
+    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, file, text, replacement), head_dim, window)
     if report:
         assert done.returncode == 3 and re.search(report, done.stderr), done.stderr
     else:

@@ -39,6 +39,15 @@ def test_splits_agree_with_the_truth(splits, causal, softcap):
     assert not check_block_attention(output, lse, *arguments)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_splits_of_a_window(splits):
+    # With seven splits most rows have splits that hold none of their keys.
+    case = make_case(2, 2, 1, 90, 64, 150, [(0, 150), (60, 71)])
+    arguments = (*case, 0.2, None, True, 30)
+    output, lse = triton_attention.block_attention(*arguments, splits=splits)
+    assert not check_block_attention(output, lse, *arguments)
+
+
 def test_splits_in_bf16_and_a_head_that_no_power_of_two_divides():
     case = make_case(1, 6, 2, 9, 96, 130, [(1, 129)], torch.bfloat16)
     arguments = (*case, 0.1, None, False)
@@ -81,6 +90,15 @@ def test_the_prefix_is_neither_copied_nor_written():
     assert operators.names and not operators.names & {"clone", "_to_copy", "cat", "repeat", "expand", "index"}
     for old, new in zip(before, case):
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
+
+
+def test_a_window_bounds_the_splits(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton_attention, "split_count", lambda programs, tiles, slots: asked.append(tiles) or 1)
+    case = make_case(1, 2, 1, 5, 64, 900, [(0, 900)])
+    for window in (None, 8, 2**40):
+        triton_attention.block_attention(*case, 0.1, None, True, window)
+    assert asked[0] == asked[2] and asked[1] <= 4
 
 
 def test_split_count_fills_the_gpu():

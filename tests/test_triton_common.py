@@ -76,15 +76,19 @@ def decide(k, value, value2, seed, mask, batch):
         torch.tensor(value), torch.tensor(value2), mask, 0, mask, torch.tensor(seed), torch.tensor(0),
         None, None, None, None)
 
-def attend(length, scale, softcap, splits):
+def attend(length, scale, softcap, splits, causal=False, window=None):
     query, prefix = empty(1, 2, 32, 64, dtype=torch.bfloat16), empty(1, 2, length, 64, dtype=torch.bfloat16)
     block_attention.block_attention(
-        query, query, query, prefix, prefix, None, None, scale, softcap, False, splits=splits)
+        query, query, query, prefix, prefix, None, None, scale, softcap, causal, window, splits=splits)
+
+def attend_causally(*arguments):
+    attend(*arguments[:4], True, arguments[4])
 
 cases = [
     (stats, (0.5, 1, 0, 30.0, 256), (1.0, 2**62 + 3, 16, 1.0, 257), (0.0, 0, 2**40, 29.0, 1024)),
     (decide, (1, 0.5, 0.0, 1, 7, 1), (16, 1.0, 1.0, 2**50, 2**30, 16), (2**40, 0.0, 0.25, 0, 1, 3)),
     (attend, (4096, 1.0, 30.0, 2), (8191, 0.3, 1.0, 16), (1, 2.0, 50.0, 5)),
+    (attend_causally, (4096, 1.0, 30.0, 2, None), (8191, 0.3, 1.0, 16, 1024), (1, 2.0, 50.0, 5, 1)),
 ]
 for function, *calls in cases:
     seen = set()
@@ -103,7 +107,7 @@ def test_values_do_not_recompile():
         [sys.executable, "-W", "ignore", "-c", RECOMPILATION], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["stats", "1", "decide", "1", "attend", "1"]
+    assert done.stdout.split() == ["stats", "1", "decide", "1", "attend", "1", "attend_causally", "1"]
 
 
 def test_features_show_what_they_allow():

@@ -32,6 +32,8 @@ from .common import (
 __all__ = ["FEATURES", "block_attention", "unavailable"]
 
 MAX_SPLITS = 64
+# Wider than any context and still far enough from 2^31 for sums with it.
+NO_WINDOW = 0x7FFF0000
 
 FEATURES = {
     "device": DEVICES,
@@ -42,13 +44,13 @@ FEATURES = {
 
 
 @triton.jit
-def place(i_n, first, last, tiles_prefix, start, end, block_end, BLOCK_N: tl.constexpr):
+def place(i_n, first, last, tiles_prefix, start, end, block_start, block_end, BLOCK_N: tl.constexpr):
     """Tile `i_n` of the list as (whether it is of the prefix, its first slot, the end of the valid slots).
 
     A tile outside [first, last) has no valid slots.
     """
     from_prefix = i_n < tiles_prefix
-    n_first = tl.where(from_prefix, start + i_n * BLOCK_N, (i_n - tiles_prefix) * BLOCK_N)
+    n_first = tl.where(from_prefix, start + i_n * BLOCK_N, block_start + (i_n - tiles_prefix) * BLOCK_N)
     n_end = tl.where(from_prefix, end, block_end)
     return from_prefix, n_first, tl.where((i_n >= first) & (i_n < last), n_end, -2147483648)
 
@@ -84,10 +86,10 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length", "splits"])
+@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length", "window", "splits"])
 def block_attention_kernel(
     query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, output, lse,
-    scale, softcap, prefix_length: tl.int32, splits: tl.int32,
+    scale, softcap, prefix_length: tl.int32, window: tl.int32, splits: tl.int32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qc: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kc: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vc: tl.int64,
@@ -136,12 +138,17 @@ def block_attention_kernel(
             start = tl.minimum(tl.maximum(tl.load(prefix_start + i_b), 0), prefix_length)
         if END:
             end = tl.minimum(tl.load(prefix_end + i_b), prefix_length)
+        if CAUSAL:
+            # The first position of the tile sees furthest back.
+            start = tl.maximum(start, end + (i_m * BLOCK_M // GROUP + 1 - window))
         tiles_prefix = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
+    block_start = 0
     block_end = LENGTH
     if CAUSAL:
+        block_start = tl.maximum(i_m * BLOCK_M // GROUP + 1 - window, 0)
         # Keys after the tile's last position are seen by none of its rows.
         block_end = tl.minimum(LENGTH, (i_m * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-    tiles = tiles_prefix + (block_end + BLOCK_N - 1) // BLOCK_N
+    tiles = tiles_prefix + (block_end - block_start + BLOCK_N - 1) // BLOCK_N
     first = 0
     last = tiles
     if SPLIT:
@@ -162,7 +169,7 @@ def block_attention_kernel(
         # [BLOCK_M, BLOCK_N]
         b_s = b_ahead
         from_prefix, n_first, n_end = place(
-            i_n + 1, first, last, tiles_prefix, start, end, block_end, BLOCK_N
+            i_n + 1, first, last, tiles_prefix, start, end, block_start, block_end, BLOCK_N
         )
         b_k = load_tile(
             p_k,
@@ -181,13 +188,17 @@ def block_attention_kernel(
         )
         b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
 
-        from_prefix, n_first, n_end = place(i_n, first, last, tiles_prefix, start, end, block_end, BLOCK_N)
+        from_prefix, n_first, n_end = place(
+            i_n, first, last, tiles_prefix, start, end, block_start, block_end, BLOCK_N
+        )
         b_s *= scale
         if SOFTCAP:
             b_s = softcap * tanh(b_s / softcap)
         m_s = (n_first + o_n < n_end)[None, :]
         if CAUSAL:
-            m_s = m_s & (from_prefix | (n_first + o_n[None, :] <= o_c[:, None]))
+            # Positions on one scale: the block's from 0 on, the prefix's last slot is -1.
+            o_key = (tl.where(from_prefix, n_first - end, n_first) + o_n)[None, :]
+            m_s = m_s & (o_key <= o_c[:, None]) & (o_key > o_c[:, None] - window)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         # A row that has seen no key yet keeps -inf, which must not meet itself in a difference.
@@ -302,6 +313,7 @@ def block_attention(
     scale: float,
     softcap: float | None,
     causal: bool,
+    window: int | None = None,
     *,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -328,6 +340,9 @@ def block_attention(
     tiles_m = triton.cdiv(length * group, block_m)
     if splits is None:
         tiles = triton.cdiv(prefix_length, block_n) + triton.cdiv(length, block_n)
+        if window is not None:
+            # What the first position of a tile sees behind it, and the tile's own positions.
+            tiles = min(tiles, triton.cdiv(window + triton.cdiv(block_m, group), block_n) + 1)
         slots = multiprocessors(query) * config["blocks"]
         splits = split_count(tiles_m * kv_heads * batch, tiles, slots)
 
@@ -348,7 +363,8 @@ def block_attention(
         block_attention_kernel[(tiles_m * splits, kv_heads, batch)](
             query, key, value, prefix_key if prefix else None, prefix_value if prefix else None,
             prefix_start if prefix else None, prefix_end if prefix else None, target, target_lse,
-            scale, 1.0 if softcap is None else softcap, prefix_length, splits, *strides, **shape,
+            scale, 1.0 if softcap is None else softcap, prefix_length,
+            NO_WINDOW if window is None else min(window, NO_WINDOW), splits, *strides, **shape,
             PREFIX=prefix, START=prefix and prefix_start is not None, END=prefix and prefix_end is not None,
             SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

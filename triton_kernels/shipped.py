@@ -18,6 +18,7 @@ from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time
 from .block_attention import block_attention
 from .commit import commit
+from .experts import experts
 from .head_stats import head_stats
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
@@ -26,7 +27,7 @@ VOCAB = 262_144
 CANVAS = 256
 EMBEDDING = 2816
 # The kernels of an op that hold its matrix products; the others merge or select.
-MATRIX_KERNELS = ("block_attention_kernel", "head_tile_kernel", "product_kernel")
+MATRIX_KERNELS = ("block_attention_kernel", "head_tile_kernel", "product_kernel", "gate_up_kernel", "down_kernel")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -62,7 +63,9 @@ def _commit(when: dict) -> Callable[[], object]:
     return launch
 
 
-def _block_attention(when: dict, causal: bool, softcap: float | None) -> Callable[[], object]:
+def _block_attention(
+    when: dict, causal: bool, softcap: float | None, window: int | None = None
+) -> Callable[[], object]:
     head_dim = max(when["head_dim"]) if isinstance(when["head_dim"], list) else when["head_dim"]
     dtype = DTYPES[when["bytes"]]
     # The two kinds of layers of DiffusionGemma: 8 query heads to a KV head at head_dim 512, else 2.
@@ -73,7 +76,7 @@ def _block_attention(when: dict, causal: bool, softcap: float | None) -> Callabl
         key = _empty(1, CANVAS, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
         prefix = _empty(1, kv_heads, 32_768, head_dim, dtype=dtype)
         bound = _empty(1, dtype=torch.int32)
-        return block_attention(query, key, key, prefix, prefix, bound, bound, 1.0, softcap, causal, splits=4)
+        return block_attention(query, key, key, prefix, prefix, bound, bound, 1.0, softcap, causal, window, splits=4)
 
     return launch
 
@@ -98,6 +101,19 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     return launch
 
 
+def _experts(when: dict) -> Callable[[], object]:
+    # One canvas through the 128 experts of a layer, top 8, or the rows of a prompt.
+    rows, count, top_k, width = (4096 if when.get("rows") == "many" else CANVAS), 128, 8, 704
+
+    def launch():
+        dtype = DTYPES[when["bytes"]]
+        index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
+        gate_up, down = _empty(count, 2 * width, EMBEDDING, dtype=dtype), _empty(count, EMBEDDING, width, dtype=dtype)
+        return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, gate_up, down)
+
+    return launch
+
+
 def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
     for op, entries in configs.read(name).items():
@@ -114,12 +130,16 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 matrix = when["bytes"] == 2
                 yield label, matrix, _block_attention(when, False, None)
                 if matrix and when["head_dim"] in (256, 512):
+                    # The encoder's; a window is only a number to it.
+                    yield label + " causal", matrix, _block_attention(when, True, None, 1024)
                     yield label + " causal softcap", matrix, _block_attention(when, True, 50.0)
             elif op == "head_stats":
                 yield label, when["bytes"] == 2, _head_stats(when, False)
                 yield label + " two temperatures", when["bytes"] == 2, _head_stats(when, True)
             elif op == "soft_embedding":
                 yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
+            elif op == "experts":
+                yield label, when["bytes"] == 2, _experts(when)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
 

@@ -54,6 +54,7 @@ void register_block_attention(pybind11::module_& m) {
   params.def_readwrite("scale", &P::scale);
   params.def_readwrite("softcap", &P::softcap);
   params.def_readwrite("causal", &P::causal);
+  params.def_readwrite("window", &P::window);
   pointer_field(params, "output", &P::output);
   pointer_field(params, "lse", &P::lse);
   params.def_readwrite("splits", &P::splits);

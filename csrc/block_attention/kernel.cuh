@@ -20,7 +20,8 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionShape<kHeadDim>::kThreads, BlockAttent
   const int row_tiles = (rows.count + Shape::kRows - 1) / Shape::kRows;
   rows.first = int(hw::block_x() % row_tiles) * Shape::kRows;
   const int last_row = rows.first + Shape::kRows < rows.count ? rows.first + Shape::kRows - 1 : rows.count - 1;
-  const KeyWalk walk = key_walk<kHeadDim>(p, hw::block_x() / row_tiles, last_row / rows.group);
+  const KeyWalk walk =
+      key_walk<kHeadDim>(p, hw::block_x() / row_tiles, rows.first / rows.group, last_row / rows.group);
 
   // Steps alternate between the keys and the values of a tile. The buffer that the step before has used up is filled
   // for the step that is kAhead ahead, after the barrier that says so.

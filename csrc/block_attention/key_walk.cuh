@@ -14,12 +14,13 @@ namespace dgemma {
 struct KeyWalk {
   int batch, kv_head;
   int prefix_start, prefix_end, prefix_tiles;
+  int block_start;  // the first slot of the block that any row sees
   int first, end;
 };
 
-// `heads_index`: batch row * Hkv + KV head; `last_position`: of the rows of this block of threads.
+// `heads_index`: batch row * Hkv + KV head; `first_position`, `last_position`: of this block of threads' rows.
 template <int kHeadDim>
-DGEMMA_DEVICE KeyWalk key_walk(const BlockAttentionParams& p, int64_t heads_index, int last_position) {
+DGEMMA_DEVICE KeyWalk key_walk(const BlockAttentionParams& p, int64_t heads_index, int first_position, int last_position) {
   constexpr int kKeys = BlockAttentionShape<kHeadDim>::kKeys;
   KeyWalk walk;
   walk.batch = int(heads_index / p.kv_heads);
@@ -29,9 +30,17 @@ DGEMMA_DEVICE KeyWalk key_walk(const BlockAttentionParams& p, int64_t heads_inde
   const int end = p.prefix_end ? p.prefix_end[walk.batch] : length;
   walk.prefix_start = start < 0 ? 0 : start > length ? length : start;
   walk.prefix_end = end < walk.prefix_start ? walk.prefix_start : end > length ? length : end;
+  walk.block_start = 0;
+  if (p.causal) {
+    // Seen from the block's first position; the row that is furthest ahead of it sees furthest back.
+    const int furthest = first_position + 1 - int(p.window);
+    walk.block_start = furthest < 0 ? 0 : furthest;
+    const int64_t seen = int64_t(walk.prefix_end) + furthest;
+    if (seen > walk.prefix_start) walk.prefix_start = seen > walk.prefix_end ? walk.prefix_end : int(seen);
+  }
   walk.prefix_tiles = (walk.prefix_end - walk.prefix_start + kKeys - 1) / kKeys;
   const int block_keys = p.causal ? last_position + 1 : int(p.length);
-  const int64_t tiles = walk.prefix_tiles + (block_keys + kKeys - 1) / kKeys;
+  const int64_t tiles = walk.prefix_tiles + (block_keys - walk.block_start + kKeys - 1) / kKeys;
   walk.first = int(tiles * hw::block_y() / p.splits);
   walk.end = int(tiles * (hw::block_y() + 1) / p.splits);
   return walk;
@@ -49,7 +58,8 @@ template <class T, int kHeadDim, bool kValues>
 DGEMMA_DEVICE SlotRows<T> tile_rows(const BlockAttentionParams& p, const KeyWalk& walk, int tile) {
   constexpr int kKeys = BlockAttentionShape<kHeadDim>::kKeys;
   const bool in_prefix = tile < walk.prefix_tiles;
-  const int slot = in_prefix ? walk.prefix_start + tile * kKeys : (tile - walk.prefix_tiles) * kKeys;
+  const int slot =
+      in_prefix ? walk.prefix_start + tile * kKeys : walk.block_start + (tile - walk.prefix_tiles) * kKeys;
   const HeadsView& prefix = kValues ? p.prefix_value : p.prefix_key;
   const HeadsView& block = kValues ? p.value : p.key;
   const int64_t stride = in_prefix ? prefix.slot_stride : block.slot_stride;

@@ -19,7 +19,12 @@ int64_t splits_of(const BlockAttentionParams& p, int multiprocessors) {
   using Shape = BlockAttentionShape<kHeadDim>;
   const int64_t work = ceil_div(p.query_heads / p.kv_heads * p.length, Shape::kRows) * p.batch * p.kv_heads;
   const int64_t at_once = int64_t(multiprocessors) * Shape::kBlocks;
-  const int64_t tiles = ceil_div(p.prefix_length, Shape::kKeys) + ceil_div(p.length, Shape::kKeys);
+  int64_t tiles = ceil_div(p.prefix_length, Shape::kKeys) + ceil_div(p.length, Shape::kKeys);
+  // What the first position of a tile of rows sees behind it, and the tile's own positions.
+  if (p.causal) {
+    const int64_t positions = ceil_div(Shape::kRows * p.kv_heads, p.query_heads);
+    tiles = std::min(tiles, ceil_div(p.window + positions, Shape::kKeys) + 1);
+  }
   int64_t best = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t splits = 1; splits <= std::min(kMaxSplits, tiles); ++splits) {
     const int64_t keys = ceil_div(tiles, splits) * Shape::kKeys + kStartKeys + (splits > 1 ? kShareKeys : 0);

@@ -162,21 +162,27 @@ struct BlockAttentionWarp {
       }
     }
     const bool in_prefix = tile < walk.prefix_tiles;
-    const int slot = (in_prefix ? tile : tile - walk.prefix_tiles) * Shape::kKeys;
-    const int slots = (in_prefix ? walk.prefix_end - walk.prefix_start : int(p.length)) - slot;
-    const bool causal = p.causal && !in_prefix;
+    const int slot = in_prefix ? walk.prefix_start + tile * Shape::kKeys
+                               : walk.block_start + (tile - walk.prefix_tiles) * Shape::kKeys;
+    const int slots = (in_prefix ? walk.prefix_end : int(p.length)) - slot;
+    // The rows' windows start within kRows keys of each other, the first one's where the walk does.
+    const bool causal = p.causal && (!in_prefix || tile * Shape::kKeys < Shape::kRows);
     if (slots >= Shape::kKeys && !causal) return;
+    // Where the block's first position is, in slots after this tile's first one.
+    const int block = in_prefix ? slots : -slot;
     DGEMMA_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
       DGEMMA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int up_to_own = hw::recomputed(row(rows, i, half)) / rows.group + 1 - slot;
+        const int up_to_own = hw::recomputed(row(rows, i, half)) / rows.group + 1 + block;
         const int visible = causal && up_to_own < slots ? up_to_own : slots;
+        const int hidden = causal ? up_to_own - int(p.window) : 0;
         DGEMMA_UNROLL
         for (int n = 0; n < kKeyTiles; ++n) {
           DGEMMA_UNROLL
           for (int j = 0; j < 2; ++j)
-            if (n * 8 + lane % 4 * 2 + j >= visible) scores[i][n][2 * half + j] = -INFINITY;
+            if (const int key = n * 8 + lane % 4 * 2 + j; key >= visible || key < hidden)
+              scores[i][n][2 * half + j] = -INFINITY;
         }
       }
     }

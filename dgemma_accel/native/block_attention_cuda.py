@@ -41,6 +41,7 @@ def block_attention(
     scale: float,
     softcap: float | None,
     causal: bool,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.block_attention`, on the current stream of the query's device; waits for nothing.
 
@@ -56,7 +57,7 @@ def block_attention(
         start = None if prefix_start is None else prefix_start.contiguous()
         end = None if prefix_end is None else prefix_end.contiguous()
         params = block_attention_params(
-            query, key, value, prefix_key, prefix_value, start, end, scale, softcap, causal
+            query, key, value, prefix_key, prefix_value, start, end, scale, softcap, causal, window
         )
         output, lse = outputs(params, query)
         splits = native.block_attention_splits(params, _multiprocessors(query.device.index))

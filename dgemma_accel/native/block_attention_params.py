@@ -36,6 +36,7 @@ def block_attention_params(
     scale: float,
     softcap: float | None,
     causal: bool,
+    window: int | None = None,
 ):
     """The struct for these arguments, still without results; they have to stay alive while it is used."""
     params = extension().BlockAttentionParams()
@@ -49,6 +50,8 @@ def block_attention_params(
     params.scale = scale
     params.softcap = 0.0 if softcap is None else softcap
     params.causal = causal
+    if window is not None:
+        params.window = min(window, params.window)
     return params
 
 

@@ -23,6 +23,7 @@ def _block_attention(
     scale: float,
     softcap: float | None,
     causal: bool,
+    window: int | None,
     check: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def _block_attention(
     checks.values_in("prefix_start", prefix_start, 0, length, force=check)
     checks.values_in("prefix_end", prefix_end, 0, length, force=check)
     run = pick("block_attention", backend, _requirements(query))
-    return run(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal)
+    return run(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window)
 
 
 @_block_attention.register_fake
@@ -45,6 +46,7 @@ def _(
     scale,
     softcap,
     causal,
+    window,
     check,
     backend,
 ):
@@ -75,6 +77,17 @@ def _check_heads(name: str, tensor: Tensor, query: Tensor, kv_heads: int, length
     checks.has_shape(name, tensor, expected, "[B, Hkv, length, D]")
 
 
+def _check_window(window: int | None, causal: bool) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: an int or None expected, got {type(window).__name__}")
+    if window < 1:
+        raise ValueError(f"window: must be at least 1, got {window}")
+    if not causal:
+        raise ValueError("window: only for causal=True; without it, prefix_start limits what all queries see")
+
+
 def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -91,6 +104,7 @@ def block_attention(
     scale: float | None = None,
     softcap: float | None = None,
     causal: bool = False,
+    window: int | None = None,
     return_lse: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -110,6 +124,9 @@ def block_attention(
         scale: factor on the scores, default D ** -0.5 (DiffusionGemma uses 1.0).
         softcap: scores s become c * tanh(s / c); c > 0, or None.
         causal: causal inside the block (the encoder's commit pass).
+        window: a query sees keys at a distance below this (1: itself alone), where the block follows slot
+            end_b - 1: query i sees the slots from end_b - (window - 1 - i) and the block's keys from i - window + 1
+            on. Only with `causal`; the sliding layers of the encoder. None: all keys.
         return_lse: also return the log-sum-exp of the scores.
         check: read prefix_start and prefix_end on the device too. Waits for the device.
         backend: "auto", "reference", "triton" or "cuda".
@@ -160,6 +177,8 @@ def block_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale: must be finite, got {scale}")
 
+    _check_window(window, causal)
+
     output, lse = torch.ops.dgemma.block_attention(
         _unit_last_stride(query),
         _unit_last_stride(key),
@@ -171,6 +190,7 @@ def block_attention(
         float(scale),
         checks.softcap_value(softcap),
         bool(causal),
+        window,
         check,
         backend,
     )

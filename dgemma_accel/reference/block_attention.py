@@ -19,6 +19,7 @@ def block_attention(
     scale: float,
     softcap: float | None,
     causal: bool,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V of C block queries over [prefix[start_b:end_b] ; block].
 
@@ -26,6 +27,9 @@ def block_attention(
     `softcap` c turns a scaled score s into c * tanh(s / c). Every query sees the whole prefix range;
     inside the block it sees all keys, or keys 0..i when `causal`. Slots outside [start_b, end_b) are
     never read, so they may hold anything.
+
+    `window` w, in causal calls, hides keys at a distance of w and more: the block follows the prefix, so query i
+    is end_b - s + i positions after slot s and i - j after key j of the block. A query sees itself at distance 0.
 
     Args:
         query: [B, Hq, C, D].
@@ -35,6 +39,7 @@ def block_attention(
         scale: factor on the scores.
         softcap: c > 0, or None.
         causal: mask inside the block only.
+        window: keys at a distance below `window` are seen, at least 1; None for all. Only with `causal`.
 
     Returns:
         (output [B, Hq, C, D] in the query's dtype, stored as [B, C, Hq, D]; lse [B, Hq, C] fp32: natural
@@ -51,9 +56,6 @@ def block_attention(
     starts = [0] * batch if prefix_start is None else prefix_start.tolist()
     ends = [prefix_length] * batch if prefix_end is None else prefix_end.tolist()
 
-    visible = None
-    if causal:
-        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
 
     # The storage order [B, C, Hq, D] is what the output projection reads.
     output = query.new_empty(batch, length, query_heads, head_dim).transpose(1, 2)
@@ -61,14 +63,14 @@ def block_attention(
     for b, (start, end) in enumerate(zip(starts, ends)):
         # [Hkv, group, C, D] against [Hkv, 1, K, D]: the heads of a group share keys without repeating them.
         q = query[b].to(dtype).reshape(kv_heads, group * length, head_dim)
-        block_scores = _scores(q, key[b].to(dtype), scale, softcap)
-        if visible is not None:
-            block_scores = block_scores.masked_fill(~visible.repeat(group, 1), float("-inf"))
+        scores = _scores(q, key[b].to(dtype), scale, softcap)
         values = value[b].to(dtype)
-        scores = block_scores
         if end > start:
             prefix_scores = _scores(q, prefix_key[b, :, start:end].to(dtype), scale, softcap)
-            scores = torch.cat([prefix_scores, block_scores], dim=-1)
+            scores = torch.cat([prefix_scores, scores], dim=-1)
+        if causal:
+            visible = _causal(length, max(end - start, 0), window, query.device)
+            scores = scores.masked_fill(~visible.repeat(group, 1), float("-inf"))
         row_lse = torch.logsumexp(scores, -1)
         weights = torch.softmax(scores, -1)
         result = weights[..., end - start :] @ values if end > start else weights @ values
@@ -77,6 +79,13 @@ def block_attention(
         output[b] = result.view(query_heads, length, head_dim).to(query.dtype)
         lse[b] = row_lse.view(query_heads, length)
     return output, lse.float() if dtype == torch.float32 else lse
+
+
+def _causal(length: int, held: int, window: int | None, device: torch.device) -> Tensor:
+    """[C, held + C] bool: which keys the queries of a block after `held` slots see."""
+    distance = torch.arange(held, held + length, device=device)[:, None] - torch.arange(held + length, device=device)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -165,7 +165,7 @@ def check_block_attention(output: Tensor, lse: Tensor | None, *arguments) -> lis
 
 
 def _plain_attention(
-    q, k, v, prefix_k, prefix_v, start, end, scale, softcap, causal
+    q, k, v, prefix_k, prefix_v, start, end, scale, softcap, causal, window=None
 ) -> tuple[Tensor, Tensor]:
     """What a user writes in PyTorch at the tensors' own dtype: concatenate, repeat, matmul, softmax, matmul."""
     batch, query_heads, length, _ = q.shape
@@ -185,9 +185,10 @@ def _plain_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if causal:
-            hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-            prefix_part = torch.zeros(length, scores.shape[-1] - length, dtype=torch.bool, device=q.device)
-            scores = scores.masked_fill(torch.cat([prefix_part, hidden], -1), float("-inf"))
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(scores.shape[-1] - length)
+            if window is not None:
+                seen &= seen.new_ones(seen.shape).triu(scores.shape[-1] - length - window + 1)
+            scores = scores.masked_fill(~seen, float("-inf"))
         lse[b] = torch.logsumexp(scores.float(), -1)
         output[b] = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
     return output, lse

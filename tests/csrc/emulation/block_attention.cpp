@@ -127,6 +127,7 @@ void run_case(const std::string& folder) {
   p.scale = float(c.number("scale"));
   p.softcap = float(c.number("softcap"));
   p.causal = c.number("causal") != 0;
+  if (c.numbers.count("window") != 0) p.window = int64_t(c.number("window"));
   p.splits = int64_t(c.number("splits"));
   const size_t rows = size_t(p.batch * p.query_heads * p.length), elements = rows * size_t(p.head_dim);
   p.output = c.output<uint16_t>(elements);
