@@ -92,6 +92,7 @@ def test_nothing_shipped_is_left_out(table):
                 assert (capability, label) in compiled
     assert {row["kernel"] for row in table} >= {
         "tile_stats_kernel", "merge_kernel", "commit_kernel", "block_attention_kernel", "merge_splits_kernel",
+        "route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
     }  # fmt: skip
     assert any(row["matrix_expected"] for row in table)
 
@@ -130,5 +131,9 @@ def test_configuration_files_answer_every_call():
                 assert use["block_m"] % 16 == 0 and use["block_n"] % 16 == 0
         for block in (1, 2, 64, 256, 512, 1024):
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
+        for size in (2, 4):
+            for rows in ("few", "many"):
+                use = configs._select(name, "experts", (("bytes", size), ("rows", rows)))
+                assert all(use[key] % 16 == 0 for key in ("block_m", "up_n", "up_k", "down_n", "down_k"))
         with pytest.raises(LookupError, match=f"configs/{name}.json: no entry of commit"):
             configs._select(name, "commit", (("block", 2048),))

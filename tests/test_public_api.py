@@ -11,7 +11,7 @@ import torch
 import dgemma_accel
 from dgemma_accel import backends
 
-OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
 
 def python(code, **environment):
@@ -46,6 +46,7 @@ def test_all_names_exist_and_are_documented():
         ("commit", "tokens stats rule write candidates seed offset backend"),
         ("head_stats", "hidden weight softcap temperature uniform backend"),
         ("soft_embedding", "logits stats weight softcap temperature tolerance backend"),
+        ("experts", "hidden index weights gate_up down activation backend"),
         ("accelerate", "model backend"),
         ("restore", "model"),
     ],

@@ -1,0 +1,185 @@
+"""experts: every backend against fp64 truth, with every kind of routing."""
+
+import pytest
+import torch
+
+import dgemma_accel
+from dgemma_accel.reference.budget_experts import check_experts
+
+OP = "experts"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=False):
+    """(hidden, index, weights, gate_up, down), K different experts a row; skewed: all rows choose the first."""
+    scores = torch.rand(rows, count)
+    if skewed:
+        scores[:, 0] = 2.0
+        scores[:, count // 2 :] -= 2.0
+    weights = torch.rand(rows, top_k) + 0.1
+    tensors = (
+        torch.randn(rows, embedding).to(dtype),
+        scores.topk(top_k).indices,
+        weights / weights.sum(-1, keepdim=True),
+        (torch.randn(count, 2 * width, embedding) * embedding**-0.5).to(dtype),
+        (torch.randn(count, embedding, width) * width**-0.5).to(dtype),
+    )
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
+def run(case, backend, **settings):
+    result = dgemma_accel.experts(*case, backend=backend, **settings)
+    return result, check_experts(result, *case, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows, top_k, count, width, embedding",
+    [(1, 1, 1, 1, 1), (7, 3, 5, 24, 40), (40, 4, 16, 70, 130), (130, 2, 3, 16, 96)],
+)
+def test_within_budget(backend, device, dtype, rows, top_k, count, width, embedding):
+    case = make_case(rows, top_k, count, width, embedding, dtype, device)
+    result, problems = run(case, backend)
+    assert result.shape == (rows, embedding) and result.dtype == dtype
+    assert not problems
+
+
+def test_skewed_routing(backend, device):
+    """One expert has every row, half of them have none."""
+    case = make_case(100, 3, 12, 20, 48, torch.float32, device, skewed=True)
+    assert (case[1] == 0).sum() == 100 and not (case[1] >= 6).any()
+    assert not run(case, backend)[1]
+
+
+def test_every_row_to_one_expert_many_times(backend, device):
+    hidden, index, weights, gate_up, down = make_case(33, 4, 5, 16, 32, torch.float32, device)
+    case = (hidden, torch.full_like(index, 3), weights, gate_up, down)
+    result, problems = run(case, backend)
+    assert not problems
+    single = dgemma_accel.experts(hidden, index[:, :1] * 0 + 3, weights.sum(1, True), gate_up, down, backend=backend)
+    assert torch.allclose(result, single, atol=1e-5)
+
+
+def test_choices_of_no_expert_add_nothing(backend, device):
+    """X means no expert; its weight may be anything, and a row may have chosen nothing at all."""
+    hidden, index, weights, gate_up, down = make_case(20, 3, 6, 16, 32, torch.float32, device)
+    index[::2, 1], weights[::2, 1] = 6, float("nan")
+    index[4] = 6
+    result, problems = run((hidden, index, weights, gate_up, down), backend)
+    assert not problems
+    assert not result[4].any() and result[5].any()
+
+
+def test_silu(backend, device):
+    case = make_case(9, 2, 4, 24, 40, torch.float32, device)
+    result, problems = run(case, backend, activation="silu")
+    assert not problems and check_experts(result, *case, activation="gelu_tanh")
+
+
+def test_large_gates(backend, device):
+    """Where e^-g overflows the gate is 0 or the identity, not NaN."""
+    hidden, index, weights, gate_up, down = make_case(8, 2, 3, 16, 32, torch.float32, device)
+    for activation in ("gelu_tanh", "silu"):
+        result, problems = run((hidden * 300, index, weights, gate_up, down), backend, activation=activation)
+        assert not problems and result.isfinite().all()
+
+
+def test_views(backend, device):
+    """Strides of every tensor are respected, and what lies beside a view is not read."""
+    hidden, index, weights, gate_up, down = make_case(11, 3, 4, 24, 40, torch.float32, device)
+
+    def inside(tensor, *slices):
+        wide = torch.full([2 * size + 3 for size in tensor.shape], float("nan"), device=device)
+        view = wide[tuple(slice(1, 1 + step * size, step) for size, step in zip(tensor.shape, slices))]
+        return view.copy_(tensor)
+
+    case = (
+        inside(hidden, 2, 1), index.t().contiguous().t(), inside(weights, 1, 2), inside(gate_up, 2, 1, 1),
+        inside(down, 2, 1, 2),
+    )  # fmt: skip
+    result, problems = run(case, backend)
+    assert not problems
+    assert torch.allclose(result, run((hidden, index, weights, gate_up, down), backend)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, top_k", [(0, 2), (3, 0)])
+def test_nothing_to_do(backend, device, rows, top_k):
+    case = make_case(rows, top_k, 4, 16, 32, torch.float32, device)
+    result, _ = run(case, backend)
+    assert result.shape == (rows, 32) and not result.any()
+
+
+def test_weights_of_the_models_dtype(backend, device):
+    hidden, index, weights, gate_up, down = make_case(9, 2, 4, 24, 40, torch.bfloat16, device)
+    assert not run((hidden, index, weights.bfloat16(), gate_up, down), backend)[1]
+
+
+def test_runs_repeat_and_rows_do_not_depend_on_others(backend, device):
+    case = make_case(60, 4, 8, 24, 40, torch.float32, device)
+    first, again = run(case, backend)[0], run(case, backend)[0]
+    assert torch.equal(first, again)
+    part = dgemma_accel.experts(*(t[10:20] for t in case[:3]), *case[3:], backend=backend)
+    assert torch.allclose(first[10:20], part, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_budget_fails_zeros_a_dropped_expert_and_a_wrong_weight(dtype):
+    hidden, index, weights, gate_up, down = case = make_case(32, 4, 8, 64, 96, dtype, "cpu")
+    result, problems = run(case, "reference")
+    assert not problems
+    assert check_experts(torch.zeros_like(result), *case)
+    without = torch.where(index == 5, 8, index)
+    assert check_experts(dgemma_accel.experts(hidden, without, *case[2:], backend="reference"), *case)
+    one_choice = index.clone()
+    one_choice[7, 2] = 8
+    assert check_experts(dgemma_accel.experts(hidden, one_choice, *case[2:], backend="reference"), *case)
+    wrong = dgemma_accel.experts(hidden, index, weights * 1.1, gate_up, down, backend="reference")
+    assert check_experts(wrong, *case)
+    swapped = torch.cat(gate_up.chunk(2, 1)[::-1], 1)
+    assert check_experts(dgemma_accel.experts(hidden, index, weights, swapped, down, backend="reference"), *case)
+    assert check_experts(dgemma_accel.experts(*case, activation="silu", backend="reference"), *case)
+    narrow = gate_up.clone()
+    narrow[:, 48:64] = 0
+    assert check_experts(dgemma_accel.experts(hidden, index, weights, narrow, down, backend="reference"), *case)
+
+
+H, I, W, GU, D = make_case(3, 2, 4, 5, 6, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments, kwargs, error, text",
+    [
+        ((H.tolist(), I, W, GU, D), {}, TypeError, "hidden: a torch.Tensor expected, got list"),
+        ((H.double(), I, W, GU, D), {}, TypeError, "hidden: dtype must be one of"),
+        ((H[0], I, W, GU, D), {}, ValueError, r"hidden: shape must be \[R, E\]"),
+        ((H, I.int(), W, GU, D), {}, TypeError, "index: dtype must be one of int64, got int32"),
+        ((H, I[:2], W, GU, D), {}, ValueError, r"index: shape must be \[3, K\] like hidden, got \(2, 2\)"),
+        ((H, I, W[:, :1], GU, D), {}, ValueError, r"weights: shape must be \(3, 2\)"),
+        ((H, I, W.long(), GU, D), {}, TypeError, "weights: dtype must be one of"),
+        ((H, I, W, GU[:, :9], D), {}, ValueError, r"gate_up: shape must be \(4, 10, 6\)"),
+        ((H, I, W, GU[:3], D), {}, ValueError, "gate_up: shape must be"),
+        ((H, I, W, GU.half(), D), {}, TypeError, "gate_up: dtype must be one of float32, got float16"),
+        ((H, I, W, GU, D.half()), {}, TypeError, "down: dtype must be one of float32, got float16"),
+        ((H, I, W, GU, D[:, :5]), {}, ValueError, r"down: shape must be \[X, 6, I\] like hidden"),
+        ((H, I, W, GU, D[0]), {}, ValueError, "down: shape must be"),
+        ((H, I, W, GU.to("meta"), D), {}, ValueError, "gate_up: must be on cpu like hidden, got meta"),
+        ((H, I - 4, W, GU, D), {}, ValueError, r"index: values must be in \[0, 4\], got -"),
+        ((H, I + 4, W, GU, D), {}, ValueError, r"index: values must be in \[0, 4\]"),
+        ((H, I, W, GU, D), {"activation": "relu"}, ValueError, "activation: must be one of"),
+        ((H, I, W, GU, D), {"backend": "cpp"}, dgemma_accel.backends.BackendError, "no cpp implementation"),
+    ],
+)
+def test_bad_input(arguments, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        dgemma_accel.experts(*arguments, **{"backend": "reference"} | kwargs)
+
+
+def test_opcheck(backend, device):
+    case = make_case(6, 2, 4, 16, 32, torch.float32, device)
+    torch.library.opcheck(torch.ops.dgemma.experts.default, (*case, "gelu_tanh", False, backend))
+
+
+def test_compiles_whole(backend, device):
+    case = make_case(6, 2, 4, 16, 32, torch.float32, device)
+    compiled = torch.compile(lambda *c: dgemma_accel.experts(*c, backend=backend) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*case), run(case, backend)[0] * 2)
