@@ -7,8 +7,10 @@
 #include "statistics.h"
 
 #if defined(DGEMMA_ISA_AVX512)
+#include <immintrin.h>
 #define DGEMMA_LANES 16
 #elif defined(DGEMMA_ISA_AVX2)
+#include <immintrin.h>
 #define DGEMMA_LANES 8
 #else
 #define DGEMMA_LANES 4
@@ -54,11 +56,61 @@ DGEMMA_HD Vector load(const Float16* pointer) {
 
 DGEMMA_HD void store(float* pointer, Vector value) { __builtin_memcpy(pointer, &value, sizeof value); }
 
-// In both of these a NaN in `value` stays.
-DGEMMA_HD Vector at_least(Vector value, float bound) { return value < bound ? splat(bound) : value; }
-DGEMMA_HD Vector at_most(Vector value, float bound) { return value > bound ? splat(bound) : value; }
+// a > b ? a : b, so that a NaN in `a` is passed over and one in `b` stays; named because the compiler makes two
+// instructions of the comparison where the instruction set has one.
+#if defined(DGEMMA_ISA_AVX512)
+DGEMMA_HD Vector larger(Vector a, Vector b) {
+  // All lanes by a mask: the plain form makes GCC warn of a variable in its own header.
+  return (Vector)_mm512_maskz_max_ps(__mmask16(0xffff), (__m512)a, (__m512)b);
+}
+#elif defined(DGEMMA_ISA_AVX2)
+DGEMMA_HD Vector larger(Vector a, Vector b) { return (Vector)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 DGEMMA_HD Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-DGEMMA_HD Vector smaller(Vector a, Vector b) { return a > b ? b : a; }
+#endif
+
+// A NaN in `value` stays.
+DGEMMA_HD Vector at_least(Vector value, float bound) { return larger(splat(bound), value); }
+DGEMMA_HD Vector at_most(Vector value, float bound) { return value > bound ? splat(bound) : value; }
+
+DGEMMA_HD bool any_lane(VectorInt mask) {
+#if defined(DGEMMA_ISA_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(DGEMMA_ISA_AVX2)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  return mask[0] | mask[1] | mask[2] | mask[3];
+#endif
+}
+
+// The largest lane.
+DGEMMA_HD float largest_lane(Vector value) {
+  float result = -INFINITY;
+  for (int lane = 0; lane < DGEMMA_LANES; ++lane) result = larger(value[lane], result);
+  return result;
+}
+
+DGEMMA_HD double sum_of_lanes(Vector value) {
+  double result = 0;
+  for (int lane = 0; lane < DGEMMA_LANES; ++lane) result += double(value[lane]);
+  return result;
+}
+
+// 2^t for t in [kLowestPower, 0], within 1.7e-7 of itself and exact at 0; NaN stays.
+constexpr float kLowestPower = -126.0f;
+
+DGEMMA_HD Vector exp2_of_difference(Vector t) {
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits; 127 more makes them an exponent field.
+  const Vector shifted = t + 12583039.0f;
+  const Vector f = t - (shifted - 12583039.0f);
+  // Minimax fit of (2^f - 1) / f for |f| <= 1/2; relative error of 2^f below 1.7e-7 with fp32's roundings.
+  Vector p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return p * (Vector)((VectorInt)shifted << 23);
+}
 
 // e^x = 2^n e^r with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2.
 struct Reduced {

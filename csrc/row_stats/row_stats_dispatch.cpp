@@ -1,5 +1,7 @@
 // Picks the instruction set and runs the host implementation on threads.
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <stdexcept>
 
 #include "../common/parallel.h"
@@ -58,19 +60,21 @@ size_t row_stats_host_workspace(const RowStatsParams& params) {
   return size_t(params.rows0 * params.rows1 * host_tiles(params)) * sizeof(TileStatistics);
 }
 
-void row_stats_host(const RowStatsParams& params, int threads, const std::string& isa) {
+void row_stats_host(const RowStatsParams& params, int threads, const std::string& isa, bool statistics) {
   const RowStatsHost& host = table_of(isa);
-  const int64_t tiles = host_tiles(params), rows = params.rows0 * params.rows1;
-  // Work is handed out in runs of tiles, long enough that a hand-out costs nothing beside them and short
-  // enough that the threads end together.
-  const int64_t grain = std::clamp<int64_t>(rows * tiles / (int64_t{threads} * 32 + 1), 1, 64);
-  parallel_for(rows * tiles, grain, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) host.tile(params, i / tiles, i % tiles);
+  const int64_t segments = host_segments(params), rows = params.rows0 * params.rows1;
+  // A row is finished by whoever ends its last segment, so the threads meet once.
+  std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(rows)]);
+  for (int64_t row = 0; row < rows; ++row) left[row].store(segments, std::memory_order_relaxed);
+  // A hand-out is long enough to cost nothing beside its work, and short enough that the threads end together.
+  const int64_t grain = std::clamp<int64_t>(rows * segments / (int64_t{threads} * 32 + 1), 1, 8);
+  parallel_for(rows * segments, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = i / segments;
+      host.segment(params, statistics, row, i % segments);
+      if (left[row].fetch_sub(1, std::memory_order_acq_rel) == 1) host.finish(params, statistics, row);
+    }
   });
-  parallel_for(rows, std::clamp<int64_t>(rows / (int64_t{threads} * 4 + 1), 1, 16), threads,
-               [&](int64_t first, int64_t last) {
-                 for (int64_t row = first; row < last; ++row) host.finish(params, row);
-               });
 }
 
 }  // namespace dgemma

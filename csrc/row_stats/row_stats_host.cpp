@@ -38,110 +38,185 @@ Row row_of(const RowStatsParams& params, int64_t row) {
   return result;
 }
 
+// The logits of a tile after softcap: where they stand, or a copy where they have to be converted.
 struct Tile {
-  alignas(64) float x[kHostTile];  // logits after softcap; -inf after the end
-  int64_t vectors;                 // vectors that hold a logit
+  const float* x;
+  int64_t full;  // vectors that are all logits
+  Vector tail;   // what follows them; -inf after the end
+  float max;     // -inf where there is nothing; a NaN is passed over
+  bool ordered;  // no NaN; only looked for by kCheck
+  alignas(64) float copy[kHostTile];
+
+  DGEMMA_MEMBER Vector at(int64_t i) const { return i < full ? load(x + i * DGEMMA_LANES) : tail; }
 };
 
-template <class T, bool kSoftcap>
+// Independent accumulators, so that one vector does not wait for the one before.
+constexpr int kChains = 4;
+
+template <class T, bool kSoftcap, bool kCheck>
 void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
+  constexpr bool kCopy = kSoftcap || sizeof(T) != sizeof(float);
   const float inverse_softcap = 1.0f / softcap;
-  const int64_t full = count / DGEMMA_LANES;
-  for (int64_t i = 0; i < full; ++i) {
-    Vector x = load(logits + i * DGEMMA_LANES);
-    if (kSoftcap) x = tanh(x * inverse_softcap) * softcap;
-    store(tile.x + i * DGEMMA_LANES, x);
+  Vector max[kChains];
+  for (Vector& chain : max) chain = splat(-INFINITY);
+  VectorInt ordered = VectorInt{} - 1;
+  const auto capped = [&](Vector x) { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; };
+  const auto take = [&](int64_t i, Vector& chain) {
+    const Vector x = capped(load(logits + i * DGEMMA_LANES));
+    if (kCheck) ordered &= x == x;
+    if (kCopy) store(tile.copy + i * DGEMMA_LANES, x);
+    chain = larger(x, chain);
+  };
+  tile.x = kCopy ? tile.copy : reinterpret_cast<const float*>(logits);
+  tile.full = count / DGEMMA_LANES;
+  int64_t i = 0;
+  for (; i + kChains <= tile.full; i += kChains)
+    for (int c = 0; c < kChains; ++c) take(i + c, max[c]);
+  for (; i < tile.full; ++i) take(i, max[0]);
+
+  tile.tail = splat(-INFINITY);
+  const int64_t rest = count - tile.full * DGEMMA_LANES;
+  if (rest > 0) {
+    T last[DGEMMA_LANES] = {};
+    __builtin_memcpy(last, logits + tile.full * DGEMMA_LANES, rest * sizeof(T));
+    tile.tail = capped(load(last));
+    for (int64_t lane = rest; lane < DGEMMA_LANES; ++lane) tile.tail[lane] = -INFINITY;
+    if (kCheck) ordered &= tile.tail == tile.tail;
+    max[1] = larger(tile.tail, max[1]);
   }
-  tile.vectors = full;
-  const int64_t rest = count - full * DGEMMA_LANES;
-  if (rest == 0) return;
-  T last[DGEMMA_LANES] = {};
-  __builtin_memcpy(last, logits + full * DGEMMA_LANES, rest * sizeof(T));
-  Vector x = load(last);
-  if (kSoftcap) x = tanh(x * inverse_softcap) * softcap;
-  for (int64_t lane = rest; lane < DGEMMA_LANES; ++lane) x[lane] = -INFINITY;
-  store(tile.x + full * DGEMMA_LANES, x);
-  ++tile.vectors;
+  tile.max = largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+  tile.ordered = true;
+  for (int lane = 0; lane < DGEMMA_LANES; ++lane) tile.ordered = tile.ordered && ordered[lane];
 }
 
-template <class T>
+template <bool kCheck, class T>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   const T* logits = reinterpret_cast<const T*>(row.logits) + index * kHostTile;
   const int64_t left = params.vocab - index * kHostTile;
   const int64_t count = left < kHostTile ? left : kHostTile;
   if (params.softcap > 0)
-    read_tile<T, true>(logits, count, params.softcap, tile);
+    read_tile<T, true, kCheck>(logits, count, params.softcap, tile);
   else
-    read_tile<T, false>(logits, count, 1.0f, tile);
+    read_tile<T, false, kCheck>(logits, count, 1.0f, tile);
 }
 
+template <bool kCheck>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   switch (params.dtype) {
-    case Dtype::kFloat32: return read_tile<float>(params, row, index, tile);
-    case Dtype::kFloat16: return read_tile<Float16>(params, row, index, tile);
-    case Dtype::kBFloat16: return read_tile<Bfloat16>(params, row, index, tile);
+    case Dtype::kFloat32: return read_tile<kCheck, float>(params, row, index, tile);
+    case Dtype::kFloat16: return read_tile<kCheck, Float16>(params, row, index, tile);
+    case Dtype::kBFloat16: return read_tile<kCheck, Bfloat16>(params, row, index, tile);
   }
 }
 
-template <bool kTwoTemperatures>
-TileStatistics statistics_of(const Tile& tile, const Row& row) {
-  Vector max = splat(-INFINITY), second = max;
-  for (int64_t i = 0; i < tile.vectors; ++i) {
-    const Vector x = load(tile.x + i * DGEMMA_LANES);
-    second = larger(second, smaller(x, max));
-    max = larger(x, max);
-  }
-  TileStatistics result{-INFINITY, -INFINITY, 0, 0, 0};
-  for (int lane = 0; lane < DGEMMA_LANES; ++lane) {
-    result.second = larger(larger(result.second, second[lane]), smaller(max[lane], result.max));
-    result.max = larger(max[lane], result.max);
-  }
+// Powers of two: e^(difference / temperature) = 2^(difference * factor).
+DGEMMA_HD float power_factor(float inverse) {
+  const float factor = inverse * 1.44269504089f;
+  return factor > kLargestFloat ? kLargestFloat : factor;
+}
 
-  const float reference = result.max < -kLargestFloat ? -kLargestFloat : result.max;
-  Vector z = {}, s = {}, mass = {};
-  for (int64_t i = 0; i < tile.vectors; ++i) {
-    const Vector difference = load(tile.x + i * DGEMMA_LANES) - reference;
-    const Vector d = at_least(difference * row.inverse_stats, -200.0f);
-    const Vector e = exp_of_difference(d);
-    z += e;
-    s += d * e;
-    if (kTwoTemperatures) mass += exp_of_difference(at_least(difference * row.inverse_sampling, -200.0f));
+// z, s and mass of a tile whose max is known. `ahead` is where the next tile begins.
+template <bool kTwoTemperatures>
+void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahead_step, TileStatistics& result) {
+  const float reference = tile.max < -kLargestFloat ? -kLargestFloat : tile.max;
+  const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
+  Vector z[kChains] = {}, s[kChains] = {}, mass[kChains] = {};
+  const auto take = [&](Vector x, int c) {
+    const Vector difference = x - reference;
+    const Vector t = at_least(difference * stats, kLowestPower);
+    const Vector e = exp2_of_difference(t);
+    z[c] += e;
+    s[c] += t * e;
+    if (kTwoTemperatures) mass[c] += exp2_of_difference(at_least(difference * sampling, kLowestPower));
+  };
+  int64_t i = 0;
+  for (; i + kChains <= tile.full; i += kChains) {
+    for (int c = 0; c < kChains; ++c) {
+      take(load(tile.x + (i + c) * DGEMMA_LANES), c);
+      __builtin_prefetch(ahead + (i + c) * ahead_step);
+    }
   }
-  for (int lane = 0; lane < DGEMMA_LANES; ++lane) {
-    result.z += z[lane];
-    result.s += s[lane];
-    result.mass += kTwoTemperatures ? mass[lane] : z[lane];
-  }
-  return result;
+  for (; i < tile.full; ++i) take(load(tile.x + i * DGEMMA_LANES), 0);
+  take(tile.tail, 1);
+  const auto sum = [](const Vector* chains) { return sum_of_lanes((chains[0] + chains[1]) + (chains[2] + chains[3])); };
+  result.z = sum(z);
+  result.s = sum(s) * 0.693147180559945f;
+  result.mass = kTwoTemperatures ? sum(mass) : result.z;
 }
 
 DGEMMA_HD TileStatistics* tiles_of(const RowStatsParams& params, int64_t row) {
   return static_cast<TileStatistics*>(params.workspace) + row * host_tiles(params);
 }
 
-void run_tile(const RowStatsParams& params, int64_t row_index, int64_t index) {
+// A tile this far below another one, in powers of e, holds less than 2^31 e^-60 < 2e-17 of the row's mass: nothing
+// that a sum, an entropy or a draw could see.
+constexpr float kNegligible = -60.0f;
+
+void run_segment(const RowStatsParams& params, bool statistics, int64_t row_index, int64_t segment) {
   const Row row = row_of(params, row_index);
+  const bool powers = statistics || !row.greedy;
+  const int64_t size = element_size(params.dtype), tiles = host_tiles(params);
+  const int64_t first = segment * kHostSegment;
+  const int64_t end = first + kHostSegment < tiles ? first + kHostSegment : tiles;
+  const float slower = row.inverse_stats < row.inverse_sampling ? row.inverse_stats : row.inverse_sampling;
+  float highest = -INFINITY;
   Tile tile;
-  read_tile(params, row, index, tile);
-  tiles_of(params, row_index)[index] =
-      row.two_temperatures ? statistics_of<true>(tile, row) : statistics_of<false>(tile, row);
+  for (int64_t index = first; index < end; ++index) {
+    TileStatistics& result = tiles_of(params, row_index)[index];
+    result = TileStatistics{-INFINITY, -INFINITY, 0, 0, 0};
+    // Powers show a NaN by themselves; without them it has to be looked for.
+    read_tile<true>(params, row, index, tile);
+    result.max = tile.max;
+    highest = larger(tile.max, highest);
+    if (!tile.ordered) result.z = result.mass = NAN;
+    if (!powers || !tile.ordered || scaled_difference(tile.max, highest, slower) < kNegligible) continue;
+    const char* ahead = row.logits + (index + 1) * kHostTile * size;
+    if (row.two_temperatures)
+      add_powers<true>(tile, row, ahead, DGEMMA_LANES * size, result);
+    else
+      add_powers<false>(tile, row, ahead, DGEMMA_LANES * size, result);
+  }
 }
 
 DGEMMA_HD double weight(float d) { return d < kLowestExponent ? 0.0 : exp(double(d)); }
 
-int64_t first_equal(const Tile& tile, float value) {
-  for (int64_t i = 0; i < tile.vectors * DGEMMA_LANES; ++i)
-    if (tile.x[i] == value) return i;
-  return 0;
+struct Top {
+  int64_t first;  // the first place of the tile's maximum
+  float second;   // the largest of the others
+};
+
+Top top_of(const Tile& tile) {
+  Top result{0, -INFINITY};
+  Vector second = splat(-INFINITY);
+  int64_t equal = 0;
+  for (int64_t i = 0; i <= tile.full; ++i) {
+    const Vector x = tile.at(i);
+    const VectorInt same = x == tile.max;
+    second = larger(same ? splat(-INFINITY) : x, second);
+    if (!any_lane(same)) continue;
+    for (int lane = 0; lane < DGEMMA_LANES; ++lane)
+      if (same[lane] && equal++ == 0) result.first = i * DGEMMA_LANES + lane;
+  }
+  result.second = equal > 1 ? tile.max : largest_lane(second);
+  return result;
 }
 
 // The first token of the tile at which the cumulated mass exceeds `target`, never one without mass.
-int64_t invert_tile(Tile& tile, float max, float inverse_sampling, double target) {
+int64_t invert_tile(const Tile& tile, float max, float inverse_sampling, double target) {
   int64_t last = 0;
   double sum = 0;
-  for (int64_t i = 0; i < tile.vectors; ++i) {
-    const Vector x = load(tile.x + i * DGEMMA_LANES);
-    const Vector e = exp_of_difference(at_least((x - max) * inverse_sampling, -200.0f));
+  const float factor = power_factor(inverse_sampling);
+  for (int64_t i = 0; i <= tile.full; ++i) {
+    const Vector t = at_least((tile.at(i) - max) * factor, kLowestPower);
+    const Vector e = t > kLowestPower ? exp2_of_difference(t) : Vector{};
+    // A vector that does not reach the target is passed over as a whole.
+    const double own = sum_of_lanes(e);
+    if (own > 0 && !(sum + own > target)) {
+      sum += own;
+      for (int lane = 0; lane < DGEMMA_LANES; ++lane)
+        if (e[lane] > 0) last = i * DGEMMA_LANES + lane;
+      continue;
+    }
     for (int lane = 0; lane < DGEMMA_LANES; ++lane) {
       if (!(e[lane] > 0)) continue;
       last = i * DGEMMA_LANES + lane;
@@ -152,7 +227,7 @@ int64_t invert_tile(Tile& tile, float max, float inverse_sampling, double target
   return last;
 }
 
-void run_finish(const RowStatsParams& params, int64_t row_index) {
+void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index) {
   const Row row = row_of(params, row_index);
   const TileStatistics* tiles = tiles_of(params, row_index);
   const int64_t count = host_tiles(params);
@@ -160,7 +235,7 @@ void run_finish(const RowStatsParams& params, int64_t row_index) {
   float max = -INFINITY, second = -INFINITY;
   int64_t argmax_tile = 0;
   for (int64_t t = 0; t < count; ++t) {
-    second = larger(larger(second, tiles[t].second), smaller(tiles[t].max, max));
+    second = larger(smaller(tiles[t].max, max), second);
     if (tiles[t].max > max) {
       max = tiles[t].max;
       argmax_tile = t;
@@ -175,21 +250,25 @@ void run_finish(const RowStatsParams& params, int64_t row_index) {
     mass += tiles[t].mass * weight(scaled_difference(tiles[t].max, max, row.inverse_sampling));
   }
 
+  Tile tile;
+  read_tile<false>(params, row, argmax_tile, tile);
+  const Top top = top_of(tile);
+  second = larger(top.second, second);
+  if (row.greedy && !statistics) {
+    // No power was summed: z is 0, or NaN where there was one.
+    z = z == 0 && fabsf(max) <= kLargestFloat ? 1 : NAN;
+  }
   const RowResult result = finish_row(max, second, z, s, row.stats_temperature);
-  params.entropy[row_index] = result.entropy;
-  params.logsumexp[row_index] = result.logsumexp;
-  params.top1_prob[row_index] = result.top1_prob;
-  params.top2_prob[row_index] = result.top2_prob;
+  params.entropy[row_index] = statistics ? result.entropy : NAN;
+  params.logsumexp[row_index] = statistics ? result.logsumexp : NAN;
+  params.top1_prob[row_index] = statistics ? result.top1_prob : NAN;
+  params.top2_prob[row_index] = statistics ? result.top2_prob : NAN;
+  params.sample_prob[row_index] = statistics ? result.top1_prob : NAN;
   params.argmax[row_index] = params.sample[row_index] = 0;
-  params.sample_prob[row_index] = 0;
   if (!result.valid) return;
 
-  Tile tile;
-  read_tile(params, row, argmax_tile, tile);
-  const int64_t argmax = argmax_tile * kHostTile + first_equal(tile, max);
-  params.argmax[row_index] = argmax;
-  params.sample[row_index] = argmax;
-  params.sample_prob[row_index] = result.top1_prob;
+  const int64_t argmax = argmax_tile * kHostTile + top.first;
+  params.argmax[row_index] = params.sample[row_index] = argmax;
   if (row.greedy) return;
 
   const float uniform = params.uniform ? params.uniform[row_index]
@@ -208,15 +287,15 @@ void run_finish(const RowStatsParams& params, int64_t row_index) {
     before += own;
     if (before > target) break;
   }
-  if (chosen != argmax_tile) read_tile(params, row, chosen, tile);
+  if (chosen != argmax_tile) read_tile<false>(params, row, chosen, tile);
   const int64_t index = invert_tile(tile, max, row.inverse_sampling, target - chosen_before);
-  const float d = scaled_difference(tile.x[index], max, row.inverse_stats);
+  const float d = scaled_difference(tile.at(index / DGEMMA_LANES)[index % DGEMMA_LANES], max, row.inverse_stats);
   params.sample[row_index] = chosen * kHostTile + index;
-  params.sample_prob[row_index] = float(weight(d) / z);
+  if (statistics) params.sample_prob[row_index] = float(weight(d) / z);
 }
 
 }  // namespace
 
-const RowStatsHost DGEMMA_TABLE = {run_tile, run_finish};
+const RowStatsHost DGEMMA_TABLE = {run_segment, run_finish};
 
 }  // namespace dgemma
