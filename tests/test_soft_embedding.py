@@ -97,6 +97,48 @@ def test_exact_is_the_reference_model(backend, device):
     assert (default - truth).abs().max() < (exact - truth).abs().max(), "the default is nearer the truth"
 
 
+@pytest.mark.parametrize("vocab", [900, 9001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_exact_in_slices_is_the_unsliced_form(backend, device, dtype, vocab):
+    """The same roundings: only the order of two fp32 sums may differ, which shows in one last place at most."""
+    logits, weight = make_case(9, vocab, 48, dtype, device, settled=0.3)
+    logits[4, 5] = math.nan
+    temperature = torch.linspace(0.4, 1.5, 9, device=device)
+    settings = {"temperature": temperature, "softcap": 30.0}
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference", **settings)
+    result = dgemma_accel.soft_embedding(logits, stats, weight, exact=True, backend=backend, **settings)
+    whole = dgemma_accel.soft_embedding(logits, stats, weight, exact=True, backend="reference", **settings)
+    assert not result[4].any() and result[3].any()
+    scale = whole.float().abs().amax(-1, keepdim=True)
+    difference = (result.float() - whole.float()).abs()
+    spacing = torch.finfo(dtype).eps if dtype != torch.float32 else 64 * torch.finfo(dtype).eps
+    assert (difference <= spacing * scale).all()
+    if dtype != torch.float32:
+        assert (result == whole).float().mean() > 0.97
+
+
+def test_exact_holds_no_table_in_fp32():
+    """Its largest temporary is a slice: the vocabulary can double without it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dgemma_accel.native.soft_embedding_chunked import HOST_SLICE, exact_soft_embedding
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                self.elements = max(self.elements, out.untyped_storage().nbytes() // 4)
+            return out
+
+    logits, weight = make_case(8, 4 * HOST_SLICE, 4, torch.bfloat16, "cpu")
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
+    with Largest() as seen:
+        exact_soft_embedding(logits[None], stats.logsumexp[None], weight, torch.tensor(1.0), None)
+    assert 0 < seen.elements <= 8 * HOST_SLICE
+
+
 def test_budget_fails_zeros_wrong_temperature_and_a_dropped_tile():
     for dtype in (torch.float32, torch.bfloat16):
         logits, weight = make_case(8, 4096, 32, dtype, "cpu", settled=0.0)

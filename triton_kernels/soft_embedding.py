@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..reference import soft_embedding as reference_soft_embedding
+from ..native.soft_embedding_chunked import exact_soft_embedding
 from .block_attention import split_count
 from .common import (
     CAPABILITIES,
@@ -243,13 +243,13 @@ def soft_embedding(
     The probabilities are computed in fp32 and rounded to the dtype of `weight` for the product, which accumulates in
     fp32; a row's result is scaled by the mass that rounding changed. Tiles of rows x vocabulary (`block_m` x `block_v`
     of the configuration) in which no row holds more than `tolerance` are left out. exact=True takes the
-    reference's own arithmetic.
+    reference's own roundings, in slices, by PyTorch.
 
     Args:
         splits: into how many stretches the chosen tiles of a slice are cut; None takes the number that fills the GPU.
     """
     if exact:
-        return reference_soft_embedding(logits, logsumexp, weight, temperature, softcap, exact=True)
+        return exact_soft_embedding(logits, logsumexp, weight, temperature, softcap)
     shape, (vocab, embedding) = logits.shape[:-1], weight.shape
     rows = shape.numel()
     output = weight.new_empty(*shape, embedding)

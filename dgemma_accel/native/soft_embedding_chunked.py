@@ -1,25 +1,47 @@
 """soft_embedding in slices of the vocabulary: probabilities of one slice at a time, empty slices left out.
 
-This is the `cpp` backend on the host and the `cuda` backend (vendor matrix product) on a GPU. It never holds more
-than one slice of probabilities.
+This is the `cpp` backend on the host and the `cuda` backend (vendor matrix product) on a GPU, and exact=True of the
+Triton backend. It never holds more than one slice of probabilities, and adds the slices up in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..reference import soft_embedding as reference_soft_embedding
 from ..reference.soft_embedding import tempered
 
+# 4,096 columns of 256 rows are 4 MB in fp32 and their part of the embedding 46 MB: enough for an efficient product.
+HOST_SLICE = 4096
 # 8,192 columns of 256 rows are 8 MB in fp32: inside an L2 cache, and enough for a matrix product to be efficient.
 SLICE = 8192
 
 FEATURES = {"dtype": frozenset({torch.bfloat16, torch.float16, torch.float32})}
 
+# PyTorch 2.8 gave its CUDA products an fp32 result of 16-bit operands.
+PRODUCT_WITH_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
+
 
 def unavailable() -> str | None:
     return None
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    width = HOST_SLICE if logits.device.type == "cpu" else SLICE
+    return (slice(start, start + width) for start in range(0, logits.shape[-1], width))
+
+
+def _add_product(result: Tensor, probabilities: Tensor, weight: Tensor) -> None:
+    """result [R, E] fp32 += probabilities [R, n] @ weight [n, E] of one dtype."""
+    if weight.dtype == torch.float32 or weight.device.type == "cpu":
+        result.addmm_(probabilities.float(), weight.float())
+    elif PRODUCT_WITH_DTYPE is not None:
+        result += PRODUCT_WITH_DTYPE(probabilities, weight, torch.float32)
+    else:
+        # An older PyTorch rounds each slice's product; an fp32 product would take no tensor cores.
+        result += probabilities @ weight
 
 
 def soft_embedding(
@@ -31,22 +53,58 @@ def soft_embedding(
     tolerance: float = 0.0,
     exact: bool = False,
 ) -> Tensor:
-    """See `reference.soft_embedding`. The probabilities of a slice are rounded to the dtype of `weight` for the
-    product, and so is the slice's product; slices add up in fp32. On the host a slice in which no row holds more than
-    `tolerance` is left out; on a GPU that would wait for the device, so every slice is computed."""
+    """See `reference.soft_embedding`.
+
+    On a GPU the probabilities of a slice are rounded to the dtype of `weight` for the product, on the host they stay
+    fp32; slices add up in fp32. On the host a slice in which no row holds more than `tolerance` is left out; on a
+    GPU that would wait for the device, so every slice is computed.
+    """
     if exact:
-        return reference_soft_embedding(logits, logsumexp, weight, temperature, softcap, exact=True)
-    shape = (*logits.shape[:-1], weight.shape[1])
+        return exact_soft_embedding(logits, logsumexp, weight, temperature, softcap)
     rows = logits.shape[0] * logits.shape[1]
     result = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=logits.device)
     # exp(-inf) = 0: a row without a distribution adds nothing.
     normaliser = logsumexp.nan_to_num(nan=float("inf"))[..., None]
-    may_skip = logits.device.type == "cpu"
-    for start in range(0, logits.shape[-1], SLICE):
-        x = tempered(logits[..., start : start + SLICE], temperature, softcap)
+    empty = normaliser.reshape(rows, 1).isinf()
+    on_host = logits.device.type == "cpu"
+    for columns in _slices(logits):
+        x = tempered(logits[..., columns], temperature, softcap)
         probabilities = torch.exp(torch.sub(x, normaliser, out=x), out=x).reshape(rows, -1)
-        probabilities = torch.where(normaliser.reshape(rows, 1).isinf(), 0.0, probabilities)
-        if may_skip and not bool((probabilities.sum(-1) > tolerance).any()):
+        probabilities.masked_fill_(empty, 0.0)
+        if on_host and not bool((probabilities.sum(-1) > tolerance).any()):
             continue
-        result += probabilities.to(weight.dtype) @ weight[start : start + SLICE]
-    return result.to(weight.dtype).reshape(shape)
+        _add_product(
+            result, probabilities if on_host else probabilities.to(weight.dtype), weight[columns]
+        )
+    return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])
+
+
+def exact_soft_embedding(
+    logits: Tensor, logsumexp: Tensor, weight: Tensor, temperature: Tensor, softcap: float | None
+) -> Tensor:
+    """`reference.soft_embedding` with exact=True, rounding by rounding, without a table in fp32.
+
+    The softmax is that of the ROUNDED tempered logits, whose maximum and sum are found in two passes before the
+    product's. The maximum and every rounded logit are the reference's bits; the row's sum and the product add up
+    in another order, in fp32.
+    """
+    rows, valid = logits.shape[0] * logits.shape[1], ~logsumexp.isnan()[..., None]
+
+    def rounded(columns: slice) -> Tensor:
+        x = torch.where(valid, tempered(logits[..., columns], temperature, softcap), 0.0)
+        return x.to(weight.dtype).float().reshape(rows, -1)
+
+    largest = torch.full((rows, 1), float("-inf"), device=logits.device)
+    for columns in _slices(logits):
+        largest = torch.maximum(largest, rounded(columns).amax(-1, keepdim=True))
+    # In fp64, so that the number of slices does not show.
+    total = torch.zeros(rows, 1, dtype=torch.float64, device=logits.device)
+    for columns in _slices(logits):
+        total += (rounded(columns) - largest).exp_().sum(-1, keepdim=True)
+    total = total.float()
+    result = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=logits.device)
+    for columns in _slices(logits):
+        probabilities = (rounded(columns) - largest).exp_().div_(total)
+        _add_product(result, probabilities.to(weight.dtype), weight[columns])
+    result = torch.where(valid.reshape(rows, 1), result, 0.0)
+    return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])

@@ -66,7 +66,7 @@ def soft_embedding(
         temperature: > 0; a number, a 0-d tensor or one value per row [...].
         tolerance: in [0, 1], a probability.
         exact: repeat the reference model's roundings (tempered logits and probabilities in the dtype of
-            `weight`), for parity tests; costs a table of logits in fp32.
+            `weight`), for parity tests; takes three passes over the logits in slices.
         check: read temperatures on the device too. Waits for the device.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 
