@@ -13,6 +13,7 @@ from ..ops.row_stats import RowStats
 from ..ops.soft_embedding import soft_embedding
 from .call import Call
 from .patches import Patch
+from .split_head import SplitLogits
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class StepCarry:
 
     seed: of the draws. first_offset: of the canvas's draws. step: number of steps done, added to it.
     soft: [B, C, E] soft embeddings times embed_scale that the last decoder pass used, None for zeros.
-    logits: [B, C, V] in the model's dtype, raw, of the last decoder pass; None before the first one.
+    logits: [B, C, V] in the model's dtype, raw, of the last decoder pass, or this rank's part of them;
+        None before the first one.
     stats, temperature: of those logits. frozen: [B] bool, rows that were finished before that pass: their
         self-conditioning stays what it was. pinned: [B, C] bool, positions whose token is given, or None.
     """
@@ -30,7 +32,7 @@ class StepCarry:
     first_offset: int = 0
     step: int = 0
     soft: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | SplitLogits | None = None
     stats: RowStats | None = None
     temperature: Tensor | None = None
     frozen: Tensor | None = None
@@ -58,15 +60,11 @@ class StepCarry:
         if self.logits is None:
             return self.soft
         weight = embed_tokens.weight
-        soft = soft_embedding(
-            self.logits.to(weight.device, weight.dtype),
-            self.stats,
-            weight,
-            softcap=softcap,
-            temperature=self.temperature,
-            exact=exact,
-            backend=backend,
-        )
+        settings = {"softcap": softcap, "temperature": self.temperature, "exact": exact, "backend": backend}
+        if isinstance(self.logits, SplitLogits):
+            soft = self.logits.soft_embedding(self.stats, weight, **settings)
+        else:
+            soft = soft_embedding(self.logits.to(weight.device, weight.dtype), self.stats, weight, **settings)
         soft = soft * embed_tokens.embed_scale.to(weight.dtype)
         if self.pinned is not None:
             # A token that is given is no guess: its distribution is all on it.

@@ -1,4 +1,5 @@
-"""The language model's head: `head_stats` where it is a plain matrix, the module itself where it is not."""
+"""The language model's head: `head_stats` where it is a plain matrix, `head_stats` of a shard and `merge_stats` where
+its vocabulary is split over ranks, the module itself where it is neither."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.head_stats import head_stats
 from ..ops.row_stats import RowStats, row_stats
+from . import split_head
 
 
 def is_plain(lm_head: nn.Module, hidden: Tensor) -> bool:
@@ -34,15 +36,20 @@ def logits_and_stats(
     seed: Tensor,
     offset: Tensor | int,
     backend: str,
-) -> tuple[Tensor, RowStats]:
+) -> tuple[Tensor | split_head.SplitLogits, RowStats]:
     """(logits [B, C, V] in the model's dtype before softcap and temperature, their `RowStats` [B, C]).
+
+    Where the head is split over ranks the logits are this rank's columns, and the statistics those of all columns.
 
     Args:
         hidden: [B, C, E], the decoder's last hidden states.
         The others as in `row_stats`.
     """
     draw = {"temperature": temperature, "softcap": softcap, "seed": seed, "offset": offset, "backend": backend}
-    if is_plain(lm_head, hidden) and not (torch.is_grad_enabled() and lm_head.weight.requires_grad):
-        return head_stats(hidden, lm_head.weight, **draw)
+    if not (torch.is_grad_enabled() and lm_head.weight.requires_grad):
+        if is_plain(lm_head, hidden):
+            return head_stats(hidden, lm_head.weight, **draw)
+        if split_head.is_split(lm_head, hidden):
+            return split_head.logits_and_stats(lm_head, hidden, **draw)
     logits = lm_head(hidden)
     return logits, row_stats(logits, **draw)

@@ -53,8 +53,41 @@ def merge_stats(
         raise RuntimeError("merge_stats: torch.distributed is not initialised; call init_process_group first")
     if uniform is None and seed is None:
         raise ValueError("seed: required when uniform is None, every rank has to draw the same")
+    starts = _check_shards(vocab_start, logits.shape[-1], vocab_size, logits.device, group)
+    return merge_known_shards(
+        logits,
+        stats,
+        starts,
+        softcap=softcap,
+        temperature=temperature,
+        stats_temperature=stats_temperature,
+        uniform=uniform,
+        seed=seed,
+        offset=offset,
+        group=group,
+        backend=backend,
+    )
+
+
+def merge_known_shards(
+    logits: Tensor,
+    stats: RowStats,
+    starts: list[int],
+    *,
+    softcap: float | None,
+    temperature: float | Tensor,
+    stats_temperature: float | Tensor | None = None,
+    uniform: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> RowStats:
+    """`merge_stats` where every rank's first column (`starts`, by rank in the group) is known to fit, without asking
+    the other ranks and so without waiting for the device."""
     shape, device = tuple(logits.shape[:-1]), logits.device
-    starts = _check_shards(vocab_start, logits.shape[-1], vocab_size, device, group)
+    rank_in_group = dist.get_rank(group)
+    vocab_start = starts[rank_in_group]
     t = (
         checks.number_or_rows("temperature", temperature, shape, device)
         .to(device)
@@ -66,7 +99,7 @@ def merge_stats(
     order = sorted(range(len(starts)), key=starts.__getitem__)
     merged = merge_tables(torch.stack([shards[i] for i in order]))
 
-    rank = order.index(dist.get_rank(group))
+    rank = order.index(rank_in_group)
     uniform = row_uniform(uniform, *_draws(uniform, seed, offset, device), t.numel(), device)
     owner, local = merged.split(uniform)
     drawn = row_stats(
