@@ -197,3 +197,51 @@ def test_capabilities_below_8_0_are_not_supported():
     supported = CapabilityAtLeast(8, 0)
     assert (8, 0) in supported and (12, 1) in supported
     assert (7, 5) not in supported and str(supported) == "8.0 and above"
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_without_statistics_argmax_and_sample_stay_and_the_rest_is_nan(monkeypatch, isa):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    logits = torch.randn(9, 9_001)
+    logits[1] = float("-inf")
+    logits[2, 8_999] = float("nan")
+    logits[3, 5_000] = float("inf")
+    logits[4, [4_097, 8_990]] = 9.0
+    logits[5, 9_000] = 9.5
+    logits[6] = 3e38
+    for dtype in (torch.float32, torch.bfloat16):
+        for kwargs in ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.0, "softcap": 5.0}):
+            table = logits.to(dtype)
+            whole = dgemma_accel.row_stats(table, seed=3, backend="cpp", **kwargs)
+            for backend in ("cpp", "reference"):
+                bare = dgemma_accel.row_stats(table, seed=3, statistics=False, backend=backend, **kwargs)
+                if backend == "cpp" or kwargs == {"temperature": 0.0}:
+                    assert torch.equal(bare.argmax, whole.argmax) and torch.equal(bare.sample, whole.sample)
+                assert all(bool(field.isnan().all()) for field in bare[2:])
+            if "softcap" not in kwargs:
+                assert whole.argmax[1:4].tolist() == [0, 0, 0]
+                assert whole.argmax[4:7].tolist() == [4_097, 9_000, 0]
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_tile_without_mass_is_left_out_but_its_nan_is_not(monkeypatch, isa):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    logits = torch.randn(3, 40_000)
+    logits[:, 10] = 200.0
+    logits[1, 30_000] = 199.0
+    logits[2, 20_000] = float("nan")
+    uniform = torch.tensor([0.999, 0.9, 0.5])
+    stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp")
+    assert not check_row_stats(stats, logits, uniform=uniform)
+    assert stats.sample.tolist() == [10, 30_000, 0] and bool(stats.logsumexp[2].isnan())
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_tokens_without_mass_leave_an_entropy_of_exactly_zero(monkeypatch, isa):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    logits = torch.full((2, 5_000), float("-inf"))
+    logits[:, 77] = 3.0
+    logits[1, 78:] = -90.0
+    stats = dgemma_accel.row_stats(logits, uniform=torch.full((2,), 1 - 2.0**-24), backend="cpp")
+    assert stats.entropy.tolist() == [0.0, 0.0] and stats.top1_prob.tolist() == [1.0, 1.0]
+    assert stats.sample.tolist() == [77, 77]

@@ -96,8 +96,9 @@ DGEMMA_HD double sum_of_lanes(Vector value) {
   return result;
 }
 
-// 2^t for t in [kLowestPower, 0], within 1.7e-7 of itself and exact at 0; NaN stays.
-constexpr float kLowestPower = -126.0f;
+// 2^t for t in [kLowestPower, 0], within 1.7e-7 of itself, exact at 0; NaN stays. At kLowestPower the exponent field
+// is 0, so that the result is exactly 0, as it is for all that is raised to that bound.
+constexpr float kLowestPower = -127.0f;
 
 DGEMMA_HD Vector exp2_of_difference(Vector t) {
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits; 127 more makes them an exponent field.

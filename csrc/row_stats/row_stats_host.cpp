@@ -208,7 +208,7 @@ int64_t invert_tile(const Tile& tile, float max, float inverse_sampling, double 
   const float factor = power_factor(inverse_sampling);
   for (int64_t i = 0; i <= tile.full; ++i) {
     const Vector t = at_least((tile.at(i) - max) * factor, kLowestPower);
-    const Vector e = t > kLowestPower ? exp2_of_difference(t) : Vector{};
+    const Vector e = exp2_of_difference(t);
     // A vector that does not reach the target is passed over as a whole.
     const double own = sum_of_lanes(e);
     if (own > 0 && !(sum + own > target)) {

@@ -26,6 +26,7 @@ def row_stats(
     seed: Tensor | None,
     offset: Tensor,
     softcap: float | None,
+    statistics: bool = True,
 ) -> tuple[Tensor, ...]:
     """As `reference.row_stats`, without a copy of the logits: extra memory is 20 bytes per 4096 of them."""
     out = outputs(logits)
@@ -35,5 +36,5 @@ def row_stats(
     params = row_stats_params(logits, temperature, stats_temperature, uniform, seed, offset, softcap, out)
     workspace = torch.empty(native.row_stats_host_workspace(params), dtype=torch.uint8)
     params.workspace = workspace.data_ptr()
-    native.row_stats_host(params, torch.get_num_threads(), os.environ.get(ISA_VARIABLE, ""))
+    native.row_stats_host(params, torch.get_num_threads(), os.environ.get(ISA_VARIABLE, ""), statistics)
     return out

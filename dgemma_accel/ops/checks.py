@@ -144,6 +144,11 @@ def values_in(
     """
     if tensor is None or tensor.numel() == 0 or (tensor.device.type != "cpu" and not force):
         return
+    if tensor.ndim == 0 and tensor.device.type == "cpu":
+        # The usual case, a number: three operators on tensors would cost more than a small kernel.
+        came = tensor.item()
+        if (came > low if low_open else came >= low) and (came < high if high_open else came <= high):
+            return
     above = tensor > low if low_open else tensor >= low
     below = tensor < high if high_open else tensor <= high
     inside = above & below

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -39,6 +41,7 @@ def _row_stats(
     softcap: float | None,
     check: bool,
     backend: str,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.values_in("temperature", temperature, 0.0, math.inf, high_open=True, force=check)
     checks.values_in(
@@ -46,11 +49,21 @@ def _row_stats(
     )
     checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
     run = pick("row_stats", backend, _requirements(logits))
-    return run(logits, temperature, stats_temperature, uniform, seed, offset, softcap)
+    arguments = (logits, temperature, stats_temperature, uniform, seed, offset, softcap)
+    if statistics or not _may_leave_out_statistics(run):
+        return run(*arguments)
+    return run(*arguments, statistics=False)
+
+
+@functools.cache
+def _may_leave_out_statistics(run) -> bool:
+    return "statistics" in inspect.signature(run).parameters
 
 
 @_row_stats.register_fake
-def _(logits, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend):
+def _(
+    logits, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend, statistics=True
+):
     shape = logits.shape[:-1]
     integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
@@ -99,6 +112,7 @@ def row_stats(
     uniform: Tensor | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
+    statistics: bool = True,
     check: bool = False,
     backend: str = "auto",
 ) -> RowStats:
@@ -124,7 +138,9 @@ def row_stats(
         seed: int or 0-d int64 tensor; None draws one from torch's default generator, so that
             `torch.manual_seed` makes a run repeatable.
         offset: int or 0-d int64 tensor, e.g. the number of the step.
-        check: read values on the device too: raise for a row without a distribution and for
+        statistics: False where argmax and sample are all that is read: the five other fields then hold NaN, or
+            what they are where a backend has them anyway. On the CPU a greedy row is then one search for its maximum.
+        check: read values on the device too: raise for a row without a distribution (needs `statistics`) and for
             temperatures or uniforms out of range. Waits for the device.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 
@@ -151,11 +167,16 @@ def row_stats(
             "stats_temperature", stats_temperature, shape, device, low_open=True
         )
     softcap = checks.softcap_value(softcap)
+    if not isinstance(statistics, bool):
+        raise TypeError(f"statistics: a bool expected, got {type(statistics).__name__}")
+    if check and not statistics:
+        raise ValueError("check: needs statistics=True, since they say which rows have no distribution")
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
 
     out = torch.ops.dgemma.row_stats(
-        rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend
-    )
+        rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend,
+        statistics,
+    )  # fmt: skip
     stats = RowStats(*(field.reshape(shape) for field in out))
     if check:
         raise_for_rows_without_a_distribution(stats)

@@ -52,6 +52,7 @@ def row_stats(
     seed: Tensor | None,
     offset: Tensor,
     softcap: float | None,
+    statistics: bool = True,
 ) -> tuple[Tensor, ...]:
     """Argmax, sample, entropy, logsumexp and probabilities of each row.
 
@@ -75,6 +76,7 @@ def row_stats(
         seed: 0-d int64, used when `uniform` is None.
         offset: 0-d int64.
         softcap: c > 0, or None.
+        statistics: False leaves NaN in the fp32 results.
 
     Returns:
         (argmax, sample) int64 and (entropy, logsumexp, top1_prob, top2_prob, sample_prob) fp32,
@@ -109,6 +111,8 @@ def row_stats(
     sample = torch.where(greedy, argmax, sample)
 
     def finish(values: Tensor, otherwise: float) -> Tensor:
+        if not statistics and values.is_floating_point():
+            return torch.full(shape, float("nan"), dtype=values.dtype, device=values.device)
         return torch.where(valid, values, otherwise).reshape(shape)
 
     top2 = top[:, 1] if vocab > 1 else torch.zeros_like(top[:, 0])

@@ -203,6 +203,7 @@ class MaskedDiffusionSampler:
             self.confidence or self.decider.confidence,
             self.softcap,
             self.backend,
+            self.decider.reads_statistics,
         )
 
     def step(self, logits: Tensor, tokens: Tensor, state: BlockState | None = None) -> Tensor:

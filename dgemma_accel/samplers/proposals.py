@@ -184,6 +184,7 @@ class Proposal:
     confidence: "untempered": statistics of softmax(x), whatever the temperature and the filters.
         "proposal": statistics of the distribution that is sampled.
     softcap: c > 0, or None.
+    statistics: False where the strategy reads the proposals alone; as in `row_stats`.
     """
 
     temperature: float | Tensor = 0.0
@@ -193,6 +194,7 @@ class Proposal:
     confidence: str = "untempered"
     softcap: float | None = None
     backend: str = "auto"
+    statistics: bool = True
 
     @property
     def greedy(self) -> bool:
@@ -220,6 +222,7 @@ class Proposal:
                 softcap=self.softcap,
                 seed=seed,
                 offset=offset,
+                statistics=self.statistics,
                 backend=self.backend,
             )
         drawn = self._filtered_stats(logits, seed, offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult, commit
 from ...ops.row_stats import RowStats
-from ..rules import Edit, EntropyBound, Flag, Measure, Remask, Rule, check_number
+from ..rules import Edit, EncodedRule, EntropyBound, Flag, Measure, Remask, Rule, check_number
 
 CONFIDENCES = ("untempered", "proposal")
 SCHEDULES = ("masked", "block")
@@ -121,12 +122,15 @@ class Strategy:
     repeats: if not scheduled, the decision depends on the proposals alone, so a greedy step that changes
         nothing would come again for ever.
     starts_from_noise: a block starts as random tokens of `noise`, not as masks.
+    reads_statistics: False if the decision takes `stats.argmax` and `stats.sample` alone, and nothing else of the
+        statistics.
     """
 
     scheduled: ClassVar[bool] = False
     confidence: ClassVar[str] = "untempered"
     repeats: ClassVar[bool] = True
     starts_from_noise: ClassVar[bool] = False
+    reads_statistics: ClassVar[bool] = True
 
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
         """Raise ValueError where the sampler's numbers make no sense for this strategy."""
@@ -173,9 +177,18 @@ class EveryStep(Strategy):
     def confidence(self) -> str:
         return "proposal" if isinstance(self.fixed, EntropyBound) else "untempered"
 
+    @cached_property
+    def _encoded(self) -> EncodedRule:
+        return (dataclasses.replace(self.fixed, k=0) if self.scheduled else self.fixed).encode()
+
+    @property
+    def reads_statistics(self) -> bool:
+        # The draw and the position are no statistics, and `commit` looks at no other where these rank.
+        return self._encoded.measure not in (Measure.RANDOM, Measure.POSITION)
+
     @property
     def repeats(self) -> bool:
-        encoded = (dataclasses.replace(self.fixed, k=0) if self.scheduled else self.fixed).encode()
+        encoded = self._encoded
         return encoded.measure != Measure.RANDOM and not encoded.flags & Flag.GUMBEL
 
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:

@@ -51,6 +51,7 @@ class Origin(Strategy):
 
     eps: float = 1e-3
     scheduled = True
+    reads_statistics = False
     confidence = "proposal"
 
     def __post_init__(self) -> None:

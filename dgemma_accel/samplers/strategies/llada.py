@@ -61,6 +61,7 @@ class SequentialWindow(Strategy):
 
     overwrite: bool = False
     scheduled = True
+    reads_statistics = False
     confidence = "proposal"
 
     def decide(self, step: Step) -> CommitResult:
