@@ -1,7 +1,7 @@
 """Fused kernels for diffusion language models: block attention, confidence selection, remasking."""
 
 from . import samplers
-from .hf import accelerate, accelerated, restore
+from .hf import accelerate, accelerated, captures, restore
 from .ops.block_attention import block_attention
 from .ops.commit import CommitResult, commit
 from .ops.experts import experts
@@ -18,6 +18,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "block_attention",
+    "captures",
     "commit",
     "experts",
     "head_stats",

@@ -5,13 +5,15 @@ import re
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model
+from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model, transformers
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
-from dgemma_accel.hf import compiled, graph, patches
+from dgemma_accel.hf import bank, compiled, graph, patches
+
+PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,6 +129,27 @@ class TestTheSameTokens:
             assert torch.equal(generate(model, ids, cache_implementation="static").sequences, expected)
         assert patches.ATTRIBUTE not in vars(model)
 
+    def test_a_step_that_cannot_be_compiled(self, model, monkeypatch, caplog):
+        """Whether the compiler says so at once or on the first call: the uncompiled step serves, said once."""
+        ids, _ = prompt(2, 9)
+        expected = generate(model, ids).sequences
+
+        def refuses(function, **options):
+            raise RuntimeError("no compiler here")
+
+        def fails_later(function, **options):
+            return lambda *arguments: refuses(function)
+
+        for broken in (refuses, fails_later):
+            monkeypatch.setattr(torch, "compile", broken)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
+                for _ in range(2):
+                    assert torch.equal(generate(model, ids).sequences, expected)
+                (step,) = patches.acceleration_of(model).compiled.values()
+            lines = [r.getMessage() for r in caplog.records if "no compiler here" in r.getMessage()]
+            assert len(lines) == 1 and "uncompiled" in lines[0] and "no compiler here" in step.failure
+
     def test_a_model_of_another_dtype_is_captured_again(self):
         model = dgemma_accel.accelerate(tiny_model(), graph=True)
         ids, _ = prompt(2, 20)
@@ -143,11 +166,17 @@ class TestWhereItDoesNotRun:
     def lines(self, caplog):
         return [r.getMessage() for r in caplog.records if "without compilation" in r.getMessage()]
 
-    def test_dynamic_cache(self, model, caplog):
+    def test_a_dynamic_cache_of_the_caller(self, model, caplog):
         ids, _ = prompt(2, 9)
+
+        def cache():
+            return transformers.DynamicCache(config=model.config.get_text_config())
+
         with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
             for _ in range(2):
-                result = generate(model, ids)
+                given = cache()
+                result = generate(model, ids, past_key_values=given)
+                assert result.past_key_values is given
             assert not patches.acceleration_of(model).compiled
         assert len(self.lines(caplog)) == 1 and "DynamicCache" in self.lines(caplog)[0]
         assert torch.equal(result.sequences, generate(model, ids).sequences)
@@ -161,14 +190,19 @@ class TestWhereItDoesNotRun:
         handle.remove()
         assert seen and "hooks" in self.lines(caplog)[0]
 
-    def test_off_by_default(self, model):
+    def test_off_by_default_on_a_cpu(self, model):
         ids, _ = prompt(2, 9)
         with dgemma_accel.accelerated(model):
             generate(model, ids, cache_implementation="static")
-            assert not patches.acceleration_of(model).compiled
+            state = patches.acceleration_of(model)
+            assert not state.compiled and state.graph is None
+            assert state.graph_on(torch.device("cuda")) and not state.graph_on(torch.device("cpu"))
+            assert type(generate(model, ids).past_key_values) is transformers.DynamicCache
+        with dgemma_accel.accelerated(model, graph=False):
+            assert not patches.acceleration_of(model).graph_on(torch.device("cuda"))
 
     def test_bad_option(self, model):
-        with pytest.raises(TypeError, match="graph: a bool expected, got str"):
+        with pytest.raises(TypeError, match="graph: a bool or None expected, got str"):
             dgemma_accel.accelerate(model, graph="yes")
 
 
@@ -188,7 +222,13 @@ def test_one_graph_for_steps_canvases_prompts_and_calls(model):
         state = patches.acceleration_of(model)
         assert len(state.compiled) == 1
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-        # A new batch size is captured once more.
+        # A longer cache is not compiled again, a new batch size is, once.
+        long, _ = prompt(2, 300)
+        length = 2 * bank.SMALLEST
+        cache = PreallocatedCache(model.config, length)
+        result = generate(model, long, max_new_tokens=2 * CANVAS, past_key_values=cache)
+        assert torch.equal(result.sequences, generate(model, long, max_new_tokens=2 * CANVAS).sequences)
+        assert len(state.compiled) == 1 and counters["stats"]["unique_graphs"] == 1
         generate(model, prompt(1, 5)[0], max_denoising_steps=2, **options)
         assert len(state.compiled) == 2 and counters["stats"]["unique_graphs"] == 2
 
@@ -197,8 +237,6 @@ def test_decode_is_the_model_s_forward(model):
     """Hidden states of the function of tensors against the original decoder."""
     ids, _ = prompt(2, 20)
     canvas, _ = prompt(2, CANVAS, seed=3)
-    from dgemma_accel.hf.preallocated import PreallocatedCache
-
     cache = PreallocatedCache(model.config, 64)
     decoder = model.model.decoder
     logits = torch.randn(2, CANVAS, 83) * 3

@@ -4,5 +4,6 @@ transformers is imported on the first call, never at import of the package: the 
 """
 
 from .accelerate import accelerate, accelerated, restore
+from .report import CaptureReport, captures
 
-__all__ = ["accelerate", "accelerated", "restore"]
+__all__ = ["CaptureReport", "accelerate", "accelerated", "captures", "restore"]

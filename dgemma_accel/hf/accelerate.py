@@ -9,7 +9,7 @@ from torch import nn
 
 from ..backends import MODULES, BackendError, load, requested
 from .attention import decoder_attention_forward, encoder_attention_forward
-from .cache import leave_uncompiled, prepare_static_cache
+from .cache import leave_uncompiled, prepare_cache, prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
 from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
@@ -21,7 +21,7 @@ MINIMUM_TRANSFORMERS = (5, 17)
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
 
 
-def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool = False):
+def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool | None = None):
     """Run a DiffusionGemma model's attention and sampler through this package.
 
     `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
@@ -39,22 +39,25 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         exact: False computes self-conditioning from fp32 in slices: nearer the truth than the original and without a
             table in fp32. True repeats the original's roundings (bf16 logits, bf16 probabilities), for comparing a
             bf16 model's tokens with the original's; it takes a table of logits in fp32 for a moment.
-        graph: compile the whole step (`torch.compile(fullgraph=True)`) once per batch size and cache size, for calls
-            with `cache_implementation="static"` or a `PreallocatedCache`; others run as without it and say so once.
+        graph: compile the whole step (`torch.compile(fullgraph=True)`) and on a GPU capture it in a CUDA graph, once per
+            batch size and cache size; calls without a cache of their own then get a `PreallocatedCache`. None: on a
+            GPU and not on a CPU, where only the compiler's minutes would be felt. What cannot be compiled or captured runs
+            without, and says so once.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: a model of another class, an `exact` or `graph` that is no bool.
+        TypeError: a model of another class, an `exact` that is no bool, a `graph` that is neither a bool nor None.
         ImportError: transformers is missing or older than 5.17.
         ValueError: an unknown backend.
         backends.BackendError: the backend cannot run on this machine.
     """
     _check_backend(backend)
-    for name, value in (("exact", exact), ("graph", graph)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: a bool expected, got {type(value).__name__}")
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact: a bool expected, got {type(exact).__name__}")
+    if not (graph is None or isinstance(graph, bool)):
+        raise TypeError(f"graph: a bool or None expected, got {type(graph).__name__}")
     _check_model(model)
     restore(model)
     acceleration = Acceleration(backend, exact, graph)
@@ -67,6 +70,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
     acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
     acceleration.replace(model, "_denoising_step", denoising_step)
+    acceleration.replace(model, "_prepare_cache_for_generation", prepare_cache)
     acceleration.replace(model, "_prepare_static_cache", prepare_static_cache)
     acceleration.replace(model, "_compile_functions", leave_uncompiled)
     acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
@@ -92,7 +96,7 @@ def restore(model):
 
 
 @contextmanager
-def accelerated(model, *, backend: str = "auto", exact: bool = False, graph: bool = False) -> Iterator:
+def accelerated(model, *, backend: str = "auto", exact: bool = False, graph: bool | None = None) -> Iterator:
     """`accelerate(model)` for the length of a `with` block; then the model is as it was, also after an exception.
 
     A model that was accelerated before comes back accelerated, with the options it had.

@@ -1,9 +1,10 @@
-"""Which caches can be read in place, and the one that `cache_implementation="static"` gets."""
+"""Which caches can be read in place, and the ones that calls without a cache of their own get."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from .call import Call, active_call
 from .patches import Patch
 
 
@@ -28,21 +29,33 @@ def readable(cache, layer) -> bool:
     return type(layer) in kinds and isinstance(layer.keys, Tensor) and layer.keys.ndim == 4
 
 
-def prepare_static_cache(patch: Patch, cache_implementation: str, batch_size: int, max_length: int):
-    """`_prepare_static_cache` with a `PreallocatedCache`, kept from call to call while it is large enough.
+def prepare_cache(patch: Patch, generation_config, batch_size: int, max_length: int):
+    """`_prepare_cache_for_generation`: where steps are captured, a call without a wish gets a cache that stays in place."""
+    call, device = active_call(), patch.owner.device
+    if generation_config.cache_implementation is None and call is not None and patch.acceleration.graph_on(device):
+        return _lease(patch, call, batch_size, max_length)
+    return patch.original()(
+        generation_config=generation_config, batch_size=batch_size, max_length=max_length
+    )
 
-    As with the original, a later call with a static cache forgets what an earlier one left in it.
-    """
+
+def prepare_static_cache(patch: Patch, cache_implementation: str, batch_size: int, max_length: int):
+    """`_prepare_static_cache` with a `PreallocatedCache`, whose buffers stay from call to call."""
     if "offloaded" in cache_implementation:
         return patch.original()(
             cache_implementation=cache_implementation, batch_size=batch_size, max_length=max_length
         )
-    from .preallocated import PreallocatedCache
+    return _lease(patch, active_call(), batch_size, max_length)
 
-    cache = patch.acceleration.static_cache
-    if cache is None or cache.max_length < max_length or cache.batch_size not in (-1, batch_size):
-        cache = patch.acceleration.static_cache = PreallocatedCache(patch.owner.config, max_length)
-    cache.reset()
+
+def _lease(patch: Patch, call: Call | None, batch_size: int, max_length: int):
+    """Buffers of the model's bank for the length of a call; without a call to give them back, a cache of its own."""
+    if call is None:
+        from .preallocated import PreallocatedCache
+
+        return PreallocatedCache(patch.owner.config, max_length, growing=True)
+    cache = patch.acceleration.bank.lease(patch.owner.config, batch_size, max_length)
+    call.leased.append((patch.acceleration.bank, cache))
     return cache
 
 

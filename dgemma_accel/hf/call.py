@@ -44,6 +44,7 @@ class Call:
     max_steps: steps after which a canvas is taken as it is, or None.
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
     drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
+    leased: (bank, cache) of the buffers to give back.
     """
 
     seed: Tensor | None = None
@@ -56,6 +57,7 @@ class Call:
     needs_logits: bool = False
     drafts_taken: bool = False
     canvases_begun: int = 0
+    leased: list[tuple] = field(default_factory=list)
     reports: list[CanvasReport] = field(default_factory=list)
 
     def options_in_use(self) -> list[str]:
@@ -121,3 +123,6 @@ class calling:
 
     def __exit__(self, *_) -> None:
         _current.reset(self.token)
+        while self.call.leased:
+            bank, cache = self.call.leased.pop()
+            bank.give_back(cache)

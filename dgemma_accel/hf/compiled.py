@@ -1,13 +1,17 @@
-"""Running the steps of a canvas through the compiled form of `graph.take_step`."""
+"""Running the steps of a canvas through the compiled form of `graph.take_step`, captured where the device can."""
 
 from __future__ import annotations
 
+import time
 import types
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from . import graph
+from . import capture, graph
+from .capture import CapturedStep, Inputs
+from .registry import fingerprint
 from .lookout import Lookout
 from .masks import PrefixRange
 from .patches import Acceleration
@@ -34,31 +38,26 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
 
 def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: list[Tensor]):
     """All steps of a canvas, as `Denoiser.run`; `temperatures` has one for each step that may be taken."""
-    call, criteria, device = denoiser.call, denoiser.criteria, canvas.device
-    settings = _settings(denoiser)
-    state = _first_state(denoiser, canvas, argmax, carry, finished)
+    call, criteria = denoiser.call, denoiser.criteria
+    inputs = _inputs(denoiser, canvas, argmax, carry, finished)
     keys = [layer.key_buffer for layer in denoiser.cache.layers]
     values = [layer.value_buffer for layer in denoiser.cache.layers]
-    prefixes = _prefixes(denoiser, state.soft)
-    # One copy to the device for all steps.
-    offsets = torch.arange(carry.offset, carry.offset + len(temperatures)).to(device, non_blocking=True)
-    schedule = torch.stack(temperatures).to(device, non_blocking=True)
-    fixed = (denoiser.sampler.entropy_bound, 1.0 if criteria is None else criteria.confidence_threshold)
-    bound, confidence = (torch.full((), value, dtype=torch.float32, device=device) for value in fixed)
-    seed = carry.seed.to(device, non_blocking=True)
-    step = _compiled_for(denoiser.acceleration, denoiser.model, keys, state, carry.pinned, settings)
-
+    for buffer in (*keys, *values):
+        # Only the attention's own kernel reads how long a buffer is, so a longer cache is not compiled anew.
+        torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    step = _step_for(denoiser, inputs, keys)
     lookout = Lookout(call.take_drafts(), may_finish=criteria is not None)
     taken = 0
-    for offset, temperature in zip(offsets.unbind(), schedule.unbind()):
-        numbers = graph.Numbers(seed, offset, temperature, bound, confidence)
-        state = step(denoiser.model, state, keys, values, prefixes, numbers, carry.pinned, settings)
-        taken += 1
-        if lookout.after_step(state.finished, state.draft):
-            break
-    lookout.close()
+    with _running(denoiser, step, inputs, keys, values, carry.offset, torch.stack(temperatures)) as steps:
+        for _ in temperatures:
+            steps.advance()
+            taken += 1
+            if lookout.after_step(steps.state.finished, steps.state.draft):
+                break
+        lookout.close()
+        state = steps.finish()
 
-    if settings.depth:
+    if criteria is not None and criteria.stability_threshold:
         criteria.argmax_canvas_history = state.history
     report = call.reports[-1]
     report.steps, report.draft = state.steps, state.draft
@@ -66,6 +65,115 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
         report.confidence, report.entropy = state.confidence, state.entropy
     carry.step, carry.soft = carry.step + taken, state.soft
     return state.canvas, state.draft, carry, torch.ones_like(finished)
+
+
+class Step:
+    """`graph.take_step` compiled for one shape, and as it is where it cannot be compiled.
+
+    shape: (B, C). seconds: of the first call, the compiler's time and one step; None before it. failure: why it runs uncompiled.
+    """
+
+    def __init__(self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size) -> None:
+        self.model, self.settings, self.acceleration = model, settings, acceleration
+        self.shape, self.calls = tuple(shape), 0
+        self.seconds: float | None = None
+        self.failure: str | None = None
+        # A code object of its own, so that no limit on recompiling counts across shapes or models.
+        original = graph.take_step
+        code = original.__code__.replace()
+        function = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
+        try:
+            self.compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        except Exception as error:
+            self._give_up(error)
+
+    def __call__(self, state, keys, values, prefixes, numbers, pinned) -> graph.State:
+        self.calls += 1
+        arguments = (self.model, state, keys, values, prefixes, numbers, pinned, self.settings)
+        if self.failure is not None:
+            return graph.take_step(*arguments)
+        begun = time.perf_counter()
+        try:
+            after = self.compiled(*arguments)
+        except Exception as error:
+            if self.seconds is not None and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            # What is wrong with the step itself is raised once more here, as the caller should see it.
+            after = graph.take_step(*arguments)
+            self._give_up(error)
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - begun
+        return after
+
+    def _give_up(self, error: Exception) -> None:
+        self.failure = one_line(error)
+        self.acceleration.say("graph", f"torch.compile: {self.failure}", "the step, uncompiled, serves")
+
+
+class Stepwise:
+    """Steps called one by one, as `CapturedStep` without a capture."""
+
+    def __init__(self, step: Step, inputs: Inputs, keys, values, offset: int, schedule: Tensor) -> None:
+        device = inputs.state.canvas.device
+        self.step, self.inputs, self.buffers, self.state = step, inputs, (keys, values), inputs.state
+        # One copy to the device for all steps.
+        offsets = torch.arange(offset, offset + len(schedule)).to(device, non_blocking=True)
+        self.left = zip(offsets.unbind(), schedule.to(device, non_blocking=True).unbind())
+
+    def advance(self) -> None:
+        offset, temperature = next(self.left)
+        held = self.inputs
+        numbers = graph.Numbers(held.seed, offset, temperature, held.entropy_bound, held.confidence)
+        self.state = self.step(self.state, *self.buffers, held.prefixes, numbers, held.pinned)
+
+    def finish(self) -> graph.State:
+        return self.state
+
+
+@contextmanager
+def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, schedule: Tensor):
+    """A `CapturedStep` that is loaded, or a `Stepwise` where nothing can be captured."""
+    plain = Stepwise(step, inputs, keys, values, offset, schedule)
+    device, acceleration = inputs.state.canvas.device, denoiser.acceleration
+    recording = capture.RECORDINGS.get(device.type)
+    if recording is None:
+        yield plain
+        return
+    modules = [denoiser.model.lm_head, *denoiser.model.model.decoder.modules()]
+    addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
+    lengths = tuple(buffer.shape[2] for buffer in keys)
+    key = (device, step, lengths, tuple(inputs.state.canvas.shape), shapes, addresses)
+
+    def make(pool) -> CapturedStep:
+        return CapturedStep(step, inputs, keys, values, offset, schedule, recording, pool)
+
+    with ExitStack() as stack:
+        try:
+            weights = fingerprint(denoiser.model, modules)
+            leased = acceleration.captures.lease(key, weights, recording.make_pool, make)
+            captured = stack.enter_context(leased)
+        except Exception as error:
+            acceleration.captures.failures[key] = one_line(error)
+            acceleration.say("graph", f"not captured: {one_line(error)}", "steps without a capture serve")
+            captured = None
+        if captured is not None:
+            captured.load(inputs, offset, schedule)
+        yield plain if captured is None else captured
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _inputs(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor) -> Inputs:
+    device, criteria = canvas.device, denoiser.criteria
+    state = _first_state(denoiser, canvas, argmax, carry, finished)
+    fixed = (denoiser.sampler.entropy_bound, 1.0 if criteria is None else criteria.confidence_threshold)
+    bound, confidence = (torch.full((), value, dtype=torch.float32, device=device) for value in fixed)
+    seed = carry.seed.to(device, non_blocking=True)
+    return Inputs(state, _prefixes(denoiser, state.soft), seed, bound, confidence, carry.pinned)
 
 
 def _settings(denoiser) -> graph.Settings:
@@ -118,23 +226,18 @@ def _prefixes(denoiser, like: Tensor) -> dict[str, graph.Prefix]:
     return prefixes
 
 
-def _compiled_for(
-    acceleration: Acceleration, model, keys, state: graph.State, pinned, settings: graph.Settings
-):
-    """The compiled step for these shapes; each has a code object of its own, so that no limit on recompiling counts
-    across shapes or models."""
+def _step_for(denoiser, inputs: Inputs, keys: list[Tensor]) -> Step:
+    """The step for these shapes. How long a cache is does not count: it is a number that the compiled code reads."""
+    model, acceleration, settings = denoiser.model, denoiser.acceleration, _settings(denoiser)
     key = (
-        tuple(tuple(buffer.shape) for buffer in keys),
+        tuple((buffer.shape[:2], buffer.shape[3]) for buffer in keys),
         keys[0].dtype,
         keys[0].device,
         model.lm_head.weight.dtype,
-        tuple(state.history.shape),
-        pinned is None,
+        tuple(inputs.state.history.shape),
+        inputs.pinned is None,
         settings,
     )
     if key not in acceleration.compiled:
-        original = graph.take_step
-        code = original.__code__.replace()
-        function = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
-        acceleration.compiled[key] = torch.compile(function, fullgraph=True, dynamic=False)
+        acceleration.compiled[key] = Step(model, settings, acceleration, inputs.state.canvas.shape)
     return acceleration.compiled[key]

@@ -100,7 +100,7 @@ class Denoiser:
     def run(self, canvas: Tensor, argmax: Tensor, carry: StepCarry, finished: Tensor, steps: int):
         """All steps until every row is finished; `finished` comes back all True, which ends the caller's loop too."""
         last = 1 if self.call.max_steps is None else max(1, steps - self.call.max_steps + 1)
-        if self.acceleration.graph:
+        if self.acceleration.graph_on(canvas.device):
             reason = compiled.why_eager(self, canvas)
             if reason is None:
                 temperatures = [

@@ -13,10 +13,11 @@ AHEAD = 2
 
 
 class HostCopy:
-    """Tensors that the host can read at once."""
+    """Copies of tensors that the host can read at once."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = [tensor.cpu() for tensor in tensors]
+        # A step that is replayed writes its results into the same tensors each time.
+        self.tensors = [tensor.to("cpu", copy=True) for tensor in tensors]
 
     def ready(self) -> bool:
         return True

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..backends import MODULES
+from .bank import CacheBank
+from .registry import Captures
 
 logger = logging.getLogger("dgemma_accel")
 
@@ -42,7 +44,8 @@ class Patch:
         found = getattr(type(self.owner), self.name)
         if isinstance(inspect.getattr_static(type(self.owner), self.name), staticmethod):
             return found
-        return types.MethodType(found, self.owner)
+        # A partial and no method object: the compiler can trace it.
+        return functools.partial(found, self.owner)
 
     def undo(self) -> None:
         attributes = self.owner.__dict__
@@ -60,20 +63,21 @@ class Patch:
 
 @dataclass(eq=False)
 class Acceleration:
-    """The replacements on one model, the options of `accelerate`, what has been said about fallbacks, and the
-    `PreallocatedCache` that calls with a static cache share, and the compiled steps by shape."""
+    """The replacements on one model, the options of `accelerate`, what has been said about fallbacks, the buffers that
+    calls share, compiled steps by shape and captured ones."""
 
     backend: str = "auto"
     exact: bool = False
-    graph: bool = False
+    graph: bool | None = None
     patches: list[Patch] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
-    static_cache: object | None = None
+    bank: CacheBank = field(default_factory=CacheBank)
     compiled: dict = field(default_factory=dict)
+    captures: Captures = field(default_factory=Captures)
 
     def __getstate__(self) -> dict:
-        """A copy of the model makes its own cache and compiles for itself."""
-        return {**vars(self), "static_cache": None, "compiled": {}}
+        """A copy of the model makes its own cache, compiles and captures for itself."""
+        return {**vars(self), "compiled": {}}
 
     def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
         """Let `owner.name(...)` call `function(patch, ...)`."""
@@ -90,6 +94,10 @@ class Acceleration:
     def backend_of(self, op: str) -> str:
         """The backend for an op: the one asked for, or `auto` where the op has no such implementation at all."""
         return self.backend if self.backend in MODULES[op] else "auto"
+
+    def graph_on(self, device: torch.device) -> bool:
+        """Whether steps on `device` are compiled and captured: where it was not said, on a GPU."""
+        return device.type == "cuda" if self.graph is None else self.graph
 
     def say(self, what: str, reason: str, instead: str = "the reference path serves") -> None:
         """Log once per model that something slower serves `what`, and why."""

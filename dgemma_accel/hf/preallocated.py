@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .bank import rounded_up
+
 
 class _Buffers:
     """What both kinds of layers share: buffers [B, Hkv, capacity, D] and writing into them.
@@ -27,7 +29,7 @@ class _Buffers:
             self.keys.untyped_storage().data_ptr() != self.key_buffer.untyped_storage().data_ptr()
         )
         fits = self.is_initialized and (
-            self.key_buffer.shape[:2] == key_states.shape[:2]
+            self.key_buffer.shape[:3] == (*key_states.shape[:2], self.capacity)
             and self.key_buffer.dtype == key_states.dtype
             and self.key_buffer.device == key_states.device
         )
@@ -36,9 +38,12 @@ class _Buffers:
         before = (self.keys, self.values) if self.is_initialized and self.keys.numel() else None
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         if not fits:
-            self.key_buffer, self.value_buffer = (
-                x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
-            )
+            # Buffers outlive the call; tensors of inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                self.key_buffer, self.value_buffer = (
+                    torch.empty(*x.shape[:2], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
+                    for x in (key_states, value_states)
+                )
         self.is_initialized = True
         self.first = 0
         self._view(0)
@@ -55,6 +60,19 @@ class _Buffers:
         self.key_buffer[:, :, slot:end] = key_states
         self.value_buffer[:, :, slot:end] = value_states
 
+    def adopt(self, key_buffer: Tensor, value_buffer: Tensor) -> None:
+        """Use these buffers, holding nothing yet."""
+        self.key_buffer, self.value_buffer = key_buffer, value_buffer
+        self.dtype, self.device, self.batch_size = key_buffer.dtype, key_buffer.device, key_buffer.shape[0]
+        self.is_initialized, self.first = True, 0
+        self._view(0)
+
+    def part_from_buffers(self) -> None:
+        """Keep what is held in memory of its own; the next update makes new buffers."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.key_buffer, self.value_buffer, self.first = self.keys, self.values, 0
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         if hasattr(self, "cumulative_length"):
@@ -68,19 +86,21 @@ class _Buffers:
 
 
 class PreallocatedLayer(_Buffers, DynamicLayer):
-    """A layer that sees everything: `capacity` tokens."""
+    """A layer that sees everything: `capacity` tokens, and if `growing` larger buffers where that is too few."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, growing: bool = False) -> None:
         super().__init__()
-        self.capacity, self.first = capacity, 0
+        self.capacity, self.growing, self.first = capacity, growing, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self._allocate_for(key_states, value_states)
-        held, new = self.keys.shape[2], key_states.shape[2]
+        held, new = self.keys.shape[2] if self.is_initialized else 0, key_states.shape[2]
         if held + new > self.capacity:
-            raise ValueError(
-                f"past_key_values: the cache has room for {self.capacity} tokens, holds {held} and got {new} more"
-            )
+            if not self.growing:
+                raise ValueError(
+                    f"past_key_values: the cache has room for {self.capacity} tokens, holds {held} and got {new} more"
+                )
+            self.capacity = rounded_up(held + new)
+        self._allocate_for(key_states, value_states)
         self._write(held, key_states, value_states)
         self._view(held + new)
         return self.keys, self.values
@@ -135,11 +155,12 @@ class PreallocatedCache(Cache):
     Args:
         config: `DiffusionGemmaConfig`.
         max_length: tokens, >= 1. A call that needs more raises ValueError.
+        growing: it gets larger buffers instead.
 
     Memory: 2 * Hkv * D * max_length elements per row and global layer, about two windows per sliding layer.
     """
 
-    def __init__(self, config, max_length: int) -> None:
+    def __init__(self, config, max_length: int, *, growing: bool = False) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int):
             raise TypeError(f"max_length: an int expected, got {type(max_length).__name__}")
         if max_length < 1:
@@ -149,8 +170,26 @@ class PreallocatedCache(Cache):
             layers=[
                 PreallocatedSlidingLayer(text.sliding_window, config.canvas_length)
                 if kind == "sliding_attention"
-                else PreallocatedLayer(max_length)
+                else PreallocatedLayer(max_length, growing)
                 for kind in text.layer_types
             ]
         )
         self.max_length = max_length
+
+    def adopt(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Use these buffers, one pair for every layer."""
+        for layer, pair in zip(self.layers, buffers, strict=True):
+            layer.adopt(*pair)
+
+    def part_from_buffers(self) -> None:
+        """Keep every token in memory of its own."""
+        for layer in self.layers:
+            layer.part_from_buffers()
+
+    def buffers_at(self, capacity: int) -> list[tuple[Tensor, Tensor]] | None:
+        """The buffers of all layers, if they are there and have room for `capacity` tokens and no more."""
+        for layer in self.layers:
+            right = isinstance(layer, PreallocatedSlidingLayer) or layer.capacity == capacity
+            if not (layer.is_initialized and right and layer.key_buffer.shape[2] == layer.capacity):
+                return None
+        return [(layer.key_buffer, layer.value_buffer) for layer in self.layers]

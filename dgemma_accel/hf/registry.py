@@ -1,0 +1,87 @@
+"""The captured steps of one model: which there are, and whether they still belong to its weights."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Captures of one model that are kept; the one not used for the longest time goes first.
+MOST_CAPTURES = 8
+
+
+class Captures:
+    """The captures of one model by what they were recorded with. A copy of the model records for itself."""
+
+    def __init__(self) -> None:
+        # One at a time: their memory is shared.
+        self.lock = threading.Lock()
+        self.found: OrderedDict[tuple, object] = OrderedDict()
+        self.failures: dict[tuple, str] = {}
+        self.weights: tuple | None = None
+        self.pool = None
+
+    def __reduce__(self):
+        return Captures, ()
+
+    @contextmanager
+    def lease(
+        self, key: tuple, weights: tuple, make_pool: Callable[[], object], make: Callable[[object], object]
+    ) -> Iterator:
+        """The `CapturedStep` for `key`, made if there is none; None while another thread replays, or after a failure.
+
+        Args:
+            key: its first entry is the device.
+            weights: `fingerprint` of the model; captures with another one read memory that is no longer the model's.
+            make: from a memory pool to a capture. What it raises goes on to the caller, once.
+        """
+        if not self.lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            if weights != self.weights:
+                self.found.clear()
+                self.failures.clear()
+                self.pool, self.weights = None, weights
+            if key not in self.found:
+                self.found[key] = None
+                self.found[key] = make(self._pool_on(key[0], make_pool))
+                while len(self.found) > MOST_CAPTURES:
+                    self.found.popitem(last=False)
+            self.found.move_to_end(key)
+            yield self.found[key]
+        finally:
+            self.lock.release()
+
+    def _pool_on(self, device: torch.device, make_pool: Callable[[], object]) -> object:
+        if self.pool is None or self.pool[0] != device:
+            self.pool = (device, make_pool())
+        return self.pool[1]
+
+
+def fingerprint(model: nn.Module, modules: list[nn.Module]) -> tuple:
+    """What a recording of `modules` depends on besides its inputs: their code and the addresses of their weights.
+
+    Values that are written in place (`load_state_dict`, `copy_`) are read anew by every replay and are not in it.
+    """
+    found: list = [getattr(model.config, "_experts_implementation", None)]
+    for module in modules:
+        found.append((id(module), type(module), id(module.__dict__.get("forward"))))
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    found.append((name, *_addresses(tensor)))
+    return tuple(found)
+
+
+def _addresses(tensor: Tensor) -> tuple:
+    """Addresses, shape and dtype; of a quantised tensor those of the tensors that it consists of."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:
+        names, _ = inner()
+        return (type(tensor), *(part for name in names for part in _addresses(getattr(tensor, name))))
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

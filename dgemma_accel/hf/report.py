@@ -1,0 +1,69 @@
+"""What the compiled and captured steps of an accelerated model cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .patches import acceleration_of
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """One step that was compiled, and captured where the device can.
+
+    batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is the
+    only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and one step.
+    capture_seconds: warm-up, which holds the compiler's time if it is the first with its shape, and recording.
+    memory_bytes: of the graph and its own tensors; captures of one model share working memory, which counts for the
+    first. replays: steps taken with it. problem: why it is not compiled or not captured, or None.
+    """
+
+    batch: int
+    canvas: int
+    cache_length: int
+    compiled: bool
+    captured: bool
+    compile_seconds: float | None
+    capture_seconds: float | None
+    memory_bytes: int
+    replays: int
+    problem: str | None
+
+
+def captures(model: nn.Module) -> list[CaptureReport]:
+    """The steps that were compiled or captured for an accelerated model; none where it is not accelerated."""
+    acceleration = acceleration_of(model) if isinstance(model, nn.Module) else None
+    if acceleration is None:
+        return []
+    found, steps_with_capture = [], set()
+    registry = acceleration.captures
+    for key, captured in registry.found.items():
+        _, step, lengths, shape, *_ = key
+        steps_with_capture.add(id(step))
+        problem = registry.failures.get(key)
+        found.append(
+            CaptureReport(
+                *shape,
+                max(lengths),
+                step.failure is None,
+                captured is not None,
+                step.seconds,
+                None if captured is None else captured.seconds,
+                0 if captured is None else captured.bytes,
+                0 if captured is None else captured.replays,
+                f"not captured: {problem}" if problem else _uncompiled(step),
+            )
+        )
+    for step in acceleration.compiled.values():
+        if id(step) not in steps_with_capture:
+            problem = _uncompiled(step)
+            found.append(
+                CaptureReport(*step.shape, 0, step.failure is None, False, step.seconds, None, 0, step.calls, problem)
+            )
+    return found
+
+
+def _uncompiled(step) -> str | None:
+    return None if step.failure is None else f"not compiled: {step.failure}"
