@@ -148,7 +148,7 @@ def head_stats(
             logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
             seed_value, offset_value, rows, rows, vocab, tiles, 0, vocab, t_stride, ts_stride,
             UNIFORM=uniform is not None,
-            ROWS=1, SPAN=block_n, LANES=min(block_n, 128), TILES=next_power_of_2(tiles),
+            ROWS=1, SPAN=block_n, LANES=min(block_n, 32), TILES=next_power_of_2(tiles),
             num_warps=config["merge_warps"], **flags,
         )  # fmt: skip
     return (logits, *integers, *floats)
