@@ -12,13 +12,14 @@ from .attention import decoder_attention_forward, encoder_attention_forward
 from .cache import leave_uncompiled, prepare_cache, prepare_static_cache
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
+from .experts import experts_forward
 from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 MINIMUM_TRANSFORMERS = (5, 17)
 # The ops that the drop-in calls.
-OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding")
+OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
 
 def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool | None = None):
@@ -67,6 +68,8 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     acceleration.replace(encoder, "create_masks_for_generate", create_encoder_masks)
     for layer in decoder.layers:
         acceleration.replace(layer.self_attn, "forward", decoder_attention_forward)
+    for layer in (*encoder.language_model.layers, *decoder.layers):
+        acceleration.replace(layer.experts, "forward", experts_forward)
     acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
     acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
     acceleration.replace(model, "_denoising_step", denoising_step)

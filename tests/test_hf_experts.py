@@ -1,0 +1,214 @@
+"""The drop-in's experts: which calls go through the op, and that they give the original's tokens."""
+
+import pytest
+import torch
+from hf_models import CANVAS, generate, prompt, tiny_model, transformers
+
+import dgemma_accel
+from dgemma_accel import backends
+from dgemma_accel.hf import experts as hf_experts
+
+triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernel = pytest.mark.skipif(
+    triton_experts.unavailable() is not None, reason=str(triton_experts.unavailable())
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().to(DEVICE)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends that the op was called with, and the rows of each call."""
+    seen, right = [], hf_experts.experts
+
+    def recorded(hidden, *args, backend, **kwargs):
+        seen.append((backend, len(hidden)))
+        return right(hidden, *args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(hf_experts, "experts", recorded)
+    return seen
+
+
+def layers_of(model):
+    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
+
+
+def run_layer(experts, seed=0):
+    """One call of a layer's experts as its layer makes it."""
+    weight = experts.gate_up_proj
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(10, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    index = torch.rand(10, weight.shape[0], generator=generator).topk(2).indices.to(weight.device)
+    weights = torch.rand(10, 2, generator=generator).to(weight.device)
+    with torch.no_grad():
+        return experts(hidden, index, weights)
+
+
+@needs_kernel
+def test_same_tokens_through_the_kernels(model, calls):
+    ids = prompt(1, 9)[0].to(DEVICE)
+    expected = generate(model, ids, max_new_tokens=CANVAS)
+    with dgemma_accel.accelerated(model, backend="triton", graph=False):
+        output = generate(model, ids, max_new_tokens=CANVAS)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert {backend for backend, _ in calls} == {"triton"}
+    # Prompt and canvas: encoder and decoder layers alike.
+    assert {rows for _, rows in calls} >= {9, CANVAS}
+
+
+@needs_kernel
+def test_every_layer_goes_through_the_op_and_restore_undoes_it(model, calls):
+    expected = [run_layer(layer.experts) for layer in layers_of(model)]
+    dgemma_accel.accelerate(model, backend="triton")
+    results = [run_layer(layer.experts) for layer in layers_of(model)]
+    assert len(calls) == len(results) == 6
+    assert all(torch.allclose(result, truth, atol=1e-5) for result, truth in zip(results, expected))
+    dgemma_accel.restore(model)
+    again = [run_layer(layer.experts) for layer in layers_of(model)]
+    assert len(calls) == 6 and all(torch.equal(a, b) for a, b in zip(again, expected))
+    assert not any("forward" in layer.experts.__dict__ for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("name", ["auto", "cpp", "reference"])
+def test_without_a_kernel_the_models_own_experts_stay(model, calls, caplog, name):
+    if DEVICE == "cuda" and name != "reference":
+        pytest.skip("auto and cpp take the kernel on a GPU")
+    layer = model.model.decoder.layers[0]
+    expected = run_layer(layer.experts)
+    with dgemma_accel.accelerated(model, backend=name), caplog.at_level("WARNING", logger="dgemma_accel"):
+        assert torch.equal(run_layer(layer.experts), expected)
+    assert not calls and not caplog.records
+
+
+def test_what_auto_takes_on_a_gpu(monkeypatch):
+    """A backend that has no experts of its own takes what auto takes, also by environment."""
+    monkeypatch.setattr(hf_experts, "compute_capability", lambda device: (12, 0))
+    present = backends.Implementation("experts", "triton", lambda *a: None, None)
+    monkeypatch.setattr(hf_experts, "load", lambda op, name: (present, None))
+    device = torch.device("cuda")
+    for name in ("auto", "cuda", "cpp"):
+        assert hf_experts.kernel_for(name, device, torch.bfloat16) == "triton"
+    assert hf_experts.kernel_for("reference", device, torch.bfloat16) is None
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
+    assert hf_experts.kernel_for("auto", device, torch.bfloat16) == "triton"
+    monkeypatch.setattr(hf_experts, "load", lambda op, name: (None, "missing"))
+    assert hf_experts.kernel_for("auto", device, torch.bfloat16) is None
+
+
+class Subclassed(torch.nn.Parameter):
+    """What quantised and sharded weights look like."""
+
+
+def _other_activation(experts):
+    experts.act_fn = transformers.activations.ACT2FN["relu"]
+
+
+def _sharded(experts):
+    experts._is_expert_parallel = True
+
+
+def _quantised(experts):
+    experts.down_proj.__class__ = Subclassed
+
+
+def _own_gate(experts):
+    experts._apply_gate = lambda joint: joint.chunk(2, -1)[0]
+
+
+def _own_class(experts):
+    experts.__class__ = type("OtherExperts", (type(experts),), {})
+
+
+def _offloaded(experts):
+    experts._hf_hook = object()
+
+
+def _replaced(experts):
+    experts.__dict__["forward"] = lambda hidden, index, weights: hidden * 2
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (_other_activation, "the activation is ReLU"),
+        (_sharded, "the experts are sharded"),
+        (_quantised, "down_proj is a Subclassed"),
+        (_own_gate, "with arithmetic of its own"),
+        (_own_class, "the experts are a OtherExperts"),
+        (_offloaded, "forward was replaced before"),
+        (_replaced, "forward was replaced before"),
+    ],
+)
+def test_other_experts_are_served_by_the_original_and_said_once(calls, caplog, change, reason):
+    model = tiny_model().to(DEVICE)
+    experts = model.model.decoder.layers[1].experts
+    change(experts)
+    expected = run_layer(experts)
+    with caplog.at_level("WARNING", logger="dgemma_accel"):
+        dgemma_accel.accelerate(model, backend="triton")
+        for _ in range(2):
+            assert torch.equal(run_layer(experts), expected)
+    assert not calls
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("experts:")]
+    assert len(lines) == 1 and reason in lines[0]
+    run_layer(model.model.decoder.layers[0].experts)
+    assert calls
+
+
+@needs_kernel
+def test_training_and_mixed_dtypes_are_served_by_the_original(model, calls, caplog):
+    experts = model.model.decoder.layers[0].experts
+    hidden, index = torch.randn(3, experts.hidden_dim, device=DEVICE), torch.tensor([[0], [1], [2]], device=DEVICE)
+    ones = torch.ones(3, 1, device=DEVICE)
+    with dgemma_accel.accelerated(model, backend="triton"), caplog.at_level("WARNING", logger="dgemma_accel"):
+        assert experts(hidden, index, ones).requires_grad
+        assert "autograd is on" in caplog.text
+        with torch.no_grad():
+            experts(hidden.bfloat16(), index, ones)
+        assert "dtypes torch.bfloat16 and torch.float32 of rows and weights" in caplog.text
+    assert not calls
+
+
+@needs_kernel
+def test_hooks_still_run(model, calls):
+    experts, seen = model.model.decoder.layers[0].experts, []
+    handle = experts.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    try:
+        with dgemma_accel.accelerated(model, backend="triton"):
+            run_layer(experts)
+    finally:
+        handle.remove()
+    assert len(seen) == len(calls) == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("name, nodes", [("triton", 1), ("reference", 0)])
+def test_traces_whole(model, name, nodes):
+    """The drop-in's compiled step: one graph, in which a kernel of the experts is one opaque node."""
+    layer = model.model.decoder.layers[0]
+    hidden = torch.randn(1, 12, 64, device=DEVICE)
+
+    def moe(hidden):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, index = layer.router(rows)
+        return layer.experts(layer.pre_feedforward_layernorm_2(rows), index, weights)
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), dgemma_accel.accelerated(model, backend=name):
+        expected = moe(hidden)
+        torch._dynamo.reset()
+        result = torch.compile(moe, backend=keep, fullgraph=True)(hidden)
+        torch._dynamo.reset()
+    assert torch.allclose(result, expected, atol=1e-5)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert len(graphs) == 1 and sum(target.startswith("dgemma.experts") for target in targets) == nodes
