@@ -72,13 +72,11 @@ def test_cache_and_hidden_states(model, calls, turns):
     assert not calls
     with dgemma_accel.accelerated(model):
         fast_cache, fast_states = encode_in_turns(model, ids, turns)
-    # The global layer always goes through it; the two sliding ones while everything fits into a window.
+    # Two sliding layers, which hold the last WINDOW - 1 tokens, and a global one.
     before = 0
     expected = []
     for length in turns:
-        expected += [(False, before, length)] * (2 if before + length <= WINDOW else 0) + [
-            (True, before, length)
-        ]
+        expected += [(False, min(before, WINDOW - 1), length)] * 2 + [(True, before, length)]
         before += length
     assert calls == expected
     for a, b in zip(fast_states, states):
@@ -96,21 +94,58 @@ def test_padding_in_the_cache_but_not_in_the_block(model, calls):
     with dgemma_accel.accelerated(model):
         result = generate(model, ids, mask, max_new_tokens=3 * CANVAS)
     assert torch.equal(result.sequences, expected.sequences)
-    assert calls == [(True, 6, CANVAS), (True, 6 + CANVAS, CANVAS)]
+    held = WINDOW - 1
+    assert calls == [(False, 6, CANVAS)] * 2 + [(True, 6, CANVAS)] + [(False, held, CANVAS)] * 2 + [
+        (True, 6 + CANVAS, CANVAS)
+    ]
 
 
-def test_the_causal_mask_matters(model, monkeypatch):
-    ids, _ = prompt(2, 30)
-    right = attention.block_attention
-
-    def bidirectional(*arguments, causal, **options):
-        return right(*arguments, causal=False, **options)
-
-    _, expected = encode_in_turns(model, ids, (30,))
-    monkeypatch.setattr(attention, "block_attention", bidirectional)
+@pytest.mark.parametrize("padding", [(0, 3, WINDOW + 2), (0, 1, 0), (WINDOW, WINDOW + 9, 2)])
+@pytest.mark.parametrize("turns", [(WINDOW + 10, CANVAS, CANVAS, 5), (WINDOW + 10, 3 * WINDOW, 1, 1)])
+def test_padded_batches_past_the_window(model, calls, padding, turns):
+    """Rows whose window begins inside their padding, at its end and behind it, against the original's masks."""
+    ids, mask = prompt(3, sum(turns), left_padding=padding)
+    cache, states = encode_in_turns(model, ids, turns, mask)
     with dgemma_accel.accelerated(model):
-        _, wrong = encode_in_turns(model, ids, (30,))
-    assert not torch.allclose(wrong[0], expected[0], rtol=1e-2, atol=1e-2)
+        fast_cache, fast_states = encode_in_turns(model, ids, turns, mask)
+    assert len(calls) == 3 * (len(turns) - 1), "all but the padded prompt itself"
+    real = mask.bool().split(turns, 1)
+    for a, b, shown in zip(fast_states, states, real):
+        assert torch.allclose(a[shown], b[shown], rtol=1e-4, atol=1e-4)
+    for a, b in zip(fast_cache.layers, cache.layers):
+        shown = mask.bool()[:, -a.keys.shape[2] :]
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            assert torch.allclose(x.transpose(1, 2)[shown], y.transpose(1, 2)[shown], rtol=1e-4, atol=1e-4)
+
+
+def test_slots_hidden_at_the_end_of_the_cache(model, calls):
+    """They count for the distance that the window measures, so the original serves."""
+    turns = (2 * WINDOW, 5)
+    ids, mask = prompt(2, sum(turns))
+    mask[1, 2 * WINDOW - 3 : 2 * WINDOW] = 0
+    _, states = encode_in_turns(model, ids, turns, mask)
+    with dgemma_accel.accelerated(model):
+        _, fast = encode_in_turns(model, ids, turns, mask)
+    assert not calls
+    assert torch.allclose(fast[1], states[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"causal": False, "window": None}, {"window": None}, {"window": WINDOW - 1}])
+@pytest.mark.parametrize("turns", [(30,), (2 * WINDOW, CANVAS)])
+def test_the_causal_mask_and_the_window_matter(model, monkeypatch, wrong, turns):
+    ids, _ = prompt(2, sum(turns))
+    right = attention.block_attention
+    _, expected = encode_in_turns(model, ids, turns)
+    monkeypatch.setattr(
+        attention, "block_attention", lambda *arguments, **options: right(*arguments, **(options | change(options)))
+    )
+
+    def change(options):
+        return wrong if options["window"] else {name: wrong[name] for name in wrong if name == "causal"}
+
+    with dgemma_accel.accelerated(model):
+        _, result = encode_in_turns(model, ids, turns)
+    assert not torch.allclose(result[-1], expected[-1], rtol=1e-3, atol=1e-3)
 
 
 def test_images_are_left_to_the_original(model, calls):
@@ -128,7 +163,7 @@ def test_images_are_left_to_the_original(model, calls):
     with dgemma_accel.accelerated(model):
         result = generate(model, ids, mask, **options)
     assert torch.equal(result.sequences, expected.sequences)
-    assert calls == [(True, 24, CANVAS)], "only the canvas is plainly causal"
+    assert calls == [(False, WINDOW - 1, CANVAS)] * 2 + [(True, 24, CANVAS)], "only the canvas is plainly causal"
 
 
 def test_a_fully_bidirectional_encoder(calls):

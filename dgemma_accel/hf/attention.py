@@ -54,7 +54,7 @@ def encoder_attention_forward(
     """`DiffusionGemmaEncoderTextAttention.forward` through `block_attention` where the mask is a `CausalRange`.
 
     Arguments and result as in `decoder_attention_forward`, but the cache takes up the keys and values, and
-    any other mask is served by the original without a word: images and long sliding windows are its job.
+    any other mask is served by the original without a word: images are its job.
     """
     module = patch.owner
     cache = past_key_values
@@ -96,6 +96,7 @@ def _attend(patch: Patch, query, key, value, layer, mask: PrefixRange | None, *,
         prefix_end=end,
         scale=float(patch.owner.scaling),
         causal=causal,
+        window=mask.window if isinstance(mask, CausalRange) else None,
         backend=patch.acceleration.backend_of("block_attention"),
     )
     return patch.owner.o_proj(output.transpose(1, 2).flatten(2))

@@ -32,8 +32,14 @@ class PrefixRange:
         return self.start, self.end
 
 
+@dataclass(eq=False)
 class CausalRange(PrefixRange):
-    """The encoder's: row b sees cache slots [start_b, end_b), and inside the block its own past."""
+    """The encoder's: row b sees cache slots [start_b, end_b), and inside the block its own past.
+
+    window: a query sees no key at this distance or farther (the sliding layers), or None.
+    """
+
+    window: int | None = None
 
 
 def reference_mask(mask, layer_type: str):
@@ -101,9 +107,8 @@ def create_encoder_masks(
 ):
     """`DiffusionGemmaEncoderModel.create_masks_for_generate` with ranges where the mask is plainly causal.
 
-    That is text, whose rows hide nothing but a first part of the cache. On sliding layers it also has to fit into one
-    window together with the cache: beyond it the first query sees more of the cache than the last, and transformers'
-    sliding mask is made, that one alone. Images and padding inside the block are the original's business.
+    That is text, whose rows hide nothing but a first part of the cache. Images and padding inside the block are the
+    original's business.
     """
 
     @functools.cache
@@ -134,34 +139,20 @@ def create_encoder_masks(
         layer, seen = cache.layers[index], cache.get_seq_length(index)
         if (seen and not readable(cache, layer)) or cache.is_compileable:
             return original()
-        if sliding and seen + new > text.sliding_window:
-            masks[kind] = _sliding_mask(text, inputs_embeds, attention_mask, cache, position_ids)
-            continue
+        # Where everything fits into one window, it is no limit.
+        window = text.sliding_window if sliding and seen + new > text.sliding_window else None
         held = layer.keys.shape[-2] if seen else 0
         span = (None, None)
         if visible is not None:
             span = _row_range(visible, seen - held, seen, inputs_embeds.shape[:2])
             if span is None:
                 return original()
-        masks[kind] = CausalRange(*span, reference_masks=original)
+            start, end = span
+            # The window counts from the last slot that is seen; hidden slots behind it would move it.
+            if window is not None and not bool(((end == held) | (start == end)).all()):
+                return original()
+        masks[kind] = CausalRange(*span, reference_masks=original, window=window)
     return masks
-
-
-def _sliding_mask(text, inputs_embeds, attention_mask, cache, position_ids):
-    """What the original makes for sliding layers, with its "no image here" where it would say that."""
-    from transformers.masking_utils import create_sliding_window_causal_mask
-
-    blocks = None
-    if text.use_bidirectional_attention == "vision":
-        blocks = torch.full(inputs_embeds.shape[:-1], -1, device=inputs_embeds.device)
-    return create_sliding_window_causal_mask(
-        config=text,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=position_ids,
-        block_sequence_ids=blocks,
-    )
 
 
 def _first_layers(config) -> dict[str, int]:
