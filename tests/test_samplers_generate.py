@@ -266,14 +266,16 @@ def test_sdar_takes_batches_of_different_lengths():
         assert int(together.nfe[number]) == int(alone.nfe[0])
 
 
-def joint_threshold(model, prompt, new, block, tau, tau_edit, budget):
+def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_lambda=0.0):
     """The loop of SGLang's JointThreshold, a batch of one, with the model read anew at every iteration."""
     x = torch.cat([prompt, torch.full((1, new), MASK)], 1)
     for start in range(prompt.shape[1], x.shape[1], block):
         part = slice(start, start + block)
         edits = 0
         for _ in range(block + budget):
-            logits = model(x).logits[0, part]
+            logits = model(x).logits[0, part].clone()
+            for i in range(1, block):
+                logits[i, x[0, start + i - 1]] -= penalty_lambda
             best, p = confidence_of(logits[None])
             best, p, current = best[0], p[0], x[0, part]
             masked = current == MASK
@@ -292,18 +294,84 @@ def joint_threshold(model, prompt, new, block, tau, tau_edit, budget):
     return x
 
 
-def test_sglang_joint_threshold():
+@pytest.mark.parametrize("penalty_lambda", [0.0, 2.0])
+def test_sglang_joint_threshold(penalty_lambda):
     edited = 0
     for seed in range(16):
         prompt = prompts(1, 4, seed)
-        expected = joint_threshold(LLaDA(seed), prompt, 12, 6, 0.4, 0.3, 4)
-        strategy = JointThresholdEdit(0.4, 0.3, edit_budget=4)
+        expected = joint_threshold(LLaDA(seed), prompt, 12, 6, 0.4, 0.3, 4, penalty_lambda)
+        strategy = JointThresholdEdit(0.4, 0.3, edit_budget=4, penalty_lambda=penalty_lambda)
         seen = []
         sampler = MaskedDiffusionSampler(strategy, mask_id=MASK, block_length=6)
         result = sampler.generate(LLaDA(seed), prompt, 12, callback=lambda x, *_, seen=seen: seen.append(x))
         assert torch.equal(result.sequences, expected)
         edited += sum(int(((a != MASK) & (a != b)).any()) for a, b in pairwise(seen))
     assert edited > 10
+
+
+def test_the_penalty_changes_the_text():
+    texts = [
+        MaskedDiffusionSampler(
+            JointThresholdEdit(0.4, 0.3, edit_budget=4, penalty_lambda=penalty), mask_id=MASK, block_length=6
+        ).generate(LLaDA(3), prompts(4, 4, 3), 12)
+        for penalty in (0.0, 2.0)
+    ]
+    assert not torch.equal(texts[0].sequences, texts[1].sequences)
+
+
+class DroppingStore(Store):
+    """A store whose rows can be dropped, as those of transformers' DynamicCache."""
+
+    def batch_select_indices(self, indices):
+        if self.layers is not None:
+            self.layers = [(k[indices], v[indices]) for k, v in self.layers]
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "interface, model",
+    [
+        (FullSequence(), LLaDA),
+        (PrefixCache(), LLaDA),
+        (DualCache(), LLaDA),
+        (BlockCache(new_cache=DroppingStore), SDAR),
+    ],
+    ids=("full", "prefix", "dual", "block"),
+)
+def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperature, guidance_scale):
+    def run(eos_id, number):
+        sampler = MaskedDiffusionSampler(
+            Threshold(0.6), mask_id=MASK, block_length=4, eos_id=eos_id, interface=interface,
+            temperature=temperature, guidance_scale=guidance_scale,
+        )  # fmt: skip
+        return sampler.generate(model(number), prompts(6, 8, number), 16, seed=3)
+
+    # A model and a token that ends some rows early and others not.
+    eos_id, number = next(
+        (token, number)
+        for number in SEEDS
+        for first in [run(None, number).new_tokens[:, :8]]
+        for token in range(MASK)
+        if 0 < int((first == token).any(-1).sum()) < 6
+    )
+    dropped = run(eos_id, number)
+    session = type(interface).session
+    monkeypatch.setattr(session, "select", lambda self, rows: False)
+    whole = run(eos_id, number)
+    assert torch.equal(dropped.sequences, whole.sequences)
+    for name in ("nfe", "ended", "stuck"):
+        assert torch.equal(getattr(dropped, name), getattr(whole, name))
+    assert dropped.calls == whole.calls
+    assert dropped.rows_fed < whole.rows_fed
+    assert bool(whole.ended.any())
+    if isinstance(interface, FullSequence):
+        assert dropped.rows_fed == int(dropped.nfe.sum())
+
+
+def test_transformers_cache_drops_rows():
+    transformers = pytest.importorskip("transformers")
+    assert hasattr(transformers.DynamicCache(), "batch_select_indices")
 
 
 STRATEGIES = (
@@ -339,7 +407,7 @@ def test_padded_tensor_prompts():
 
 
 class Fixed(torch.nn.Module):
-    """Says `text` whatever it reads; `kind` is the form of its answer."""
+    """Says `text` whatever it reads, or line n of `text` to a prompt that begins with n; `kind` is the answer's form."""
 
     def __init__(self, text, kind="tensor"):
         super().__init__()
@@ -348,7 +416,8 @@ class Fixed(torch.nn.Module):
     def forward(self, tokens):
         self.calls += 1
         logits = torch.zeros(*tokens.shape, VOCAB)
-        logits.scatter_(-1, self.text[..., -tokens.shape[1] :].expand_as(tokens)[..., None], 30.0)
+        text = self.text if self.text.ndim == 1 else self.text[tokens[:, 0]]
+        logits.scatter_(-1, text[..., -tokens.shape[1] :].expand_as(tokens)[..., None], 30.0)
         forms = {
             "tensor": logits,
             "tuple": (logits, None),
@@ -372,11 +441,11 @@ def test_end_tokens():
     model = Fixed([[1, 5, 6, 7, 21, 8, 9, 9, 9, 9], [1, 5, 6, 7, 8, 9, 10, 11, 12, 20]])
     numbers = {"mask_id": MASK, "block_length": 3, "pad_id": 0}
     ends = MaskedDiffusionSampler(Threshold(0.5), **numbers, eos_id=(20, 21))
-    result = ends.generate(model, [[1], [1]], 9)
+    result = ends.generate(model, [[0], [1]], 9)
     assert result.new_tokens.tolist() == [[5, 6, 7, 21, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11, 12, 20]]
     assert result.nfe.tolist() == [2, 3]
     assert result.ended.tolist() == [True, True]
-    endless = MaskedDiffusionSampler(Threshold(0.5), **numbers).generate(model, [[1], [1]], 9)
+    endless = MaskedDiffusionSampler(Threshold(0.5), **numbers).generate(model, [[0], [1]], 9)
     assert endless.new_tokens[0].tolist() == [5, 6, 7, 21, 8, 9, 9, 9, 9]
     assert not endless.ended.any()
 
@@ -409,8 +478,9 @@ def test_steps_limit_flags_what_is_left():
 def test_a_stuck_row_does_not_stop_the_others():
     def model(tokens, attention_mask=None):
         logits = torch.zeros(*tokens.shape, VOCAB)
-        logits[0, :, MASK] = 9.0
-        logits[1:, :, 5] = 9.0
+        # By the prompt's first place: 0, the padding, in the row that proposes the mask alone.
+        logits[tokens[:, 0] == 0, :, MASK] = 9.0
+        logits[tokens[:, 0] == 1, :, 5] = 9.0
         return logits
 
     sampler = MaskedDiffusionSampler(DInferThreshold(0.5), mask_id=MASK, block_length=4)

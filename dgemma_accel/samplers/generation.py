@@ -23,6 +23,7 @@ class GenerateResult:
     nfe: [B] int64, function evaluations of each row: steps in which it still had something to decide.
         Guidance takes two for each.
     calls: calls of the model, those that only fill a cache included.
+    rows_fed: rows in these calls together, those of guidance included. A row that has ended is not fed any more.
     ended: [B] bool, rows that wrote an end token.
     stuck: [B] bool, rows that stopped with masks left because no further progress was possible in the
         steps given. Their masks are still in `sequences`.
@@ -34,6 +35,7 @@ class GenerateResult:
     calls: int
     ended: Tensor
     stuck: Tensor
+    rows_fed: int
 
     @property
     def new_tokens(self) -> Tensor:
@@ -100,7 +102,7 @@ def generate(
     nfe = torch.zeros(len(rows), dtype=torch.int64, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     stuck = torch.zeros_like(ended)
-    calls, offset = 0, 0
+    calls, rows_fed, offset = 0, 0, 0
     temperature = sampler.temperature
     by_row = isinstance(temperature, Tensor) and temperature.ndim == 1
     if by_row and len(temperature) != len(rows):
@@ -112,8 +114,8 @@ def generate(
         run.finish()
         sequences[group, longest - run.prompt_length :] = run.tokens[:, : run.prompt_length + max_new_tokens]
         nfe[group], ended[group], stuck[group] = run.nfe, run.ended, run.stuck
-        calls, offset = calls + run.session.calls, run.offset
-    return GenerateResult(sequences, longest, nfe, calls, ended, stuck)
+        calls, rows_fed, offset = calls + run.session.calls, rows_fed + run.session.rows_fed, run.offset
+    return GenerateResult(sequences, longest, nfe, calls, ended, stuck, rows_fed)
 
 
 class _Run:
@@ -140,19 +142,42 @@ class _Run:
         self.stuck = torch.zeros_like(self.ended)
         self.guided = sampler.guidance_scale > 0
         self.session: Session = sampler.interface.open(model, self._both(self.valid, self.valid))
+        # Rows that are fed; None: all. Rows without a decision to make are not, as far as the interface can do that.
+        self.fed: Tensor | None = None
 
     def _both(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         return torch.cat([conditional, unconditional]) if self.guided else conditional
 
     def _fed(self) -> Tensor:
         """What the model reads: the tokens, and below them the same without the prompt if guidance is on."""
+        tokens, valid = self.tokens, self.valid
+        if self.fed is not None:
+            tokens, valid = tokens[self.fed], valid[self.fed]
         if not self.guided:
-            return self.tokens
-        hidden = self.valid & ~self.new
-        return self._both(self.tokens, torch.where(hidden, self.sampler.mask_id, self.tokens))
+            return tokens
+        hidden = valid & ~self.new
+        return self._both(tokens, torch.where(hidden, self.sampler.mask_id, tokens))
+
+    def _feed(self, wanted: Tensor) -> None:
+        """Let the model see the rows `wanted` [B] bool, at least one, and no others."""
+        batch = len(wanted)
+        rows = wanted.nonzero()[:, 0]
+        if len(rows) == (batch if self.fed is None else len(self.fed)) and (
+            self.fed is None or torch.equal(rows, self.fed)
+        ):
+            return
+        if self.session.select(self._both(rows, rows + batch)):
+            self.fed = None if len(rows) == batch else rows
 
     def _logits(self, start: int, end: int) -> Tensor:
-        logits = self.session.logits(self._fed(), start, end)
+        logits = self._guide(self.session.logits(self._fed(), start, end))
+        if self.fed is None:
+            return logits
+        # Rows keep their numbers, and with them their draws; nothing is decided for those that were not fed.
+        whole = logits.new_zeros(self.tokens.shape[0], *logits.shape[1:])
+        return whole.index_copy_(0, self.fed, logits)
+
+    def _guide(self, logits: Tensor) -> Tensor:
         if not self.guided:
             return logits
         conditional, unconditional = logits.float().chunk(2)
@@ -171,8 +196,10 @@ class _Run:
         for number, start in enumerate(range(first, self.tokens.shape[1], size)):
             end = min(start + size, self.tokens.shape[1])
             self._block(number, start, end)
-            if bool((self.ended | self.stuck).all()):
+            going = ~(self.ended | self.stuck)
+            if not bool(going.any()):
                 break
+            self._feed(going)
             if end < self.tokens.shape[1]:
                 self.session.end_block(self._fed(), start, end)
         if self.streamer is not None:
@@ -188,6 +215,8 @@ class _Run:
         state = sampler.start(tokens, open=open, seed=self.seed, offset=self.offset)
         self.session.begin_block(start, end)
         while bool(state.active.any()):
+            if self.session.free_rows:
+                self._feed(state.active)
             tokens = sampler.step(self._logits(start, end), tokens, state)
             self.tokens[:, start:end] = tokens
             self._report(number, state, start, end)

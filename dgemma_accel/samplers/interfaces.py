@@ -52,17 +52,26 @@ def past_of(output: Any) -> Any:
 class Session:
     """One batch with one model.
 
-    calls: how often the model was called.
+    calls: how often the model was called. rows_fed: rows in all these calls together.
     """
+
+    # Rows may be left out of any evaluation, and come back; else only from one block to the next, for good.
+    free_rows = False
 
     def __init__(self, interface: Interface, model: Callable, valid: Tensor):
         self.interface = interface
         self.model = model
-        self.valid = valid
-        self.calls = 0
+        self.valid = self._valid_of_all = valid
+        self.calls = self.rows_fed = 0
+
+    def select(self, rows: Tensor) -> bool:
+        """From now on the tokens fed are those of `rows` [R] int64, rising, of the batch; False where that cannot be."""
+        self.valid = self._valid_of_all[rows]
+        return True
 
     def call(self, tokens: Tensor, **kwargs) -> Any:
         self.calls += 1
+        self.rows_fed += tokens.shape[0]
         return self.model(tokens, **kwargs)
 
     def checked(self, output: Any, tokens: Tensor) -> Tensor:
@@ -118,6 +127,8 @@ class Interface:
 
 
 class _FullSession(Session):
+    free_rows = True
+
     def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
         kwargs = self.interface.padding_arguments(self.valid)
         return self.block_of(self.checked(self.call(tokens, **kwargs), tokens), start, end)
@@ -218,8 +229,17 @@ class DualCache(Interface):
 
 
 class _BlockSession(Session):
+    def select(self, rows: Tensor) -> bool:
+        # The cache has the rows of the last selection; transformers' caches can drop some of them.
+        if not hasattr(self.past, "batch_select_indices"):
+            return False
+        self.past.batch_select_indices(torch.searchsorted(self._rows, rows))
+        self._rows = rows
+        return super().select(rows)
+
     def prefill(self, tokens: Tensor, length: int) -> None:
         self.past = self.interface.new_cache()
+        self._rows = torch.arange(tokens.shape[0], device=tokens.device)
         if not length:
             return
         size = self.interface.block_length

@@ -240,6 +240,7 @@ class MaskedDiffusionSampler:
         owned = state.open & state.active[:, None]
         masked = (tokens == self.mask_id) & owned
         proposal = self._proposal(state.step, tokens.shape[1])
+        state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
         step = Step(
             tokens=tokens,

@@ -47,6 +47,7 @@ class BlockState:
     most_steps: the block ends after this many steps in any case.
     seed, offset: the seed of the draws and the number of the next draw.
     memory: what the strategy itself remembers.
+    tokens: [B, C], what the running step decides over; None before the first.
     """
 
     open: Tensor
@@ -60,6 +61,7 @@ class BlockState:
     offset: int = 0
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...ops.commit import CommitResult
+from ...ops.row_stats import RowStats
+from ...reference.row_stats import apply_softcap
 from ..rules import Edit, Keep, Rule, Threshold, check_number
 from .base import BlockState, Step, Strategy
 
@@ -42,6 +44,9 @@ class JointThresholdEdit(Strategy):
         tau: in [0, 1].
         tau_edit: in [0, 1].
         edit_budget: steps without masks, >= 0.
+        penalty_lambda: >= 0 logits. From each position's logits it is taken off the token that stands before it in
+            the block (a mask counts as a token), against repetitions. 0, as published, costs nothing; more
+            costs a copy of the block's logits.
 
     Source: JointThreshold in SGLang's dllm/algorithm (LLaDA 2.1).
     """
@@ -49,11 +54,22 @@ class JointThresholdEdit(Strategy):
     tau: float = 0.5
     tau_edit: float = 0.0
     edit_budget: int = 16
+    penalty_lambda: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("tau", self.tau, 0.0, 1.0)
         check_number("tau_edit", self.tau_edit, 0.0, 1.0)
         check_number("edit_budget", self.edit_budget, 0, integer=True)
+        check_number("penalty_lambda", self.penalty_lambda, 0.0)
+
+    def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
+        if not self.penalty_lambda:
+            return super().propose(step_logits, state, masked, proposal)
+        lowered = apply_softcap(step_logits, proposal.softcap)
+        before = state.tokens[:, :-1, None]
+        less = lowered.new_full(before.shape, -self.penalty_lambda)
+        lowered = torch.cat([lowered[:, :1], lowered[:, 1:].scatter_add(-1, before, less)], 1)
+        return replace(proposal, softcap=None).stats(lowered, state.seed, state.offset)
 
     def check(self, block_length, steps, temperature) -> None:
         if isinstance(temperature, (int, float)) and temperature == 0:
