@@ -166,6 +166,53 @@ def test_head_over_many_tiles(monkeypatch, poisoned, stats_temperature):
     assert (fields[0][0, tied] == 3).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stats_temperature", [None, 1.0])
+def test_head_that_keeps_no_logits(monkeypatch, poisoned, stats_temperature, dtype):
+    small_tiles(monkeypatch)
+    rows, vocab, embedding = 37, 530, 40
+    hidden = torch.full((rows + 16, embedding + 24), math.nan, device=DEVICE, dtype=dtype)[:rows, :embedding]
+    weight = torch.full((vocab + 32, embedding + 24), math.nan, device=DEVICE, dtype=dtype)[:vocab, :embedding]
+    hidden.copy_(torch.randn(rows, embedding))
+    weight.copy_(torch.randn(vocab, embedding))
+    hidden[5, 3] = math.nan
+    temperature = torch.linspace(0, 2, rows, device=DEVICE)
+    other = None if stats_temperature is None else torch.tensor(stats_temperature)
+    uniform = torch.rand(rows, device=DEVICE)
+    uniform[1:4] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    zero = torch.tensor(0)
+    settings = (temperature, other, uniform, None, zero, 15.0)
+    logits, *kept = triton_head.head_stats(hidden.unsqueeze(0), weight, *settings)
+    fields = triton_head.head_stats_without_logits(hidden.unsqueeze(0), weight, *settings)
+    # All but the sample come from the same tile statistics.
+    for index in (0, 2, 3, 4, 5):
+        assert torch.equal(fields[index].nan_to_num(7.0), kept[index].nan_to_num(7.0))
+    assert fields[1][0, 5] == 0 and fields[6][0, 5] == 0 and fields[1][0, 0] == fields[0][0, 0]
+    assert (fields[1] == kept[1]).float().mean() >= 0.95
+    assert len(set(fields[1][0].tolist())) > rows // 2, "samples from many tiles"
+    if dtype == torch.float32:
+        named = {"temperature": temperature, "stats_temperature": other, "softcap": 15.0, "uniform": uniform}
+        assert not check_row_stats(RowStats(*(field[0] for field in fields)), logits[0], **named)
+    by_seed = triton_head.head_stats_without_logits(
+        hidden.unsqueeze(0), weight, temperature, other, None, torch.tensor(3), zero, 15.0
+    )
+    expected = triton_head.head_stats(hidden.unsqueeze(0), weight, temperature, other, None, torch.tensor(3), zero, 15.0)
+    assert (by_seed[1] == expected[2]).float().mean() >= 0.95
+
+
+def test_public_head_without_logits_takes_the_kernel(monkeypatch):
+    import dgemma_accel
+
+    hidden, weight = torch.randn(2, 3, 32, device=DEVICE), torch.randn(300, 32, device=DEVICE)
+    asked = []
+    right = triton_head.head_stats_without_logits
+    monkeypatch.setattr(triton_head, "head_stats_without_logits", lambda *a: (asked.append(1), right(*a))[1])
+    settings = {"seed": 1, "softcap": 20.0, "temperature": 0.7}
+    logits, stats = dgemma_accel.head_stats(hidden, weight, keep_logits=False, backend="triton", **settings)
+    expected = dgemma_accel.head_stats(hidden, weight, backend="reference", **settings)[1]
+    assert logits is None and asked and torch.equal(stats.sample, expected.sample)
+
+
 def test_head_without_rows():
     hidden, weight = torch.randn(2, 0, 32, device=DEVICE), torch.randn(50, 32, device=DEVICE)
     logits, *fields = triton_head.head_stats(hidden, weight, ONE, None, None, torch.tensor(1), torch.tensor(0), None)

@@ -2,7 +2,7 @@
 
 A program computes one tile of rows x vocabulary, rounds it to the weight's dtype, stores it, and leaves the tile's
 statistics while it still holds it. `merge_kernel` of `row_stats` then finishes the rows, re-reading of the
-logits only the tile that holds a row's sample.
+logits only the tile that holds a row's sample; where no logits are kept, `draw_again` computes that tile anew.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .common import (
     on_device,
     unavailable,
 )
+from .draw_again import draw_again
 from .row_stats import leave_tile_statistics, merge_kernel
 
-__all__ = ["FEATURES", "head_stats", "unavailable"]
+__all__ = ["FEATURES", "head_stats", "head_stats_without_logits", "unavailable"]
 
 FEATURES = {
     "device": DEVICES,
@@ -44,6 +45,7 @@ def head_tile_kernel(
     EMBEDDING: tl.constexpr, TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr,
     TWO_TEMPERATURES: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEEP: tl.constexpr = True,
 ):  # fmt: skip
     # Row tiles vary fastest: the programs that take one tile of the weight run together and share it in L2.
     i_m = tl.program_id(0) % tiles_m
@@ -74,19 +76,21 @@ def head_tile_kernel(
         b_x = tl.dot(b_h, tl.trans(b_w), b_x, input_precision=PRECISION)
 
     # The model's lm_head rounds here: the statistics are those of the logits that are stored.
-    b_logits = b_x.to(logits.dtype.element_ty)
+    b_logits = b_x.to(weight.dtype.element_ty)
     o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_v = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_r = o_r < rows
     m_v = o_v < vocab
-    p_x = logits + i_m.to(tl.int64) * BLOCK_M * vocab + i_tile * BLOCK_N
-    p_x += tl.arange(0, BLOCK_M)[:, None] * vocab + tl.arange(0, BLOCK_N)[None, :]
-    if EVEN:
-        tl.store(p_x, b_logits, mask=m_r[:, None])
-        b_x = b_logits.to(tl.float32)
-    else:
-        tl.store(p_x, b_logits, mask=m_r[:, None] & m_v[None, :])
-        b_x = tl.where(m_v[None, :], b_logits.to(tl.float32), float("-inf"))
+    if KEEP:
+        p_x = logits + i_m.to(tl.int64) * BLOCK_M * vocab + i_tile * BLOCK_N
+        p_x += tl.arange(0, BLOCK_M)[:, None] * vocab + tl.arange(0, BLOCK_N)[None, :]
+        if EVEN:
+            tl.store(p_x, b_logits, mask=m_r[:, None])
+        else:
+            tl.store(p_x, b_logits, mask=m_r[:, None] & m_v[None, :])
+    b_x = b_logits.to(tl.float32)
+    if not EVEN:
+        b_x = tl.where(m_v[None, :], b_x, float("-inf"))
     leave_tile_statistics(
         b_x, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
         temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
@@ -105,9 +109,34 @@ def head_stats(
     softcap: float | None,
 ) -> tuple[Tensor, ...]:
     """Arguments, results and arithmetic: `reference.head_stats`. Writes the logits once and reads one tile per row."""
+    arguments = (hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap)
+    return _run(*arguments, keep_logits=True)
+
+
+def head_stats_without_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    stats_temperature: Tensor | None,
+    uniform: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    """The seven statistics of `reference.head_stats`; no logits are written but those of each row's sampled tile,
+    computed again. Their sums may run in another order than the product's, so a sample whose uniform falls within
+    rounding of a boundary can be the neighbour."""
+    arguments = (hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap)
+    return _run(*arguments, keep_logits=False)[1:]
+
+
+def _run(
+    hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap, *, keep_logits: bool
+) -> tuple[Tensor, ...]:
     shape, (vocab, embedding) = hidden.shape[:-1], weight.shape
     rows = shape.numel()
-    logits = hidden.new_empty(*shape, vocab)
+    # Without logits two elements stand for them, which `merge_kernel` may read and nothing uses.
+    logits = hidden.new_empty(*shape, vocab) if keep_logits else hidden.new_zeros(2)
     integers = [hidden.new_empty(shape, dtype=torch.int64) for _ in range(2)]
     floats = [hidden.new_empty(shape, dtype=torch.float32) for _ in range(5)]
     if rows == 0:
@@ -141,14 +170,21 @@ def head_stats(
             EMBEDDING=embedding, EVEN=vocab % block_n == 0,
             PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
             UPCAST=INTERPRET and weight.dtype == torch.bfloat16,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, KEEP=keep_logits,
             num_warps=config["num_warps"], num_stages=config["num_stages"], **flags,
         )  # fmt: skip
         merge_kernel[(rows,)](
             logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
-            seed_value, offset_value, rows, rows, vocab, tiles, 0, vocab, t_stride, ts_stride,
+            seed_value, offset_value, rows, rows,
+            # A vocabulary of 2 in rows of no length: no address beyond the two elements is read.
+            *((vocab, tiles, 0, vocab) if keep_logits else (min(vocab, 2), tiles, 0, 0)), t_stride, ts_stride,
             UNIFORM=uniform is not None,
             ROWS=1, SPAN=block_n, LANES=min(block_n, 32), TILES=next_power_of_2(tiles),
             num_warps=config["merge_warps"], **flags,
         )  # fmt: skip
+        if not keep_logits:
+            draw_again(
+                hidden, weight, partials, integers[1], floats, (t, ts, c, t_stride, ts_stride),
+                (uniform, seed, offset, seed_value, offset_value), block_n, config["merge_warps"], flags,
+            )  # fmt: skip
     return (logits, *integers, *floats)

@@ -19,7 +19,7 @@ from . import ahead_of_time
 from .block_attention import block_attention
 from .commit import commit
 from .experts import experts
-from .head_stats import head_stats
+from .head_stats import head_stats, head_stats_without_logits
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
 
@@ -81,12 +81,12 @@ def _block_attention(
     return launch
 
 
-def _head_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
+def _head_stats(when: dict, two_temperatures: bool, run=head_stats) -> Callable[[], object]:
     def launch():
         one, zero = torch.tensor(1.0), torch.tensor(0)
         hidden = _empty(1, CANVAS, EMBEDDING, dtype=DTYPES[when["bytes"]])
         weight = _empty(VOCAB, EMBEDDING, dtype=DTYPES[when["bytes"]])
-        return head_stats(hidden, weight, one, one if two_temperatures else None, None, zero, zero, 30.0)
+        return run(hidden, weight, one, one if two_temperatures else None, None, zero, zero, 30.0)
 
     return launch
 
@@ -136,6 +136,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "head_stats":
                 yield label, when["bytes"] == 2, _head_stats(when, False)
                 yield label + " two temperatures", when["bytes"] == 2, _head_stats(when, True)
+                yield label + " no logits", when["bytes"] == 2, _head_stats(when, False, head_stats_without_logits)
             elif op == "soft_embedding":
                 yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
             elif op == "experts":

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import choose, compute_capability, pick
 from . import checks
 from .row_stats import RowStats, raise_for_rows_without_a_distribution
 
@@ -36,6 +36,11 @@ def _head_stats(
     if capability is not None:
         needs["compute_capability"] = capability
     if not keep_logits:
+        module = choose("head_stats", backend, needs).implementation.module
+        alone = getattr(module, "head_stats_without_logits", None)
+        if alone is not None:
+            fields = alone(hidden, weight, temperature, stats_temperature, uniform, seed, offset, softcap)
+            return hidden.new_empty(0), *fields
         from ..native.head_stats_sliced import head_stats_sliced
 
         sliced = head_stats_sliced(
@@ -97,8 +102,9 @@ def head_stats(
     Args:
         hidden: [..., E] bf16, fp16 or fp32, the last hidden states.
         weight: [V, E] of the same dtype and device, the lm_head (tied to the embedding).
-        keep_logits: False returns None for the logits and never holds more than a slice of them; slices that
-            hold a sample are computed twice. For callers without self-conditioning.
+        keep_logits: False returns None for the logits and never holds more than a slice of them; what holds a
+            sample (a tile in the Triton backend, a slice of the vocabulary in the others) is computed twice.
+            For callers without self-conditioning.
         The others as in `row_stats`.
 
     Returns:
