@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cases import Case, Variant
+from .traffic import passes
 
 NAME = "published_samplers"
 
@@ -222,20 +223,32 @@ STEPS = {
 }
 
 
+def prepare(inputs):
+    if inputs.kind == "dInfer credit":
+        table = torch.zeros(inputs.logits.shape, dtype=torch.float32, device=inputs.logits.device)
+        return lambda: credit(inputs, table)
+    step = STEPS[inputs.kind]
+    return lambda: step(inputs)
+
+
+def table_passes(inputs) -> float:
+    """How often the published code passes over the logits, counted on a corner of them.
+
+    One pass is what this package reads. Where both are bound by memory, no ratio of times can exceed this number.
+    """
+    corner = inputs._replace(logits=inputs.logits[:, :32, :8192].clone(), tokens=inputs.tokens[:, :32])
+    return passes(prepare(corner), corner.logits)
+
+
 def variants(case: Case, inputs) -> list[Variant]:
     if case.op != "samplers":
         return []
 
-    def prepare(inputs):
-        if inputs.kind == "dInfer credit":
-            table = torch.zeros(inputs.logits.shape, dtype=torch.float32, device=inputs.logits.device)
-            return lambda: credit(inputs, table)
-        step = STEPS[inputs.kind]
-        return lambda: step(inputs)
+    name = f"published code, {table_passes(inputs):.1f} passes over the table"
 
     def outputs(tokens):
         return {"tokens": tokens}
 
     # What is drawn with other noise cannot be compared.
     comparable = inputs.temperature == 0 and inputs.kind != "LLaDA random"
-    return [Variant("published code", prepare, outputs if comparable else None, capturable=False)]
+    return [Variant(name, prepare, outputs if comparable else None, capturable=False)]

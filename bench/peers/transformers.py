@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import torch
 
+from dgemma_accel.backends import compute_capability
+
 from .. import memory
-from ..cases import Case, Skipped, Variant
+from ..cases import Case, Variant
 from . import missing
 
 NAME = "transformers"
@@ -35,12 +37,23 @@ def _layer(inputs) -> SimpleNamespace:
     )
 
 
+def _eager(inputs):
+    """DiffusionGemmaTextExperts without an experts function: a loop over the experts that were chosen."""
+    from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
+
+    layer = _layer(inputs)
+    layer.act_fn = lambda gate: torch.nn.functional.gelu(gate, approximate="tanh")
+    forward = DiffusionGemmaTextExperts.forward.__wrapped__
+    return lambda: forward(layer, inputs.hidden, inputs.index, inputs.weights)
+
+
 def variants(case: Case, inputs) -> list[Variant]:
     if case.op != "experts":
         return []
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    found = []
+    # Which experts were chosen is asked of the device: no graph can hold it.
+    found = [Variant("eager", _eager, lambda result: {"result": result}, capturable=False)]
     for name in ("grouped_mm", "batched_mm"):
         if name not in ALL_EXPERTS_FUNCTIONS:
             continue
@@ -50,16 +63,16 @@ def variants(case: Case, inputs) -> list[Variant]:
             needed *= inputs.gate_up.element_size()
             free = memory.available(inputs.hidden.device)
             if needed > free:
-                if not found:
-                    raise Skipped(f"batched_mm gathers {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free")
                 continue
         function = ALL_EXPERTS_FUNCTIONS[name]
 
         def prepare(inputs, function=function):
             layer = _layer(inputs)
-            weights = inputs.weights.to(inputs.hidden.dtype)
-            return lambda: function(layer, inputs.hidden, inputs.index, weights)
+            # fp32, as the model's router gives them.
+            return lambda: function(layer, inputs.hidden, inputs.index, inputs.weights)
 
-        # Where PyTorch has no grouped product for the device, transformers loops on the host.
-        found.append(Variant(name, prepare, lambda result: {"result": result}, capturable=False))
+        # PyTorch's grouped product is a kernel on compute capability 9 and 10 alone; elsewhere it loops on the host.
+        capability = compute_capability(inputs.hidden.device) or (0, 0)
+        capturable = name != "grouped_mm" or capability[0] in (9, 10)
+        found.append(Variant(name, prepare, lambda result: {"result": result}, capturable=capturable))
     return found
