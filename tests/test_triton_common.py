@@ -8,6 +8,7 @@ import pytest
 import torch
 
 common = pytest.importorskip("dgemma_accel.triton_kernels.common")
+softcap = pytest.importorskip("dgemma_accel.triton_kernels.softcap")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -34,6 +35,18 @@ def tanh_kernel(x, y, N: tl.constexpr):
     tl.store(y + o, common.tanh(tl.load(x + o)))
 
 
+@triton.jit
+def scaled_tanh_kernel(x, y, scale, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(y + o, softcap.scaled_tanh(tl.load(x + o), scale))
+
+
+@triton.jit
+def scaled_tanh_near_0_kernel(x, y, scale, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(y + o, softcap.scaled_tanh_near_0(tl.load(x + o), scale))
+
+
 @needs_triton
 @pytest.mark.parametrize("seed, offset", [(0, 0), (1, 2**33 + 5), (2**45 + 3, 7), (2**63 - 1, 2**62)])
 def test_philox_words_equal_the_reference(seed, offset):
@@ -44,18 +57,40 @@ def test_philox_words_equal_the_reference(seed, offset):
     assert torch.equal(words.cpu(), torch.stack(expected))
 
 
-@needs_triton
-def test_tanh_is_accurate_everywhere():
+def everywhere():
     near = torch.linspace(-1.5, 1.5, 2048)
     small = torch.logspace(-30, 0, 1024)
     far = torch.cat([torch.linspace(-40, 40, 1020), torch.tensor([torch.inf, -torch.inf, 0.0, 3e38])])
-    x = torch.cat([near, small, far]).to(DEVICE)
+    return torch.cat([near, small, far]).to(DEVICE)
+
+
+def relative_error(y, truth):
+    return float(((y.double() - truth) / truth.abs().clamp_min(1e-35)).abs().max())
+
+
+@needs_triton
+def test_tanh_is_accurate_everywhere():
+    x = everywhere()
     y = torch.empty_like(x)
     tanh_kernel[(1,)](x, y, N=4096)
-    truth = torch.tanh(x.double())
-    error = ((y.double() - truth) / truth.abs().clamp_min(1e-35)).abs()
-    assert float(error.max()) < 4 * torch.finfo(torch.float32).eps
+    assert relative_error(y, torch.tanh(x.double())) < 4 * torch.finfo(torch.float32).eps
     assert y[-4:].tolist() == [1.0, -1.0, 0.0, 1.0]
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [1.0, 108.2, 4.3e7])
+def test_scaled_tanh_is_accurate_everywhere(scale):
+    x = everywhere()
+    y = torch.empty_like(x)
+    scaled_tanh_kernel[(1,)](x, y, scale, N=4096)
+    scale = torch.tensor(scale).double()
+    assert relative_error(y, scale * torch.tanh(x.double())) < 5 * torch.finfo(torch.float32).eps
+    assert torch.equal(y[-4:].cpu(), (scale * torch.tensor([1.0, -1.0, 0.0, 1.0])).float())
+
+    x = torch.linspace(-1, 1, 4096, device=DEVICE)
+    y = torch.empty_like(x)
+    scaled_tanh_near_0_kernel[(1,)](x, y, float(scale), N=4096)
+    assert relative_error(y, scale * torch.tanh(x.double())) < 4 * torch.finfo(torch.float32).eps
 
 
 RECOMPILATION = """

@@ -29,11 +29,10 @@ from .common import (
     next_power_of_2,
     on_device,
     philox,
-    tanh,
-    tanh_near_0,
     unavailable,
     uniform_from_word,
 )
+from .softcap import exp2_flushed, rate, scaled_tanh, scaled_tanh_near_0
 
 __all__ = ["FEATURES", "row_stats", "unavailable"]
 
@@ -45,12 +44,6 @@ FEATURES = {
 
 # A difference x - M is kept above this, so that -inf contributes 0 * finite instead of 0 * inf.
 FLOOR = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def rate(b_t):
-    """The factor that turns a difference of logits into an exponent of 2 at temperature `b_t`."""
-    return 1.4426950408889634 / b_t
 
 
 @triton.jit
@@ -82,53 +75,68 @@ def leave_tile_statistics(
     temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr = False,
+    POSITIONS: tl.constexpr = True,
 ):  # fmt: skip
     """Computes and stores the statistics of a tile of raw logits.
 
     Args: b_raw [ROWS, SPAN] fp32, -inf outside the vocabulary; o_r and m_r [ROWS]; o_v [SPAN]. EVEN: no tile
-    crosses the end of the vocabulary. BRANCH: choose the softcap's formula by tile.
+    crosses the end of the vocabulary. BRANCH: choose the softcap's formula by tile. POSITIONS: store the position of
+    the largest logit and the second largest, for a merge that cannot read the logits again.
     """
     # [ROWS]
     b_max = tl.max(b_raw, 1)
-    b_argmax = tl.min(tl.where(b_raw == b_max[:, None], o_v[None, :], 2147483647), 1)
-    b_second = tl.max(tl.where(o_v[None, :] == b_argmax[:, None], float("-inf"), b_raw), 1)
-
-    inverse_softcap = 1.0 / softcap
-    # [ROWS, SPAN]
-    if SOFTCAP and BRANCH:
-        # Most tiles hold no logit beyond 0.625 softcap, and there a polynomial is half the work of tanh.
-        m_x = m_r[:, None] & (o_v < vocab)[None, :]
-        largest = tl.max(tl.max(tl.where(m_x, tl.abs(b_raw), 0.0), 1), 0)
-        if largest < 0.625 * softcap:
-            b_x = softcap * tanh_near_0(b_raw * inverse_softcap)
-        else:
-            b_x = softcap * tanh(b_raw * inverse_softcap)
-    else:
-        b_x = cap(b_raw, softcap, inverse_softcap, SOFTCAP)
-    if SOFTCAP and not EVEN:
-        b_x = tl.where((o_v < vocab)[None, :], b_x, float("-inf"))
-    b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    # NaN has to survive here: it is how a row without a distribution is recognised.
-    b_d = tl.maximum(b_x - b_top[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    p_tile = o_r.to(tl.int64) * tiles + i_tile
+    tl.store(tile_max + p_tile, b_max, mask=m_r)
+    if POSITIONS:
+        b_argmax = tl.min(tl.where(b_raw == b_max[:, None], o_v[None, :], 2147483647), 1)
+        b_second = tl.max(tl.where(o_v[None, :] == b_argmax[:, None], float("-inf"), b_raw), 1)
+        tl.store(tile_second + p_tile, b_second, mask=m_r)
+        tl.store(tile_argmax + p_tile, b_argmax, mask=m_r)
 
     _, b_t, b_ts = sampling_and_stats_temperature(
         temperature, stats_temperature, o_r, m_r, temperature_stride, stats_stride,
         TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, ROWS,
     )  # fmt: skip
-    b_e = tl.exp2(b_d * rate(b_ts)[:, None])
-    b_z = tl.sum(b_e, 1)
-    b_s = tl.sum(b_d * b_e, 1)
+    b_k = rate(b_ts)
+    # b_d [ROWS, SPAN]: exponents of 2 relative to the tile's maximum. One formula makes those of the tile and of its
+    # maximum, so that the maximum's is exactly 0. NaN has to survive: it is how a row without a distribution is known.
+    if SOFTCAP:
+        b_scale = (softcap * b_k)[:, None]
+        inverse_softcap = 1.0 / softcap
+        b_u = b_raw * inverse_softcap
+        b_top = (b_max * inverse_softcap)[:, None]
+        if BRANCH:
+            # Most tiles hold no logit beyond the softcap, and there a polynomial is half the work.
+            m_x = m_r[:, None] & (o_v < vocab)[None, :]
+            largest = tl.max(tl.max(tl.where(m_x, tl.abs(b_u), 0.0), 1), 0)
+            if largest < 1.0:
+                b_d = scaled_tanh_near_0(b_u, b_scale) - scaled_tanh_near_0(b_top, b_scale)
+            else:
+                b_d = scaled_tanh(b_u, b_scale) - scaled_tanh(b_top, b_scale)
+        else:
+            b_d = scaled_tanh(b_u, b_scale) - scaled_tanh(b_top, b_scale)
+        if not EVEN:
+            b_d = tl.where((o_v < vocab)[None, :], b_d, FLOOR)
+    else:
+        b_top = tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]
+        b_d = tl.maximum((b_raw - b_top) * b_k[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
-    p_tile = o_r.to(tl.int64) * tiles + i_tile
-    tl.store(tile_max + p_tile, b_max, mask=m_r)
-    tl.store(tile_second + p_tile, b_second, mask=m_r)
-    tl.store(tile_argmax + p_tile, b_argmax, mask=m_r)
-    tl.store(tile_z + p_tile, b_z, mask=m_r)
-    tl.store(tile_s + p_tile, b_s, mask=m_r)
+    b_e = exp2_flushed(b_d)
+    tl.store(tile_z + p_tile, tl.sum(b_e, 1), mask=m_r)
+    tl.store(tile_s + p_tile, tl.sum(b_d * b_e, 1) / b_k, mask=m_r)
     if TWO_TEMPERATURES:
-        b_zt = tl.sum(tl.exp2(b_d * rate(b_t)[:, None]), 1)
-        tl.store(tile_zt + p_tile, b_zt, mask=m_r)
+        b_ratio = rate(b_t) / b_k
+        tl.store(tile_zt + p_tile, tl.sum(exp2_flushed(b_d * b_ratio[:, None]), 1), mask=m_r)
+
+
+@triton.jit
+def row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT: tl.constexpr):
+    """Where the rows begin. FLAT: all rows are `stride_inner` apart, which spares two divisions a thread."""
+    if FLAT:
+        return logits + o_r.to(tl.int64) * stride_inner
+    else:
+        p_outer = logits + (o_r // inner_rows).to(tl.int64) * stride_outer
+        return p_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
 
 
 @triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows"])
@@ -138,18 +146,14 @@ def tile_stats_kernel(
     rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
-    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0) // tiles
     i_tile = tl.program_id(0) % tiles
     o_r = i_row * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
     o_v = i_tile * SPAN + tl.arange(0, SPAN)
-    p_row = (
-        logits
-        + (o_r // inner_rows).to(tl.int64) * stride_outer
-        + (o_r % inner_rows).to(tl.int64) * stride_inner
-    )
+    p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT)
     # [ROWS, SPAN]
     if EVEN:
         m_x = m_r[:, None]
@@ -160,7 +164,7 @@ def tile_stats_kernel(
     leave_tile_statistics(
         b_raw, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
         temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
-        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, ROWS, True,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, ROWS, True, False,
     )  # fmt: skip
 
 
@@ -192,6 +196,7 @@ def merge_kernel(
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
     UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
+    POSITIONS: tl.constexpr = True, FLAT: tl.constexpr = False,
 ):  # fmt: skip
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
@@ -208,17 +213,36 @@ def merge_kernel(
     p_tile = o_r.to(tl.int64)[:, None] * tiles + o_t[None, :]
     # [ROWS, TILES]
     b_tmax = tl.load(tile_max + p_tile, mask=m_t, other=float("-inf"))
-    b_tsecond = tl.load(tile_second + p_tile, mask=m_t, other=float("-inf"))
-    b_targmax = tl.load(tile_argmax + p_tile, mask=m_t, other=2147483647)
     b_tz = tl.load(tile_z + p_tile, mask=m_t, other=0.0)
     b_ts_sum = tl.load(tile_s + p_tile, mask=m_t, other=0.0)
+    p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT)
+    # A tile is read as runs of LANES tokens: [1, SPAN / LANES, LANES].
+    SUBS: tl.constexpr = SPAN // LANES
+    o_sub = tl.arange(0, SUBS)
+    o_lane = tl.arange(0, LANES)
+    o_s = (o_sub[:, None] * LANES + o_lane[None, :])[None, :, :]
 
-    # [ROWS]
+    # [ROWS]. The second largest of the row: the second of the argmax's tile, or the first of another.
     b_max = tl.max(b_tmax, 1)
-    b_argmax = tl.min(tl.where((b_tmax == b_max[:, None]) & m_t, b_targmax, 2147483647), 1)
-    # The second largest of the row: the second of the argmax's tile, or the first of another.
-    m_own = b_targmax == b_argmax[:, None]
-    b_second = tl.max(tl.where(m_own, b_tsecond, b_tmax), 1)
+    if POSITIONS:
+        b_tsecond = tl.load(tile_second + p_tile, mask=m_t, other=float("-inf"))
+        b_targmax = tl.load(tile_argmax + p_tile, mask=m_t, other=2147483647)
+        b_argmax = tl.min(tl.where((b_tmax == b_max[:, None]) & m_t, b_targmax, 2147483647), 1)
+        m_own = b_targmax == b_argmax[:, None]
+        b_second = tl.max(tl.where(m_own, b_tsecond, b_tmax), 1)
+    else:
+        # Looking the position up in one tile of the row is cheaper than keeping track of it in all of them.
+        b_first = tl.min(tl.where((b_tmax == b_max[:, None]) & m_t, o_t[None, :], TILES), 1)
+        b_first = tl.minimum(b_first, tiles - 1)
+        b_start = b_first * SPAN
+        m_v = m_r[:, None, None] & (o_s < (vocab - b_start)[:, None, None])
+        b_x = tl.load((p_row + b_start)[:, None, None] + o_s, mask=m_v, other=float("-inf")).to(tl.float32)
+        b_in_tile = tl.min(tl.min(tl.where(b_x == b_max[:, None, None], o_s, 2147483647), 2), 1)
+        b_rest = tl.where(o_s == b_in_tile[:, None, None], float("-inf"), b_x)
+        b_second = tl.max(tl.max(b_rest, 2), 1)
+        b_argmax = b_start + b_in_tile
+        b_others = tl.max(tl.where(o_t[None, :] == b_first[:, None], float("-inf"), b_tmax), 1)
+        b_second = tl.maximum(b_second, b_others)
 
     b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
     b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
@@ -258,15 +282,7 @@ def merge_kernel(
     b_target -= b_before
 
     # Inside the tile: sums of runs of LANES tokens, [ROWS, SPAN / LANES, LANES].
-    SUBS: tl.constexpr = SPAN // LANES
-    o_sub = tl.arange(0, SUBS)
-    o_lane = tl.arange(0, LANES)
-    p_row = (
-        logits
-        + (o_r // inner_rows).to(tl.int64) * stride_outer
-        + (o_r % inner_rows).to(tl.int64) * stride_inner
-    )
-    o_v = b_tile[:, None, None] * SPAN + (o_sub[:, None] * LANES + o_lane[None, :])[None, :, :]
+    o_v = b_tile[:, None, None] * SPAN + o_s
     m_v = m_r[:, None, None] & (o_v < vocab)
     b_x = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
@@ -335,12 +351,13 @@ def row_stats(
     offset, offset_value, _ = int_by_value(offset)
     c = 1.0 if softcap is None else softcap
     geometry = (rows, shape[1], vocab, tiles, logits.stride(0), logits.stride(1), t_stride, ts_stride)
+    flat = shape[0] == 1 or logits.stride(0) == shape[1] * logits.stride(1)
     programs = triton.cdiv(rows, rows_per_program)
     with on_device(logits):
         tile_stats_kernel[(programs * tiles,)](
             logits, *partials, t, ts, c, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
-            SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span,
+            SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span, FLAT=flat,
             num_warps=config["num_warps"],
         )  # fmt: skip
         merge_kernel[(programs,)](
@@ -348,6 +365,7 @@ def row_stats(
             seed_value, offset_value, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
             UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span,
-            LANES=min(span, 128), TILES=next_power_of_2(tiles), num_warps=config["merge_warps"],
+            LANES=min(span, 128), TILES=next_power_of_2(tiles), POSITIONS=False, FLAT=flat,
+            num_warps=config["merge_warps"],
         )  # fmt: skip
     return (*integers, *floats)

@@ -1,0 +1,62 @@
+"""softcap / temperature * tanh(logits / softcap) in few instructions, for kernels that issue decides.
+
+Logits come by the ten million; what counts is instructions a logit. So the factor log2(e) / temperature rides on
+the coefficients of the polynomial, and the two hardware instructions are asked for by name.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import INTERPRET
+
+INTERPRETED = tl.constexpr(INTERPRET)
+# Beyond it a temperature is the limit of a one-hot distribution, and its exponents stay finite.
+LARGEST_RATE = tl.constexpr(1.0e30)
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x, exactly 0 where that is not a normal number."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        # The compiler's own exp2 keeps subnormal results, at three more instructions.
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for |x| >= 1, within about one unit in the last place; 0 at infinity."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        # A division keeps subnormal operands, at seven more instructions.
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def rate(b_t):
+    """The factor that turns a difference of logits into an exponent of 2 at temperature `b_t`."""
+    return tl.minimum(1.4426950408889634 / b_t, LARGEST_RATE)
+
+
+@triton.jit
+def scaled_tanh_near_0(u, scale):
+    """scale * tanh(u) where |u| < 1: an odd polynomial, a minimax fit of relative error 4.7e-9."""
+    w = u * u
+    p = tl.fma(scale * -0.0003584478981792927, w, scale * 0.002301350701600313)
+    p = tl.fma(p, w, scale * -0.00794608798)
+    p = tl.fma(p, w, scale * 0.021486645564436913)
+    p = tl.fma(p, w, scale * -0.05387979745864868)
+    p = tl.fma(p, w, scale * 0.13332344591617584)
+    p = tl.fma(p, w, scale * -0.33333295583724976)
+    return u * tl.fma(p, w, scale)
+
+
+@triton.jit
+def scaled_tanh(u, scale):
+    """scale * tanh(u) for any u; 1 - 2 / (e^2u + 1) cancels near 0, so there the polynomial takes its place."""
+    far = tl.fma(reciprocal(exp2_flushed(u * 2.8853900817779268) + 1.0), -2.0 * scale, scale)
+    return tl.where(tl.abs(u) < 0.7, scaled_tanh_near_0(u, scale), far)
