@@ -1,5 +1,6 @@
 """`MaskedDiffusionSampler.generate` against the published generation loops, on stand-ins of their models."""
 
+import inspect
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from samplers_literal import by_rank, transfer_counts
 from samplers_models import MASK, SDAR, VOCAB, Dream, LLaDA, Store
 
 from dgemma_accel.samplers import (
+    DREAM,
     BlockCache,
     DInferThreshold,
     DualCache,
@@ -292,6 +294,46 @@ def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_la
                 break
             x[0, part] = torch.where(taken, best, current)
     return x
+
+
+# Parameters of the published models' forward.
+FORWARDS = {
+    "LLaDAModelLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position",
+    "LLaDAModelLM of Fast-dLLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position replace_position",
+    "DreamModel": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep",
+    "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache store_kv "
+    "cache_position logits_to_keep",
+}
+
+
+@pytest.mark.parametrize(
+    "forward, stand_in, options",
+    [
+        ("LLaDAModelLM", LLaDA, {"interface": FullSequence()}),
+        ("LLaDAModelLM of Fast-dLLM", LLaDA, {"interface": PrefixCache()}),
+        ("LLaDAModelLM of Fast-dLLM", LLaDA, {"interface": DualCache()}),
+        ("DreamModel", Dream, {"interface": DREAM}),
+        ("SDARForCausalLM", SDAR, {"interface": BlockCache(new_cache=Store)}),
+    ],
+)
+def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in, options):
+    published = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in FORWARDS[forward].split()]
+    )
+    model, seen = stand_in(1), set()
+
+    def call(*args, **kwargs):
+        bound = published.bind_partial(*args, **kwargs).arguments
+        seen.update(bound)
+        return model(**bound)
+
+    sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, **options)
+    result = sampler.generate(call, [[1, 2, 3], [4, 5, 6, 7, 8]], 8)
+    assert not (result.new_tokens == MASK).any()
+    assert "input_ids" in seen and len(seen) > 1
 
 
 @pytest.mark.parametrize("penalty_lambda", [0.0, 2.0])
