@@ -33,7 +33,8 @@ FEATURES = {
 PAIRS_AT_ONCE = 32_768
 # The mean number of rows by expert up to which a call takes the configuration for few.
 FEW = 24
-COMBINE_BLOCK = 512
+# Rows and columns that a program of `combine_kernel` adds up.
+COMBINE_ROWS, COMBINE_BLOCK = 4, 512
 
 
 @triton.jit
@@ -135,24 +136,27 @@ def down_kernel(
     tl.store(p_o, b_o, mask=(o_m < end)[None, :] & (o_n < HIDDEN)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_kernel(
-    partial, index, weights, output, stride_r: tl.int64, stride_k: tl.int64,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    partial, index, weights, output, rows: tl.int32, stride_r: tl.int64, stride_k: tl.int64,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """output [R, HIDDEN]: the weighted sum of a row's choices, in their order; choices of no expert are not read."""
+    """output [rows, HIDDEN]: the weighted sum of a row's choices, in their order; choices of no expert are not read."""
     TILES: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
-    i_r = (tl.program_id(0) // TILES).to(tl.int64)
+    o_r = (tl.program_id(0) // TILES * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    m_r = o_r < rows
     o = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
-    # [BLOCK]
-    b_o = tl.zeros([BLOCK], tl.float32)
+    # [ROWS, BLOCK]
+    b_o = tl.zeros([ROWS, BLOCK], tl.float32)
     for k in range(TOP_K):
-        i_e = tl.load(index + i_r * TOP_K + k)
-        w = tl.load(weights + i_r * stride_r + k * stride_k).to(tl.float32)
-        m_y = o < tl.where((i_e >= 0) & (i_e < EXPERTS), HIDDEN, 0)
-        b_y = tl.load(partial + (i_r * TOP_K + k) * HIDDEN + o, mask=m_y, other=0.0)
-        b_o += tl.where(m_y, b_y * w, 0.0)
-    tl.store(output + i_r * HIDDEN + o, b_o.to(output.dtype.element_ty), mask=o < HIDDEN)
+        # [ROWS]
+        b_e = tl.load(index + o_r * TOP_K + k, mask=m_r, other=-1)
+        b_w = tl.load(weights + o_r * stride_r + k * stride_k, mask=m_r, other=0.0).to(tl.float32)
+        m_y = ((b_e >= 0) & (b_e < EXPERTS))[:, None] & (o < HIDDEN)[None, :]
+        b_y = tl.load(partial + ((o_r * TOP_K + k) * HIDDEN)[:, None] + o[None, :], mask=m_y, other=0.0)
+        b_o += tl.where(m_y, b_y * b_w[:, None], 0.0)
+    p_o = output + (o_r * HIDDEN)[:, None] + o[None, :]
+    tl.store(p_o, b_o.to(output.dtype.element_ty), mask=m_r[:, None] & (o < HIDDEN)[None, :])
 
 
 def experts(
@@ -199,7 +203,7 @@ def _experts(hidden, index, weights, gate_up, down, activation: str, output) -> 
         BLOCK_N=down_n, BLOCK_K=config["down_k"],
         num_warps=config["down_warps"], num_stages=config["down_stages"], **common,
     )  # fmt: skip
-    combine_kernel[(rows * triton.cdiv(embedding, COMBINE_BLOCK),)](
-        partial, index, weights, output, weights.stride(0), weights.stride(1),
-        EXPERTS=count, TOP_K=top_k, HIDDEN=embedding, BLOCK=COMBINE_BLOCK, num_warps=4,
+    combine_kernel[(triton.cdiv(rows, COMBINE_ROWS) * triton.cdiv(embedding, COMBINE_BLOCK),)](
+        partial, index, weights, output, rows, weights.stride(0), weights.stride(1),
+        EXPERTS=count, TOP_K=top_k, HIDDEN=embedding, ROWS=COMBINE_ROWS, BLOCK=COMBINE_BLOCK, num_warps=4,
     )  # fmt: skip
