@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result file here")
     parser.add_argument("--save", action="store_true", help="write it to bench/results/<device>/ops.json")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write the roofline plot here")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write the roofline and settled-rows plots here")
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; 'none' for none")
     parser.add_argument("--backend", action="append", metavar="NAME", help="only these backends")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -214,5 +214,5 @@ def write_result(result: dict, options: argparse.Namespace) -> None:
     if options.plot:
         from . import plots
 
-        for path in plots.ops([result], options.plot):
+        for path in plots.ops([result], options.plot) + plots.settled([result], options.plot):
             print(f"written {path}")

@@ -81,6 +81,8 @@ class Case:
     check: Callable[[Any, Any], list[str]]
     expected: Callable[[Any], dict[str, Tensor]] | None = None
     notes: tuple[str, ...] = field(default=())
+    # (result of a backend, inputs) -> numbers that its row of the result file carries under "detail".
+    detail: Callable[[Any, Any], dict[str, float]] | None = None
 
     @property
     def title(self) -> str:

@@ -65,6 +65,40 @@ def ops(results: list[dict], folder: Path) -> list[Path]:
     return written
 
 
+def settled(results: list[dict], folder: Path) -> list[Path]:
+    """One plot a device: time and error of soft_embedding against the fraction of settled rows, a line a tolerance.
+
+    The backend is the fastest at the first case; results without such rows give no plot.
+    """
+    written = []
+    for result in results:
+        rows = [row for row in result["rows"] if "settled" in row.get("detail", {}) and row["status"] == "ok"]
+        if result["kind"] != "ops" or len({row["detail"]["settled"] for row in rows}) < 2:
+            continue
+        pyplot = _pyplot()
+        first = [row for row in rows if row["case"] == rows[0]["case"]]
+        backend = min(first, key=lambda row: row["median_us"])["backend"]
+        figure, (times, errors) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        tolerances = sorted({row["detail"]["tolerance"] for row in rows})
+        for color, tolerance in zip(PALETTE, tolerances):
+            line = [r for r in rows if r["backend"] == backend and r["detail"]["tolerance"] == tolerance]
+            line.sort(key=lambda row: row["detail"]["settled"])
+            share = [100 * row["detail"]["settled"] for row in line]
+            times.plot(share, [row["median_us"] for row in line], "o-", color=color, label=f"tolerance {tolerance:g}")
+            errors.plot(share, [row["detail"]["relative_error"] for row in line], "o-", color=color)
+        times.set_ylim(bottom=0)
+        times.set_ylabel("microseconds")
+        times.legend(fontsize=7)
+        errors.set_yscale("log")
+        errors.set_ylabel("largest error / largest element")
+        for axes in (times, errors):
+            axes.set_xlabel("percent of rows settled")
+        figure.suptitle(f"soft_embedding ({backend}) {rows[0]['shape']}: {origin(result['environment'])}", fontsize=9)
+        written.append(_save(figure, folder / f"soft_embedding-settled-{folder_name(result['environment'])}.svg"))
+        pyplot.close(figure)
+    return written
+
+
 def steps(results: list[dict], folder: Path) -> list[Path]:
     """One plot a device and model: a group of bars a context, a bar a variant, its components stacked."""
     pyplot = _pyplot()

@@ -87,11 +87,16 @@ class Runner:
         problems: list[str] = []
         verdicts: dict[str, dict] = {}
         good: list[Variant] = []
+        details: dict[str, dict] = {}
         for variant in case.backends:
             if self.backends is not None and variant.name not in self.backends:
                 continue
             try:
-                wrong = case.check(variant.prepare(inputs)(), inputs)
+                result = variant.prepare(inputs)()
+                wrong = case.check(result, inputs)
+                if case.detail is not None:
+                    details[variant.name] = case.detail(result, inputs)
+                del result
             except Exception as error:
                 verdicts[variant.name] = blank("failed", _one_line(error))
                 problems.append(f"{case.title}: {variant.name}: {_one_line(error)}")
@@ -141,6 +146,7 @@ class Runner:
                     {**row, "ratio": row["median_us"] / median if median and row["median_us"] else None}
                     for row in peer_rows
                 ],
+                **({"detail": details[variant.name]} if variant.name in details else {}),
                 **measured,
             })
         return rows, problems

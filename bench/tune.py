@@ -1,7 +1,8 @@
 """`python -m bench tune OP`: search tile shapes of the Triton kernels for the GPU at hand, when asked to.
 
-The search starts from the shipped shapes of the GPU's architecture and walks to neighbours (a size halved or doubled,
-a stage more or less) as long as the time over the cases of the bench falls. Every shape is checked against the
+The search starts from the fastest of the shapes that the GPU's architecture ships with (`use`, and the rivals under
+`try` that only a measurement can rank) and walks to neighbours (a size halved or doubled, a stage more or less) as long
+as the time over the cases of the bench falls. Every shape is checked against the
 reference before it counts. Nothing is written without `--write`, and no user's call ever tunes.
 """
 
@@ -120,13 +121,15 @@ def tune(
             selection = _Selection(op, position, use)
             return sum(time_of(case, inputs[case.title], selection, device) / base[case.title] for case in used)
 
-        best, total, tried = climb(entry["use"], cost)
+        rivals = entry.get("try", [])
+        start_use = min([entry["use"], *rivals], key=cost) if rivals else entry["use"]
+        best, total, tried = climb(start_use, cost)
         print(
             f"{op} {entry['when']}: {tried} shapes over {len(used)} cases; {entry['use']} -> {best}, "
             f"{100 * (1 - total / len(used)):.1f}% less time",
             flush=True,
         )
-        found.append({"when": entry["when"], "use": best})
+        found.append(entry | {"use": best})
     return found
 
 

@@ -87,6 +87,21 @@ def test_a_file_is_written_only_when_asked(tmp_path, monkeypatch, write, capsys)
     assert found["row_stats"][0]["use"]["span"] == (8192 if write else 1024)
 
 
+def test_a_rival_that_is_faster_starts_the_search_and_stays_listed(monkeypatch):
+    """From `use` alone no neighbour is better, so without the rival the search would end there."""
+    case = triton_case(torch.float32)
+    costs = {(4, 4): 2.0, (64, 4): 1.0, (128, 4): 0.5}
+
+    def time_of(case, inputs, selection, device):
+        return costs.get((selection.use["span"], selection.use["num_warps"]), math.inf)
+
+    entry = {"when": {"bytes": 4}, "use": {"span": 4, "num_warps": 4}, "try": [{"span": 64, "num_warps": 4}]}
+    found = tune.tune("row_stats", [case], CPU, [entry], time_of)
+    assert found == [entry | {"use": {"span": 128, "num_warps": 4}}]
+    found = tune.tune("row_stats", [case], CPU, [{k: v for k, v in entry.items() if k != "try"}], time_of)
+    assert found[0]["use"] == entry["use"]
+
+
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -1,9 +1,9 @@
 """Tile shapes by architecture.
 
 One JSON file per architecture; each op has a list of entries `{"when": {...}, "use": {...}}`, and the first entry
-all of whose `when` values equal the call's is taken; `try` lists shapes for `python -m bench tune` to compare. A value that is a list means "one of these", a missing key
-means "any". Files are read when a kernel is first launched, never at import, and nothing is tuned
-inside a call.
+all of whose `when` values equal the call's is taken. A value that is a list means "one of these", a missing key
+means "any". `try` beside `use` lists shapes that `python -m bench tune` compares with it. Files are read when a kernel
+is first launched, never at import, and nothing is tuned inside a call.
 """
 
 from __future__ import annotations
