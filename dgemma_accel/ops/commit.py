@@ -207,11 +207,12 @@ def commit(
     if not isinstance(getattr(write, "kind", None), Write):
         raise TypeError(f"write: Remask, Renoise or Keep expected, got {type(write).__name__}")
     shape, device = tuple(tokens.shape), tokens.device
-    for name, field in stats._asdict().items():
+    for name, field in zip(stats._fields, stats):
+        dtype = torch.int64 if name in ("argmax", "sample") else torch.float32
+        if isinstance(field, Tensor) and field.dtype == dtype and field.shape == shape and field.device == device:
+            continue
         checks.is_tensor(f"stats.{name}", field)
-        checks.has_dtype(
-            f"stats.{name}", field, (torch.int64,) if name in ("argmax", "sample") else (torch.float32,)
-        )
+        checks.has_dtype(f"stats.{name}", field, (dtype,))
         checks.has_shape(f"stats.{name}", field, shape, "as tokens")
         checks.on_device(f"stats.{name}", field, device, "tokens")
     if candidates is not None:
