@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +23,38 @@ from .runner import _one_line, within
 
 # What published figures assume one step to write: 256 tokens in 16 steps, and the mean of natural text.
 TOKENS_PER_STEP = (16, 19.7)
-CONTEXTS = (1024, 8192, 32_768, 131_072)
+# Below the sliding window of 1024 transformers' static cache is right, and so its compiled steps can be compared.
+CONTEXTS = (512, 1024, 8192, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take a step. eager: whether module hooks see inside it."""
+    """One way to take a step. cache: of `step_model.random_cache`. compiles: torch.compile is at work, for minutes.
+
+    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas.
+    """
 
     name: str
-    static: bool
-    ours: bool
-    eager: bool
+    cache: str
+    ours: bool = False
+    graph: bool = False
+    compiles: bool = False
+    decodes: bool = False
+
+    @property
+    def eager(self) -> bool:
+        return not self.compiles
 
 
-WAYS = (
-    Way("transformers, dynamic cache", static=False, ours=False, eager=True),
-    Way("transformers, static cache, compiled", static=True, ours=False, eager=False),
-    Way("dgemma_accel", static=False, ours=True, eager=True),
-)
+REFERENCE = Way("transformers, dynamic cache", "dynamic")
+COMPILED_REFERENCE = Way("transformers, static cache, compiled", "static", compiles=True)
+OURS = Way("ours, dynamic cache", "dynamic", ours=True)
+OURS_STATIC = Way("ours, static cache", "ours", ours=True)
+GRAPH = Way("ours, graph", "ours", ours=True, graph=True, compiles=True)
+WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH)
 AUTOREGRESSIVE = (
-    Way("autoregressive, dynamic cache", static=False, ours=False, eager=True),
-    Way("autoregressive, static cache, compiled", static=True, ours=False, eager=False),
+    Way("autoregressive, dynamic cache", "dynamic", decodes=True),
+    Way("autoregressive, static cache, compiled", "static", compiles=True, decodes=True),
 )
 
 
@@ -67,19 +77,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def way_of(model, way: Way, backend: str, *, traced: bool = False) -> Iterator[None]:
-    """The model as the way has it: as it is, or accelerated; with a trace, without a graph that would hide it."""
-    if not way.ours:
-        yield
-        return
-    import dgemma_accel
+def model_of(model, way: Way, backend: str):
+    """The way's own model over the weights that all share, accelerated where the way is ours."""
+    own = step_model.twin(model)
+    if way.ours:
+        import dgemma_accel
 
-    options = {"backend": backend}
-    if traced and "graph" in inspect.signature(dgemma_accel.accelerate).parameters:
-        options["graph"] = False
-    with dgemma_accel.accelerated(model, **options):
-        yield
+        dgemma_accel.accelerate(own, backend=backend, graph=way.graph)
+    return own
 
 
 def denoiser(model, cache, batch: int) -> Callable[[int], object]:
@@ -89,9 +94,11 @@ def denoiser(model, cache, batch: int) -> Callable[[int], object]:
     prompt = torch.full((batch, 1), 5, device=device)
 
     def run(steps: int):
-        # A history as long as the run is never complete, so no row stops early.
+        # A history as long as the run is never complete, so no row stops early. It is part of a compiled step's shape,
+        # so runs of all lengths have the same.
         return model.generate(
-            prompt, past_key_values=cache, max_new_tokens=canvas, max_denoising_steps=steps, stability_threshold=steps,
+            prompt, past_key_values=cache, max_new_tokens=canvas, max_denoising_steps=steps,
+            stability_threshold=max(steps, HISTORY),
         )
 
     return run
@@ -137,15 +144,29 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def per_step(run: Callable[[int], object], steps: int, repeats: int, device: torch.device) -> float:
-    """Milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1)."""
-    run(1)
-    run(2)
-    found = []
-    for _ in range(repeats):
-        one = clock(lambda: run(1), device)
-        found.append((clock(lambda: run(steps), device) - one) / (steps - 1))
-    return statistics.median(found)
+def per_step(
+    runs: dict[str, Callable[[int], object]], steps: int, repeats: int, device: torch.device
+) -> dict[str, float | Exception]:
+    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised.
+
+    One repeat of each in turn, so that a drifting clock meets all alike.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, Exception] = {}
+    for repeat in range(-1, repeats):
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            try:
+                if repeat < 0:
+                    run(1)
+                    run(2)
+                    continue
+                one = clock(lambda run=run: run(1), device)
+                found[name].append((clock(lambda run=run: run(steps), device) - one) / (steps - 1))
+            except Exception as error:
+                failed[name] = error
+    return {name: failed.get(name) or statistics.median(found[name]) for name in runs}
 
 
 def counted(run: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
@@ -155,8 +176,8 @@ def counted(run: Callable[[int], object], steps: int, device: torch.device) -> t
 
 
 def can_count(way: Way, device: torch.device) -> bool:
-    """A dispatch trace, which counts on a CPU, cannot look into compiled code; CUDA's profiler can."""
-    return device.type == "cuda" or not way.static
+    """On a CPU the launches of compiled code are read off what inductor wrote, which is done for our own step."""
+    return device.type == "cuda" or not way.compiles or way.graph
 
 
 def blank_row(way: Way, options, context: int, floor: dict) -> dict:
@@ -167,51 +188,73 @@ def blank_row(way: Way, options, context: int, floor: dict) -> dict:
     }
 
 
+HISTORY = 64
 # Tokens that all calls of one variant may add to its cache.
 ROOM = 4096
 
 
-def measure_way(model, way: Way, options, context: int, floor: dict) -> dict:
-    """The row of one way at one context."""
-    device, steps = model.device, options.steps
-    row = blank_row(way, options, context, floor)
-    try:
-        cache = step_model.random_cache(model, options.batch, context, static=way.static, room=ROOM)
-        with way_of(model, way, options.backend):
-            run = denoiser(model, cache, options.batch)
-            row["step_ms"] = per_step(run, steps, options.repeats, device)
-            row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
-            if can_count(way, device):
-                row["launches"], row["host_syncs"] = counted(run, min(steps, 4), device)
-        row["floor_multiple"] = row["step_ms"] / floor["total"]
-        if way.eager:
-            with way_of(model, way, options.backend, traced=True):
-                run(1)
-                with step_trace.component_timeline(model) as timeline:
-                    run(steps)
-                components = {name: spent / steps for name, spent in timeline.milliseconds().items()}
-            # Nothing was seen of the layers where a loop does not call them as modules.
-            row["components_ms"] = components if components["rest"] > 0 else None
-    except Exception as error:
-        row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
-    return row
+class Bench:
+    """The variants with their models, made when first wanted and kept: what a variant compiled serves every context."""
 
+    def __init__(self, model, limits: ceilings.Ceilings, options) -> None:
+        self.model, self.limits, self.options = model, limits, options
+        self.models: dict[str, object] = {}
+        self.validates = torch.distributions.Distribution._validate_args
 
-def measure_decoding(model, way: Way, options, context: int, floor: dict) -> dict:
-    """The row of decoding one token a step; its floor is that of one row instead of a canvas."""
-    device = model.device
-    row = blank_row(way, options, context, floor)
-    try:
-        cache = step_model.random_cache(model, options.batch, context, static=way.static, room=ROOM)
-        run = decoder(model, cache, options.batch, context, compiled=way.static)
-        row["step_ms"] = per_step(run, options.steps, options.repeats, device)
-        row["floor_multiple"] = row["step_ms"] / floor["total"]
+    def runner(self, way: Way, context: int) -> Callable[[int], object]:
+        if way.name not in self.models:
+            self.models[way.name] = model_of(self.model, way, self.options.backend)
+        model = self.models[way.name]
+        cache = step_model.random_cache(model, self.options.batch, context, kind=way.cache, room=ROOM)
+        if way.decodes:
+            return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
+        run = denoiser(model, cache, self.options.batch)
+
+        def as_in_a_process_of_its_own(steps: int):
+            # Compiling turns this off for the whole process, and with it a part of the reference's work.
+            torch.distributions.Distribution._validate_args = self.validates
+            return run(steps)
+
+        return as_in_a_process_of_its_own if way == REFERENCE else run
+
+    def measure(self, ways: list[Way], context: int) -> list[dict]:
+        """The rows of some ways at one context, timed in turn."""
+        options, device = self.options, self.model.device
+        rows, runs = {}, {}
+        for way in ways:
+            canvas = 1 if way.decodes else self.model.config.canvas_length
+            floor = floor_of(self.model, self.limits, context, options.batch, canvas)
+            rows[way.name] = blank_row(way, options, context, floor)
+            try:
+                runs[way.name] = self.runner(way, context)
+            except Exception as error:
+                rows[way.name] |= {"status": "failed", "error": _one_line(error)}
+        times = per_step(runs, options.steps, options.repeats, device)
+        for way in ways:
+            row = rows[way.name]
+            if way.name not in runs:
+                continue
+            try:
+                if isinstance(times[way.name], Exception):
+                    raise times[way.name]
+                row["step_ms"] = times[way.name]
+                row["floor_multiple"] = row["step_ms"] / row["floor_ms"]
+                self._look_inside(way, runs[way.name], row)
+            except Exception as error:
+                row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+        return list(rows.values())
+
+    def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
+        options, device = self.options, self.model.device
         row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
         if can_count(way, device):
             row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
-    except Exception as error:
-        row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
-    return row
+        if way.eager and not way.decodes:
+            with step_trace.component_timeline(self.models[way.name]) as timeline:
+                run(options.steps)
+            components = {name: spent / options.steps for name, spent in timeline.milliseconds().items()}
+            # Nothing was seen of the layers where a loop does not call them as modules.
+            row["components_ms"] = components if components["rest"] > 0 else None
 
 
 def floor_of(model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int) -> dict[str, float]:
@@ -246,13 +289,22 @@ def step_lines(rows: list[dict]) -> list[str]:
 
 
 def speedups(rows: list[dict]) -> list[str]:
-    """How much faster than decoding token by token each way writes text, at a stated number of tokens a step."""
+    """Ratios within one context: our steps against transformers', and every way against decoding token by token at a
+    stated number of tokens a step."""
     good = {row["variant"]: row for row in rows if row["status"] == "ok"}
+    lines = []
+    for ours in (way for way in WAYS if way.ours and way.name in good):
+        for theirs in (REFERENCE, COMPILED_REFERENCE):
+            if theirs.name in good:
+                mine, other = good[ours.name], good[theirs.name]
+                line = f"{ours.name} against {theirs.name}: {other['step_ms'] / mine['step_ms']:.2f}x faster"
+                if mine.get("launches") and other.get("launches"):
+                    line += f", {other['launches'] / mine['launches']:.1f}x fewer launches"
+                lines.append(line)
     decoding = [good[way.name] for way in AUTOREGRESSIVE if way.name in good]
     if not decoding:
-        return []
+        return lines
     best = min(decoding, key=lambda row: row["step_ms"])
-    lines = []
     for way in WAYS:
         if way.name in good:
             ratios = ", ".join(
@@ -261,6 +313,13 @@ def speedups(rows: list[dict]) -> list[str]:
             )
             lines.append(f"{way.name} against {best['variant']}: {ratios}")
     return lines
+
+
+def window_line(model, context: int, rows: list[dict]) -> list[str]:
+    window = model.config.text_config.sliding_window
+    if context < window - 1 or COMPILED_REFERENCE.name not in {row["variant"] for row in rows}:
+        return []
+    return [f"  {COMPILED_REFERENCE.name}: its tokens are wrong from the sliding window of {window} on; a time only"]
 
 
 def prepare_model(options, device: torch.device):
@@ -304,14 +363,22 @@ def main(arguments: list[str]) -> int:
     return bench(model, name, options, device)
 
 
-def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[Way, int]]:
-    """What is measured, in order: what compiles for minutes comes after all that does not."""
+def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[list[Way], int]]:
+    """What is measured together, in order; a later measurement replaces an earlier one of the same variant.
+
+    First what does not compile, so that there are figures before the compiler's minutes; then all of it again at every
+    context beside our graph, so that they are timed in turn; at last what else compiles.
+    """
     ways = [way for way in (*WAYS, *AUTOREGRESSIVE) if not options.way or any(text in way.name for text in options.way)]
     if device.type == "cpu" and not options.compiled:
-        print("compiled variants are left out on a CPU (--compiled includes them)")
-        ways = [way for way in ways if not way.static]
-    eager = [(way, context) for context in contexts for way in ways if not way.static]
-    return eager + [(way, context) for context in contexts for way in ways if way.static]
+        print("transformers' compiled variants are left out on a CPU (--compiled includes them)")
+        ways = [way for way in ways if not way.compiles or way.graph]
+    eager = [way for way in ways if not way.compiles]
+    graph = [way for way in ways if way.graph]
+    plan = [(eager, context) for context in (contexts[:1] if graph else contexts) if eager]
+    if graph:
+        plan += [(eager + graph, context) for context in contexts]
+    return plan + [([way], context) for way in ways if way.compiles and not way.graph for context in contexts]
 
 
 def bench(model, name: str, options, device: torch.device) -> int:
@@ -331,45 +398,57 @@ def bench(model, name: str, options, device: torch.device) -> int:
     limits.matrix(model.dtype)
     print(f"{facts['device']}, {name}, {options.steps} steps, batch {options.batch}")
     has_time = within(options.budget)
-    rows, failures = [], []
-    for way, context in schedule(options, contexts, device):
+    found: dict[tuple, dict] = {}
+    late = []
+
+    def failures() -> list[str]:
+        bad = [row for row in found.values() if row["status"] != "ok"]
+        return late + [f"{row['variant']} at context {row['context']}: {row['error']}" for row in bad]
+
+    def result() -> dict:
+        return {
+            "schema": schema.SCHEMA,
+            "kind": "step",
+            "environment": facts,
+            "clocks": {"before": before, "after": environment.clocks(device)},
+            "ceilings": limits.as_dict(),
+            "options": {"model": name, "layers": model.config.text_config.num_hidden_layers, "dtype": str(model.dtype)},
+            "rows": list(found.values()),
+            "problems": refused + failures(),
+        }
+
+    measured = Bench(model, limits, options)
+    for ways, context in schedule(options, contexts, device):
         if not has_time():
-            failures.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
+            for way in ways:
+                if (context, way.name) not in found:
+                    late.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
             continue
-        decodes = way in AUTOREGRESSIVE
-        canvas = 1 if decodes else model.config.canvas_length
-        floor = floor_of(model, limits, context, options.batch, canvas)
-        row = (measure_decoding if decodes else measure_way)(model, way, options, context, floor)
-        rows.append(row)
-        if row["status"] == "ok":
-            print(f"context {context}, {way.name}: {table.duration(row['step_ms'] * 1e3)} a step", flush=True)
-        else:
-            failures.append(f"{way.name} at context {context}: {row['error']}")
+        with step_trace.reading_compiled_code() if device.type == "cpu" else contextlib.nullcontext():
+            group = measured.measure(ways, context)
+        for row in group:
+            found[context, row["variant"]] = row
+            if row["status"] == "ok":
+                print(f"context {context}, {row['variant']}: {table.duration(row['step_ms'] * 1e3)} a step", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if options.json:
+            # What is there is there, should the time end in a compiler.
+            schema.write(result(), options.json)
+    rows = list(found.values())
     for context in contexts:
         here = [row for row in rows if row["context"] == context]
         if here:
             print(f"\ncontext {context}")
-            print("\n".join(step_lines(here)), flush=True)
+            print("\n".join(step_lines(here) + window_line(model, context, here)), flush=True)
     if device.type == "cuda":
         print("\nlaunches: kernel and graph launches by the host; host syncs: as CUDA's sync debug mode reports them")
     else:
-        print("\nlaunches: non-view aten ops and compiled kernels; host syncs: host reads in the dispatch trace")
-    result = {
-        "schema": schema.SCHEMA,
-        "kind": "step",
-        "environment": facts,
-        "clocks": {"before": before, "after": environment.clocks(device)},
-        "ceilings": limits.as_dict(),
-        "options": {"model": name, "layers": model.config.text_config.num_hidden_layers, "dtype": str(model.dtype)},
-        "rows": rows,
-        "problems": refused + failures,
-    }
-    write_result(result, options, facts, name.split()[0])
-    for line in failures:
+        print("\nlaunches: non-view aten ops, fused kernels of compiled code, and 1 for an op of this package; host syncs: host reads in the dispatch trace")
+    write_result(result(), options, facts, name.split()[0])
+    for line in failures():
         complain(line)
-    return 2 if refused else 1 if failures else 0
+    return 2 if refused else 1 if failures() else 0
 
 
 def write_result(result: dict, options, facts: dict, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -134,19 +135,32 @@ def tiny(device: torch.device) -> tuple[nn.Module, str]:
     return model, "random weights: examples/tiny-dgemma/checkpoint is missing"
 
 
-def random_cache(model: nn.Module, batch: int, context: int, *, static: bool, room: int):
+def twin(model: nn.Module) -> nn.Module:
+    """Another model over the same weights: what one is given (patches, compiled functions) the other does not have."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def random_cache(model: nn.Module, batch: int, context: int, *, kind: str, room: int):
     """A cache that holds `context` tokens of random keys and values, as after a prompt of that length.
 
     A prompt of 128k would take longer than all steps that are to be measured, and its values do not matter.
 
     Args:
-        static: a preallocated `StaticCache` with space for `room` more tokens, else a `DynamicCache`.
+        kind: "dynamic"; "static", transformers' `StaticCache` with space for `room` more tokens; "ours", a
+            `PreallocatedCache` with as much.
     """
     from transformers import DynamicCache, StaticCache
 
     text = model.config.text_config
     device, dtype = model.device, model.dtype
-    cache = StaticCache(config=text, max_cache_len=context + room) if static else DynamicCache(config=text)
+    if kind == "ours":
+        from dgemma_accel.hf.preallocated import PreallocatedCache
+
+        cache = PreallocatedCache(model.config, context + room)
+    else:
+        static = kind == "static"
+        cache = StaticCache(config=text, max_cache_len=context + room) if static else DynamicCache(config=text)
     noise = torch.Generator(device=device).manual_seed(1)
     logger = logging.getLogger("transformers")
     level = logger.level

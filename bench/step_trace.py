@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import warnings
 from collections import defaultdict
@@ -142,6 +143,7 @@ class LaunchCounter(TorchDispatchMode):
         super().__init__()
         self.launches = 0
         self.host_reads = 0
+        self.inside_compiled = False
         self.by_op: dict[str, int] = defaultdict(int)
 
     def count(self, name: str) -> None:
@@ -163,11 +165,11 @@ def _is_view(func) -> bool:
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[LaunchCounter]:
-    """Counts inside the ops of this package too: a dispatch mode by itself sees each of them as one op.
+def counting(inside: bool = True) -> Iterator[LaunchCounter]:
+    """Counts the ops of this package, which a dispatch mode by itself does not tell apart.
 
-    The reference backend is counted by the aten ops it calls, a compiled backend as one launch and the aten ops
-    around it.
+    With `inside` what they call counts too: the reference backend is counted by the aten ops it calls, a compiled backend as one launch and the aten ops
+    around it. Without, each is one launch, as a kernel on a GPU is, whatever its host implementation does.
     """
     import importlib
 
@@ -178,8 +180,12 @@ def counting() -> Iterator[LaunchCounter]:
             run = pick(op, backend, requirements)
 
             def counted(*arguments):
-                if not run.__module__.startswith("dgemma_accel.reference"):
+                if counter.inside_compiled:
+                    return run(*arguments)
+                if not inside or not run.__module__.startswith("dgemma_accel.reference"):
                     counter.count(f"dgemma::{op}")
+                if not inside:
+                    return run(*arguments)
                 with counter:
                     return run(*arguments)
 
@@ -199,9 +205,66 @@ def counting() -> Iterator[LaunchCounter]:
         yield counter
 
 
+@contextlib.contextmanager
+def reading_compiled_code() -> Iterator[None]:
+    """Within it our compiled steps remember how many launches the code has that inductor wrote for them.
+
+    A dispatch trace does not see fused kernels. Must be entered before the step is compiled.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    from dgemma_accel.hf.compiled import Step
+
+    written: list[str] = []
+    right = Step.__call__
+
+    def call(step, *arguments):
+        written.clear()
+        result = right(step, *arguments)
+        if written:
+            step.launches_in_code = launches_of(written[-1])
+        return result
+
+    with mock.patch.object(GraphLowering, "save_output_code", written.append), mock.patch.object(Step, "__call__", call):
+        yield
+
+
+def launches_of(code: str) -> int:
+    """Calls of fused kernels, library products and other operators in the function that inductor wrote."""
+    body = code[code.rindex("def call(") :]
+    patterns = (r"^\s*(?:\w+\.)?cpp_fused\w*\(", r"^\s*extern_kernels\.\w+\(", r"^\s*\w+ = torch\.ops\.[\w.]+\(")
+    return sum(len(re.findall(pattern, body, re.MULTILINE)) for pattern in patterns)
+
+
+@contextlib.contextmanager
+def _compiled_steps_counted(counter: LaunchCounter) -> Iterator[None]:
+    """Calls of our compiled step count as what is in its code; inside them the trace is off, as it would undo them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from dgemma_accel.hf.compiled import Step
+
+    right = Step.__call__
+
+    def call(step, *arguments):
+        launches = getattr(step, "launches_in_code", None)
+        if launches is None:
+            return right(step, *arguments)
+        for _ in range(launches):
+            counter.count("compiled step")
+        counter.inside_compiled = True
+        try:
+            with _disable_current_modes():
+                return right(step, *arguments)
+        finally:
+            counter.inside_compiled = False
+
+    with mock.patch.object(Step, "__call__", call):
+        yield
+
+
 def count_on_cpu(call: Callable[[], object]) -> tuple[float, float]:
-    """(launches, host reads) of a call, by dispatch trace."""
-    with counting() as counter:
+    """(launches, host reads) of a call, by dispatch trace; an op of this package is one launch."""
+    with counting(inside=False) as counter, _compiled_steps_counted(counter):
         call()
     return counter.launches, counter.host_reads
 

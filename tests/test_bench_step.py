@@ -105,9 +105,9 @@ def test_bad_requests(arguments, line, capsys):
     assert line in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_a_random_cache_is_as_long_as_its_context(model, static):
-    cache = step_model.random_cache(model, 2, 20, static=static, room=4)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "ours"])
+def test_a_random_cache_is_as_long_as_its_context(model, kind):
+    cache = step_model.random_cache(model, 2, 20, kind=kind, room=4)
     assert int(cache.get_seq_length()) == 20
     wide = model.config.text_config.num_hidden_layers - 1
     assert cache.layers[wide].keys.shape[:2] == (2, 1)
@@ -120,8 +120,14 @@ def test_launches_leave_out_views_and_look_into_ops():
     x = torch.randn(4, 6)
     assert step_trace.count_on_cpu(lambda: (x.view(6, 4).t() + 1) @ x.view(6, 4)) == (2, 0)
     assert step_trace.count_on_cpu(lambda: float(x[0, 0])) == (1, 1)
-    inside, _ = step_trace.count_on_cpu(lambda: dgemma_accel.row_stats(x, seed=1, backend="reference"))
+    with step_trace.counting() as counter:
+        dgemma_accel.row_stats(x, seed=1, backend="reference")
+    inside = counter.launches
     assert inside > 10
+    with step_trace.counting() as around:
+        pass
+    opaque, _ = step_trace.count_on_cpu(lambda: dgemma_accel.row_stats(x, seed=1, backend="reference"))
+    assert around.launches < opaque < inside
     if dgemma_accel.backends.load("row_stats", "cpp")[0] is not None:
         with step_trace.counting() as counter:
             dgemma_accel.row_stats(x, seed=1, backend="cpp")
@@ -142,7 +148,7 @@ def test_the_timeline_charges_the_innermost_component(monkeypatch):
 
 
 def test_components_cover_the_steps_of_the_reference(model):
-    cache = step_model.random_cache(model, 1, 16, static=False, room=0)
+    cache = step_model.random_cache(model, 1, 16, kind="dynamic", room=0)
     run = bench_step.denoiser(model, cache, 1)
     run(1)
     with step_trace.component_timeline(model) as timeline:
@@ -155,7 +161,7 @@ def test_components_cover_the_steps_of_the_reference(model):
 
 
 def test_a_run_takes_exactly_the_steps_asked_for(model):
-    cache = step_model.random_cache(model, 2, 16, static=False, room=0)
+    cache = step_model.random_cache(model, 2, 16, kind="dynamic", room=0)
     for steps in (1, 3):
         result = bench_step.denoiser(model, cache, 2)(steps)
         new = result.sequences.shape[1] - 1
@@ -164,7 +170,7 @@ def test_a_run_takes_exactly_the_steps_asked_for(model):
 
 
 def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
-    # torch.compile, in whatever ran before, turns this off for the process, and with it two of the original's syncs.
+    # Whatever ran before may have turned this off, and with it two of the original's syncs.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     limits = ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11})
     monkeypatch.setattr(ceilings, "measure", lambda device, quick=False: limits)
@@ -178,24 +184,83 @@ def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert schema.violations(result) == []
     rows = {row["variant"]: row for row in result["rows"]}
-    assert set(rows) == {"transformers, dynamic cache", "dgemma_accel", "autoregressive, dynamic cache"}
+    assert set(rows) == {
+        "transformers, dynamic cache", "ours, dynamic cache", "ours, static cache", "ours, graph",
+        "autoregressive, dynamic cache",
+    }
+    assert all(row["status"] == "ok" for row in rows.values()), result["problems"]
+    for ours in ("ours, dynamic cache", "ours, static cache", "ours, graph"):
+        assert rows[ours]["host_syncs"] == 0, ours
+    # An op of this package is one launch, and what the compiler fused is one.
+    assert 4 * rows["ours, graph"]["launches"] <= rows["transformers, dynamic cache"]["launches"]
+    assert rows["ours, graph"]["launches"] < rows["ours, static cache"]["launches"]
     theirs = rows["transformers, dynamic cache"]
     assert theirs["status"] == "ok" and theirs["launches"] > 100 and theirs["host_syncs"] >= 4
     assert theirs["floor_ms"] > rows["autoregressive, dynamic cache"]["floor_ms"] > 0
     assert theirs["floor_multiple"] == pytest.approx(theirs["step_ms"] / theirs["floor_ms"])
     assert "x at 16 tokens a step" in out and "x at 19.7 tokens a step" in out
+    assert "ours, graph against transformers, dynamic cache:" in out and "x fewer launches" in out
     assert list(tmp_path.glob("step-full-*.svg"))
+    # The model itself is as it was: every variant has one of its own over the same weights.
+    assert "generate" not in vars(model)
+
+
+def test_twins_share_weights_and_nothing_else(model):
+    import dgemma_accel
+
+    twin = step_model.twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    dgemma_accel.accelerate(twin)
+    assert "generate" in vars(twin) and "generate" not in vars(model)
+
+
+def test_variants_take_turns_and_one_that_fails_leaves_the_others():
+    order = []
+
+    def runs(name, broken=False):
+        def run(steps):
+            order.append((name, steps))
+            if broken and len(order) > 6:
+                raise RuntimeError("gone")
+
+        return run
+
+    times = bench_step.per_step({"a": runs("a"), "b": runs("b", True), "c": runs("c")}, 5, 2, CPU)
+    warm = [(name, steps) for name in "abc" for steps in (1, 2)]
+    assert order == [*warm, ("a", 1), ("a", 5), ("b", 1), ("c", 1), ("c", 5), *[(n, s) for n in "ac" for s in (1, 5)]]
+    assert isinstance(times["b"], RuntimeError) and isinstance(times["a"], float)
+
+
+def test_compilers_come_last():
+    options = bench_step.parser().parse_args(["--compiled"])
+    plan = bench_step.schedule(options, [64, 128], CPU)
+    names = [([way.name for way in ways], context) for ways, context in plan]
+    eager = ["transformers, dynamic cache", "ours, dynamic cache", "ours, static cache", "autoregressive, dynamic cache"]
+    assert names[0] == (eager, 64)
+    assert names[1:3] == [([*eager, "ours, graph"], 64), ([*eager, "ours, graph"], 128)]
+    assert [ways for ways, _ in names[3:]] == [["transformers, static cache, compiled"]] * 2 + [
+        ["autoregressive, static cache, compiled"]
+    ] * 2
+
+
+def test_the_compiled_reference_is_marked_where_it_is_wrong(model):
+    row = {"variant": "transformers, static cache, compiled"}
+    assert bench_step.window_line(model, 4, [row]) == []
+    assert "wrong from the sliding window of 12" in bench_step.window_line(model, 64, [row])[0]
+    assert bench_step.window_line(model, 64, [{"variant": "ours, graph"}]) == []
 
 
 def test_speedup_over_decoding_counts_tokens_of_a_step():
     def row(name, milliseconds):
         return {"variant": name, "status": "ok", "step_ms": milliseconds}
 
-    lines = bench_step.speedups([row("dgemma_accel", 20.0), row("autoregressive, dynamic cache", 5.0)])
+    lines = bench_step.speedups([row("ours, graph", 20.0), row("autoregressive, dynamic cache", 5.0)])
     assert lines == [
-        "dgemma_accel against autoregressive, dynamic cache: 4.00x at 16 tokens a step, 4.92x at 19.7 tokens a step"
+        "ours, graph against autoregressive, dynamic cache: 4.00x at 16 tokens a step, 4.92x at 19.7 tokens a step"
     ]
-    assert bench_step.speedups([row("dgemma_accel", 20.0)]) == []
+    lines = bench_step.speedups([row("ours, graph", 20.0), row("transformers, dynamic cache", 60.0)])
+    assert lines == ["ours, graph against transformers, dynamic cache: 3.00x faster"]
+    assert bench_step.speedups([row("ours, graph", 20.0)]) == []
 
 
 @pytest.mark.gpu
@@ -204,9 +269,12 @@ def test_the_full_path_on_a_gpu(tmp_path):
     small = step_model.build(step_model.full_config(2, NARROW), device, torch.bfloat16)
     path = tmp_path / "step.json"
     options = bench_step.parser().parse_args(
-        ["--steps", "3", "--repeats", "1", "--context", "16", "--way", "dynamic", "--json", str(path)]
+        ["--steps", "3", "--repeats", "1", "--context", "16", "--way", "dynamic", "--way", "ours", "--json", str(path)]
     )
     assert bench_step.bench(small, "full (2 layers, narrow)", options, device) == 0
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
     theirs = rows["transformers, dynamic cache"]
     assert theirs["launches"] > 100 and theirs["host_syncs"] >= 4 and theirs["components_ms"]["attention"] > 0
+    graph = rows["ours, graph"]
+    # One graph and the copies that look out for the end.
+    assert graph["status"] == "ok" and graph["host_syncs"] == 0 and graph["launches"] <= 10

@@ -136,7 +136,8 @@ def _needs_original(module, hidden_states: Tensor, layer, kwargs: dict) -> str |
         return "attention dropout is on"
     if kwargs.get("output_attentions") or _attentions_are_captured():
         return "attention weights were asked for"
-    held = layer.keys if layer.is_initialized else hidden_states
+    # Buffers that hold nothing yet may be of an earlier dtype or device; the first update replaces them.
+    held = layer.keys if layer.is_initialized and layer.keys.shape[-2] else hidden_states
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad
         or held.requires_grad

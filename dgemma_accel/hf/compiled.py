@@ -36,8 +36,9 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
     return None
 
 
-def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: list[Tensor]):
-    """All steps of a canvas, as `Denoiser.run`; `temperatures` has one for each step that may be taken."""
+def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: Tensor):
+    """All steps of a canvas, as `Denoiser.run`; `temperatures` [N] fp32 on the host has one
+    for each step that may be taken."""
     call, criteria = denoiser.call, denoiser.criteria
     inputs = _inputs(denoiser, canvas, argmax, carry, finished)
     keys = [layer.key_buffer for layer in denoiser.cache.layers]
@@ -48,8 +49,8 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
     step = _step_for(denoiser, inputs, keys)
     lookout = Lookout(call.take_drafts(), may_finish=criteria is not None)
     taken = 0
-    with _running(denoiser, step, inputs, keys, values, carry.offset, torch.stack(temperatures)) as steps:
-        for _ in temperatures:
+    with _running(denoiser, step, inputs, keys, values, carry.offset, temperatures) as steps:
+        for _ in range(len(temperatures)):
             steps.advance()
             taken += 1
             if lookout.after_step(steps.state.finished, steps.state.draft):

@@ -103,10 +103,8 @@ class Denoiser:
         if self.acceleration.graph_on(canvas.device):
             reason = compiled.why_eager(self, canvas)
             if reason is None:
-                temperatures = [
-                    temperature_of_step(self.logits_processor, cur_step)
-                    for cur_step in range(steps, last - 1, -1)
-                ]
+                left = torch.arange(steps, last - 1, -1, dtype=torch.int32)
+                temperatures = temperature_of_step(self.logits_processor, left).expand(len(left))
                 return compiled.run(self, canvas, argmax, carry, finished, temperatures)
             self.acceleration.say("graph", reason, "step by step without compilation goes")
         lookout = Lookout(self.call.take_drafts(), may_finish=self.criteria is not None)
@@ -198,15 +196,15 @@ class Denoiser:
         return result.tokens, result.state.draft, result.state.finished
 
 
-def temperature_of_step(logits_processor, cur_step: int) -> Tensor:
-    """The schedule's temperature with `cur_step` steps left, 0-d fp32 on the host; 1 without a schedule.
+def temperature_of_step(logits_processor, cur_step: int | Tensor) -> Tensor:
+    """The schedule's temperature with `cur_step` steps left (int32), fp32 on the host; 0-d 1 without a schedule.
 
     Computed in fp32 in the order of LinearTemperatureScheduleLogitsProcessor, whose step number is a tensor.
     """
     if not logits_processor:
         return torch.tensor(1.0)
     schedule = logits_processor[0]
-    share = torch.tensor(cur_step, dtype=torch.int32) / schedule.max_denoising_steps
+    share = torch.as_tensor(cur_step, dtype=torch.int32) / schedule.max_denoising_steps
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
 
 
