@@ -33,14 +33,18 @@ def _slices(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + width) for start in range(0, logits.shape[-1], width))
 
 
-def _add_product(result: Tensor, probabilities: Tensor, weight: Tensor) -> None:
-    """result [R, E] fp32 += probabilities [R, n] @ weight [n, E] of one dtype."""
-    if weight.dtype == torch.float32 or weight.device.type == "cpu":
+def _add_product(result: Tensor, probabilities: Tensor, weight: Tensor, exact: bool) -> None:
+    """result [R, E] fp32 += probabilities [R, n] @ weight [n, E] of one dtype.
+
+    exact: on the host, where a 16-bit product comes out rounded, take a slower one in fp32.
+    """
+    if weight.dtype == torch.float32 or (exact and weight.device.type == "cpu"):
         result.addmm_(probabilities.float(), weight.float())
-    elif PRODUCT_WITH_DTYPE is not None:
+    elif PRODUCT_WITH_DTYPE is not None and weight.device.type != "cpu":
         result += PRODUCT_WITH_DTYPE(probabilities, weight, torch.float32)
     else:
-        # An older PyTorch rounds each slice's product; an fp32 product would take no tensor cores.
+        # The host, and an older PyTorch on a GPU: fp32 operands would cost several times the 16-bit product, or take
+        # no tensor cores. What the rounding of a slice's product adds is of the size of the result's own rounding.
         result += probabilities @ weight
 
 
@@ -55,8 +59,8 @@ def soft_embedding(
 ) -> Tensor:
     """See `reference.soft_embedding`.
 
-    On a GPU the probabilities of a slice are rounded to the dtype of `weight` for the product, on the host they stay
-    fp32; slices add up in fp32. On the host a slice in which no row holds more than `tolerance` is left out; on a
+    The probabilities of a slice are rounded to the dtype of `weight` for the product; slices add up in fp32, and on a
+    GPU each one's product is fp32 too. On the host a slice in which no row holds more than `tolerance` is left out; on a
     GPU that would wait for the device, so every slice is computed.
     """
     if exact:
@@ -73,9 +77,7 @@ def soft_embedding(
         probabilities.masked_fill_(empty, 0.0)
         if on_host and not bool((probabilities.sum(-1) > tolerance).any()):
             continue
-        _add_product(
-            result, probabilities if on_host else probabilities.to(weight.dtype), weight[columns]
-        )
+        _add_product(result, probabilities.to(weight.dtype), weight[columns], exact=False)
     return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])
 
 
@@ -105,6 +107,6 @@ def exact_soft_embedding(
     result = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=logits.device)
     for columns in _slices(logits):
         probabilities = (rounded(columns) - largest).exp_().div_(total)
-        _add_product(result, probabilities.to(weight.dtype), weight[columns])
+        _add_product(result, probabilities.to(weight.dtype), weight[columns], exact=True)
     result = torch.where(valid.reshape(rows, 1), result, 0.0)
     return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])
