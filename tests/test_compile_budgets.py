@@ -127,8 +127,11 @@ def test_configuration_files_answer_every_call():
     for name in (*configs.FILES.values(), configs.DEFAULT):
         for head_dim in (16, 32, 64, 128, 256, 512):
             for size in (2, 4):
-                use = configs._select(name, "block_attention", (("bytes", size), ("head_dim", head_dim)))
-                assert use["block_m"] % 16 == 0 and use["block_n"] % 16 == 0
+                for sliced in (True, False):
+                    call = (("bytes", size), ("head_dim", head_dim), ("sliced", sliced))
+                    use = configs._select(name, "block_attention", call)
+                    assert use["block_m"] % 16 == 0 and use["block_n"] % 16 == 0
+                    assert sliced or "slices" not in use
         for block in (1, 2, 64, 256, 512, 1024):
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
         for size in (2, 4):

@@ -28,6 +28,7 @@ from .common import (
     tanh,
     unavailable,
 )
+from .sliced_scores import COMPILES, load_sliced, sum_slices
 
 __all__ = ["FEATURES", "block_attention", "unavailable"]
 
@@ -99,6 +100,7 @@ def block_attention_kernel(
     PREFIX: tl.constexpr, START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
     ROWS: tl.constexpr = LENGTH * GROUP
@@ -120,8 +122,14 @@ def block_attention_kernel(
     p_q = (
         query + i_b * stride_qb + (i_h * GROUP + o_g).to(tl.int64) * stride_qh + o_c.to(tl.int64) * stride_qc
     )
-    # [BLOCK_M, BLOCK_D]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+    if SLICES > 1:
+        # [SLICES, BLOCK_M, BLOCK_D / SLICES]: the warps share the head's columns, so no score is computed twice.
+        WIDTH: tl.constexpr = BLOCK_D // SLICES
+        o_s = (tl.arange(0, SLICES) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+        b_q = tl.load(p_q[None, :, None] + o_s, mask=m_m[None, :, None] & (o_s < HEAD_DIM), other=0.0)
+    else:
+        # [BLOCK_M, BLOCK_D]
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
 
     p_k = key + i_b * stride_kb + i_h.to(tl.int64) * stride_kh
     p_v = value + i_b * stride_vb + i_h.to(tl.int64) * stride_vh
@@ -171,22 +179,18 @@ def block_attention_kernel(
         from_prefix, n_first, n_end = place(
             i_n + 1, first, last, tiles_prefix, start, end, block_start, block_end, BLOCK_N
         )
-        b_k = load_tile(
-            p_k,
-            p_pk,
-            stride_kc,
-            stride_pkc,
-            from_prefix,
-            n_first,
-            n_end,
-            o_n,
-            o_d,
-            m_d,
-            PREFIX,
-            PADDED,
-            NARROW,
-        )
-        b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
+        if SLICES > 1:
+            b_k = load_sliced(
+                p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_s, o_s < HEAD_DIM,
+                PREFIX, NARROW,
+            )  # fmt: skip
+            b_ahead = sum_slices(product(b_q, tl.trans(b_k, (0, 2, 1)), PRECISION, UPCAST), BLOCK_D == 512)
+        else:
+            b_k = load_tile(
+                p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_d, m_d,
+                PREFIX, PADDED, NARROW,
+            )  # fmt: skip
+            b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
 
         from_prefix, n_first, n_end = place(
             i_n, first, last, tiles_prefix, start, end, block_start, block_end, BLOCK_N
@@ -334,6 +338,7 @@ def block_attention(
         head_dim=block_d,
         bytes=query.element_size(),
         softcap=softcap is not None,
+        sliced=COMPILES,
     )
     block_m = min(config["block_m"], max(16, next_power_of_2(length * group)))
     block_n = config["block_n"]
@@ -371,7 +376,8 @@ def block_attention(
             UPCAST=INTERPRET and query.dtype == torch.bfloat16,
             # Offsets inside a tile take half the registers as 32 bits; wider strides keep 64.
             NARROW=max(strides) * block_n < 2**31,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=config["num_warps"], num_stages=config["num_stages"],
+            BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1),
+            num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
         if splits > 1:
             merge_splits_kernel[(length * group, kv_heads, batch)](
