@@ -245,3 +245,22 @@ def test_tokens_without_mass_leave_an_entropy_of_exactly_zero(monkeypatch, isa):
     stats = dgemma_accel.row_stats(logits, uniform=torch.full((2,), 1 - 2.0**-24), backend="cpp")
     assert stats.entropy.tolist() == [0.0, 0.0] and stats.top1_prob.tolist() == [1.0, 1.0]
     assert stats.sample.tolist() == [77, 77]
+
+
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+def test_without_statistics_the_op_is_still_a_torch_op(name):
+    logits = torch.randn(2, 3, 50)
+    arguments = (logits, torch.tensor(0.0), None, None, torch.tensor(1), torch.tensor(0), None, False, name, False)
+    # Results that hold NaN are not compared with themselves.
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dgemma.row_stats.default, arguments, test_utils=tests)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def argmax(logits):
+        return dgemma_accel.row_stats(logits * 2, temperature=0.0, seed=1, statistics=False, backend=name).argmax + 1
+
+    assert torch.equal(argmax(logits), logits.argmax(-1) + 1)
+    with pytest.raises(TypeError, match="statistics: a bool expected, got str"):
+        dgemma_accel.row_stats(logits, statistics="no", backend=name)
+    with pytest.raises(ValueError, match="check: needs statistics=True"):
+        dgemma_accel.row_stats(logits, statistics=False, check=True, backend=name)

@@ -300,8 +300,8 @@ def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_la
 FORWARDS = {
     "LLaDAModelLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
     "output_attentions output_hidden_states return_dict cache_position",
-    "LLaDAModelLM of Fast-dLLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
-    "output_attentions output_hidden_states return_dict cache_position replace_position",
+    "LLaDAModelLM of Fast-dLLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels "
+    "use_cache output_attentions output_hidden_states return_dict cache_position replace_position",
     "DreamModel": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep",
     "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache store_kv "
@@ -449,7 +449,7 @@ def test_padded_tensor_prompts():
 
 
 class Fixed(torch.nn.Module):
-    """Says `text` whatever it reads, or line n of `text` to a prompt that begins with n; `kind` is the answer's form."""
+    """Says `text` whatever it reads, or line n of it to a prompt that begins with n; `kind` is the answer's form."""
 
     def __init__(self, text, kind="tensor"):
         super().__init__()

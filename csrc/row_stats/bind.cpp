@@ -35,8 +35,10 @@ void register_row_stats(pybind11::module_& m) {
 
   m.def("row_stats_host_workspace", &row_stats_host_workspace, pybind11::arg("params"), "Bytes of workspace.");
   m.def("row_stats_host", &row_stats_host, pybind11::arg("params"), pybind11::arg("threads"),
-        pybind11::arg("isa") = "", pybind11::arg("statistics") = true, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "Runs on the host; `isa` names an instruction set, or is empty for the best; without `statistics`, argmax and sample alone.");
+        pybind11::arg("isa") = "", pybind11::arg("statistics") = true,
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Runs on the host; `isa` names an instruction set, or is empty for the best; without `statistics`, argmax and "
+        "sample alone.");
   m.def("host_instruction_sets", &host_instruction_sets, "What this CPU can run, best first.");
 #if defined(DGEMMA_WITH_CUDA)
   m.def("row_stats_cuda_workspace", &row_stats_cuda_workspace, pybind11::arg("params"), "Bytes of workspace.");

@@ -65,7 +65,7 @@ class Session:
         self.calls = self.rows_fed = 0
 
     def select(self, rows: Tensor) -> bool:
-        """From now on the tokens fed are those of `rows` [R] int64, rising, of the batch; False where that cannot be."""
+        """From now on the tokens fed are those of the batch's `rows` [R] int64, rising; False where that cannot be."""
         self.valid = self._valid_of_all[rows]
         return True
 
