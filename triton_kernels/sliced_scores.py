@@ -1,7 +1,7 @@
 """Scores of `block_attention` as a batch of products over slices of the head.
 
-With mma.sync the warps that share P V by columns find too few keys to share Q K^T by, and compute the same scores several
-times. Cut in slices, each group of warps multiplies its own columns of the head, and their shares are added.
+With mma.sync the warps that share P V by columns find too few keys to share Q K^T by, and compute the same scores
+several times. Cut in slices, each group of warps multiplies its own columns of the head, and their shares are added.
 """
 
 from __future__ import annotations
