@@ -14,6 +14,7 @@ import torch
 
 from .. import backends
 from ..version import __version__
+from .doctor_step import examine_step, lines_of
 
 # The model's own shapes: what `auto` is asked for.
 REQUIREMENTS: dict[str, dict[str, object]] = {
@@ -29,11 +30,14 @@ REQUIREMENTS: dict[str, dict[str, object]] = {
 def add_parser(commands) -> None:
     parser = commands.add_parser("doctor", help="what this machine has, and which backend each op would take")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--step", action="store_true", help="also compile and capture a small model's step")
     parser.set_defaults(run=run)
 
 
 def run(options) -> int:
     report = examine()
+    if options.step:
+        report["step"] = examine_step()
     print(json.dumps(report, indent=2) if options.json else as_text(report))
     return 0
 
@@ -189,5 +193,7 @@ def as_text(report: dict) -> str:
         for device, row in devices.items():
             lines.append(f"{op} on {device}: auto takes {row['auto'] or 'nothing'} ({row['why']})")
             lines.extend(f"    {name:<10} {state}" for name, state in row["all"].items())
+    if "step" in report:
+        lines.extend(lines_of(report["step"]))
     lines.append("missing    " + ("; ".join(report["missing"]) or "nothing"))
     return "\n".join(lines)
