@@ -196,7 +196,9 @@ def test_head_that_keeps_no_logits(monkeypatch, poisoned, stats_temperature, dty
     by_seed = triton_head.head_stats_without_logits(
         hidden.unsqueeze(0), weight, temperature, other, None, torch.tensor(3), zero, 15.0
     )
-    expected = triton_head.head_stats(hidden.unsqueeze(0), weight, temperature, other, None, torch.tensor(3), zero, 15.0)
+    expected = triton_head.head_stats(
+        hidden.unsqueeze(0), weight, temperature, other, None, torch.tensor(3), zero, 15.0
+    )
     assert (by_seed[1] == expected[2]).float().mean() >= 0.95
 
 
