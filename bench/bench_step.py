@@ -444,7 +444,8 @@ def bench(model, name: str, options, device: torch.device) -> int:
     if device.type == "cuda":
         print("\nlaunches: kernel and graph launches by the host; host syncs: as CUDA's sync debug mode reports them")
     else:
-        print("\nlaunches: non-view aten ops, fused kernels of compiled code, and 1 for an op of this package; host syncs: host reads in the dispatch trace")
+        print("\nlaunches: non-view aten ops, fused kernels of compiled code, and 1 for an op of this package")
+        print("host syncs: host reads in the dispatch trace, outside the host implementations of this package's ops")
     write_result(result(), options, facts, name.split()[0])
     for line in failures():
         complain(line)

@@ -168,8 +168,8 @@ def _is_view(func) -> bool:
 def counting(inside: bool = True) -> Iterator[LaunchCounter]:
     """Counts the ops of this package, which a dispatch mode by itself does not tell apart.
 
-    With `inside` what they call counts too: the reference backend is counted by the aten ops it calls, a compiled backend as one launch and the aten ops
-    around it. Without, each is one launch, as a kernel on a GPU is, whatever its host implementation does.
+    With `inside` what they call counts too: the reference backend is counted by the aten ops it calls, a compiled backend as
+    one launch and the aten ops around it. Without, each is one launch, as a kernel on a GPU is, whatever its host implementation does.
     """
     import importlib
 
@@ -225,7 +225,8 @@ def reading_compiled_code() -> Iterator[None]:
             step.launches_in_code = launches_of(written[-1])
         return result
 
-    with mock.patch.object(GraphLowering, "save_output_code", written.append), mock.patch.object(Step, "__call__", call):
+    remember = mock.patch.object(GraphLowering, "save_output_code", written.append)
+    with remember, mock.patch.object(Step, "__call__", call):
         yield
 
 

@@ -40,10 +40,10 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         exact: False computes self-conditioning from fp32 in slices: nearer the truth than the original and without a
             table in fp32. True repeats the original's roundings (bf16 logits, bf16 probabilities), for comparing a
             bf16 model's tokens with the original's; it takes a table of logits in fp32 for a moment.
-        graph: compile the whole step (`torch.compile(fullgraph=True)`) and on a GPU capture it in a CUDA graph, once per
-            batch size and cache size; calls without a cache of their own then get a `PreallocatedCache`. None: on a
-            GPU and not on a CPU, where only the compiler's minutes would be felt. What cannot be compiled or captured runs
-            without, and says so once.
+        graph: compile the whole step (`torch.compile(fullgraph=True)`) and on a GPU capture it in a CUDA graph, once
+            per batch size and cache size; calls without a cache of their own then get a `PreallocatedCache`. None: on a
+            GPU and not on a CPU, where only the compiler's minutes would be felt. What cannot be compiled or captured
+            runs without, and says so once.
 
     Returns:
         The model.

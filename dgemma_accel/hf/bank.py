@@ -22,8 +22,8 @@ def rounded_up(length: int) -> int:
 
 @dataclass(eq=False)
 class _Entry:
-    """capacity: in tokens. buffers: (key, value) of every layer, None before they are made. holder: the cache that reads
-    them, weakly. in_use: by a call that is running."""
+    """capacity: in tokens. buffers: (key, value) of every layer, None before they are made. holder: the cache that
+    reads them, weakly. in_use: by a call that is running."""
 
     capacity: int
     buffers: list | None = None

@@ -30,7 +30,7 @@ def readable(cache, layer) -> bool:
 
 
 def prepare_cache(patch: Patch, generation_config, batch_size: int, max_length: int):
-    """`_prepare_cache_for_generation`: where steps are captured, a call without a wish gets a cache that stays in place."""
+    """`_prepare_cache_for_generation`: where steps are captured, calls that ask for none get one that stays in place."""
     call, device = active_call(), patch.owner.device
     if generation_config.cache_implementation is None and call is not None and patch.acceleration.graph_on(device):
         return _lease(patch, call, batch_size, max_length)

@@ -1,7 +1,7 @@
 """A denoising step recorded once and replayed: a CUDA graph over tensors that stay where they are.
 
-A graph reads and writes the addresses it was recorded with. So a step's inputs are copied into tensors that belong to the
-capture, the state that a step leaves is copied back into them inside the graph, and what a caller gets is copied out.
+A graph reads and writes the addresses it was recorded with. So a step's inputs are copied into tensors that belong to
+the capture, the state that a step leaves is copied back into them inside the graph, and what a caller gets is copied out.
 One replay is one step and allocates nothing.
 """
 

@@ -71,7 +71,8 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
 class Step:
     """`graph.take_step` compiled for one shape, and as it is where it cannot be compiled.
 
-    shape: (B, C). seconds: of the first call, the compiler's time and one step; None before it. failure: why it runs uncompiled.
+    shape: (B, C). seconds: of the first call, the compiler's time and one step; None before it. failure: why it runs
+    uncompiled.
     """
 
     def __init__(self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size) -> None:

@@ -13,8 +13,8 @@ from .patches import acceleration_of
 class CaptureReport:
     """One step that was compiled, and captured where the device can.
 
-    batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is the
-    only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and one step.
+    batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is
+    the only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and one step.
     capture_seconds: warm-up, which holds the compiler's time if it is the first with its shape, and recording.
     memory_bytes: of the graph and its own tensors; captures of one model share working memory, which counts for the
     first. replays: steps taken with it. problem: why it is not compiled or not captured, or None.
