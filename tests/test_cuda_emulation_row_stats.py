@@ -126,8 +126,18 @@ def test_two_runs_give_the_same_bits(program, tmp_path):
 # What a race is reported as depends on which thread comes first.
 RACE = "no barrier after|never written"
 BUGS = {
-    "no barrier before the records are merged": (
-        "  hw::sync_block();\n  if (thread >= hw::kWarp) return;", "  if (thread >= hw::kWarp) return;", RACE,
+    "no barrier before the extremes are read": (
+        "  hw::sync_block();\n  DGEMMA_UNROLL\n  for (int w = 0;", "  DGEMMA_UNROLL\n  for (int w = 0;", RACE,
+    ),
+    "no barrier before the sums are read": (
+        "  hw::sync_block();\n  if (thread != 0) return;\n  for (int w = 1; w < kRowStatsWarps; ++w) {\n    const Sums",
+        "  if (thread != 0) return;\n  for (int w = 1; w < kRowStatsWarps; ++w) {\n    const Sums",
+        RACE,
+    ),
+    "no barrier before the ranks are read": (
+        "  hw::sync_block();\n  if (thread != 0) return;\n  for (int w = 1; w < kRowStatsWarps; ++w) rank",
+        "  if (thread != 0) return;\n  for (int w = 1; w < kRowStatsWarps; ++w) rank",
+        RACE,
     ),
     "no barrier before the winner is read": (
         "    hw::sync_block();\n    int32_t winner = -1;", "    int32_t winner = -1;", RACE,
@@ -140,9 +150,14 @@ BUGS = {
     "an element before the row counts": (
         "x[i] = token + i >= 0 && token + i < row.vocab ?", "x[i] = token + i < row.vocab ?", "budget",
     ),
-    "the lanes of a pair are not merged": (
-        "  DGEMMA_UNROLL\n  for (int mask = 1; mask < hw::kWarp; mask *= 2) {\n    TileRecord other;",
-        "  DGEMMA_UNROLL\n  for (int mask = 2; mask < hw::kWarp; mask *= 2) {\n    TileRecord other;",
+    "the sums of a pair of lanes are not added": (
+        "  for (int mask = 1; mask < hw::kWarp; mask *= 2) {\n    sums.z +=",
+        "  for (int mask = 2; mask < hw::kWarp; mask *= 2) {\n    sums.z +=",
+        "budget",
+    ),
+    "the largest logit of a pair of lanes is not found": (
+        "  for (int mask = 1; mask < hw::kWarp; mask *= 2)\n    rank = better",
+        "  for (int mask = 2; mask < hw::kWarp; mask *= 2)\n    rank = better",
         "budget",
     ),
 }  # fmt: skip

@@ -9,8 +9,8 @@ constexpr int kRowStatsThreads = 256;
 constexpr int kRowStatsPerThread = 32;
 constexpr int kRowStatsTile = kRowStatsThreads * kRowStatsPerThread;
 
-// Dynamic shared memory, bytes: a record per warp; the plan of a row, a sum per warp and a token.
-constexpr int kRowStatsTileSharedBytes = kRowStatsThreads / 32 * 24;
-constexpr int kRowStatsRowSharedBytes = 256;
+// Dynamic shared memory, bytes: extremes and sums per warp; the plan of a row, and per warp a sum, two tokens and a rank.
+constexpr int kRowStatsTileSharedBytes = kRowStatsThreads / 32 * 20;
+constexpr int kRowStatsRowSharedBytes = 320;
 
 }  // namespace dgemma
