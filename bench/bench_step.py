@@ -297,7 +297,7 @@ def speedups(rows: list[dict]) -> list[str]:
         for theirs in (REFERENCE, COMPILED_REFERENCE):
             if theirs.name in good:
                 mine, other = good[ours.name], good[theirs.name]
-                line = f"{ours.name} against {theirs.name}: {other['step_ms'] / mine['step_ms']:.2f}x faster"
+                line = f"{ours.name} against {theirs.name}: {other['step_ms'] / mine['step_ms']:.2f}x the speed"
                 if mine.get("launches") and other.get("launches"):
                     line += f", {other['launches'] / mine['launches']:.1f}x fewer launches"
                 lines.append(line)
