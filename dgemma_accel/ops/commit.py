@@ -265,9 +265,13 @@ def _encode(rule: Rule, shape: tuple[int, int], device: torch.device) -> Encoded
     """The rule with its numbers as tensors that a kernel can read."""
     encoded = rule.encode()
     rows = shape[:1]
+    measure, select = encoded.measure, encoded.select
+    if not torch.compiler.is_compiling():
+        # Checks what a rule of the caller says; torch 2.11's compiler cannot trace the making of an enum member.
+        measure, select = Measure(measure), Select(select)
     return EncodedRule(
-        Measure(encoded.measure),
-        Select(encoded.select),
+        measure,
+        select,
         encoded.flags,
         checks.number_or_rows("rule.k", encoded.k, rows, device, dtype=torch.int64),
         checks.number_or_rows("rule.value", encoded.value, rows, device),
