@@ -27,7 +27,7 @@ REGISTERS = 65_536
 
 # Instructions that kernels are written for: {kernel: {pattern of opcodes: how many at least}}.
 REQUIRED = {
-    "row_stats_tile_kernel": {r"LDG\.E\S*\.128": 4, r"MUFU\.EX2": 32, r"SHFL": 30},
+    "row_stats_tile_kernel": {r"LDG\.E\S*\.128": 4, r"MUFU\.EX2": 32, r"SHFL": 25},
     "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
     "commit_kernel": {r"SHFL": 10, r"BAR": 4},
     "block_attention_kernel": {r"HMMA": 16, r"LDSM": 8, r"LDGSTS\.E\S*\.128": 2},

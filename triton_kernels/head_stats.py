@@ -94,7 +94,7 @@ def head_tile_kernel(
     leave_tile_statistics(
         b_x, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
         temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
-        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, BLOCK_M,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, BLOCK_M, POSITIONS=not KEEP,
     )  # fmt: skip
 
 
@@ -180,6 +180,7 @@ def _run(
             *((vocab, tiles, 0, vocab) if keep_logits else (min(vocab, 2), tiles, 0, 0)), t_stride, ts_stride,
             UNIFORM=uniform is not None,
             ROWS=1, SPAN=block_n, LANES=min(block_n, 32), TILES=next_power_of_2(tiles),
+            POSITIONS=not keep_logits, FLAT=True,
             num_warps=config["merge_warps"], **flags,
         )  # fmt: skip
         if not keep_logits:
