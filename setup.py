@@ -62,7 +62,9 @@ def local_gpu_archs() -> list[str]:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    query = subprocess.run(
+        [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
+    )
     archs = {found.replace(".", "") for found in re.findall(r"^\s*(\d+\.\d)\s*$", query.stdout, re.MULTILINE)}
     return sorted({"90": "90a"}.get(arch, arch) for arch in archs)
 
@@ -75,11 +77,15 @@ def cuda_archs(nvcc: str, editable: bool) -> list[str]:
         if bad or not archs:
             raise SystemExit(f"DGEMMA_ACCEL_CUDA_ARCHS: such as '80;90a;120+PTX' expected, got {asked!r}")
         return archs
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     default = (local_gpu_archs() if editable else []) or list(EDITABLE_ARCHS if editable else WHEEL_ARCHS)
     archs = [arch for arch in default if f"sm_{arch.removesuffix('+PTX').rstrip('af')}" in known]
     if not archs:
-        raise SystemExit(f"{nvcc} knows none of the architectures {', '.join(default)}; set DGEMMA_ACCEL_CUDA_ARCHS")
+        raise SystemExit(
+            f"{nvcc} knows none of the architectures {', '.join(default)}; set DGEMMA_ACCEL_CUDA_ARCHS"
+        )
     # A GPU that comes later needs PTX, also where this nvcc is too old for the last of the list.
     return archs if any(arch.endswith("+PTX") for arch in archs) else [*archs[:-1], archs[-1] + "+PTX"]
 

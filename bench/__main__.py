@@ -1,12 +1,12 @@
 """`python -m bench`: the command line.
 
-    python -m bench [OP ...]     time ops beside their peers
-    python -m bench step         time a whole denoising step
-    python -m bench report       write the README's table and the plots from result files
-    python -m bench tune OP      search tile shapes for this GPU
-    python -m bench auto         let result files decide which kernel `auto` takes
-    python -m bench gpu          all that needs a GPU, inside a time budget
-    python -m bench sanitize     the gpu tests under compute-sanitizer
+python -m bench [OP ...]     time ops beside their peers
+python -m bench step         time a whole denoising step
+python -m bench report       write the README's table and the plots from result files
+python -m bench tune OP      search tile shapes for this GPU
+python -m bench auto         let result files decide which kernel `auto` takes
+python -m bench gpu          all that needs a GPU, inside a time budget
+python -m bench sanitize     the gpu tests under compute-sanitizer
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = {"step": "bench_step", "report": "report", "tune": "tune", "auto": "auto", "gpu": "gpu", "sanitize": "gpu"}
+COMMANDS = {
+    "step": "bench_step",
+    "report": "report",
+    "tune": "tune",
+    "auto": "auto",
+    "gpu": "gpu",
+    "sanitize": "gpu",
+}
 
 
 def main(arguments: list[str]) -> int:

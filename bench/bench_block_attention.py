@@ -37,7 +37,13 @@ def prefix_lengths(batch: int, prefix: int) -> Tensor:
 
 
 def make_inputs(
-    batch: int, kv_heads: int, head_dim: int, prefix: int, padded: bool, dtype: torch.dtype, device: torch.device,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    prefix: int,
+    padded: bool,
+    dtype: torch.dtype,
+    device: torch.device,
     seed: int,
 ) -> Inputs:
     noise = planted.generator(device, seed)
@@ -61,8 +67,15 @@ def make_inputs(
 def variant(backend: str) -> Variant:
     def prepare(inputs: Inputs):
         return lambda: dgemma_accel.block_attention(
-            inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value,
-            prefix_start=inputs.start, scale=SCALE, return_lse=True, backend=backend,
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.prefix_key,
+            inputs.prefix_value,
+            prefix_start=inputs.start,
+            scale=SCALE,
+            return_lse=True,
+            backend=backend,
         )
 
     return Variant(backend, prepare, capturable=backend != "reference")
@@ -75,15 +88,23 @@ def check(result, inputs: Inputs) -> list[str]:
     for b in range(inputs.query.shape[0]):
         row = [tensor[b : b + 1] for tensor in inputs[:5]]
         start = None if inputs.start is None else inputs.start[b : b + 1]
-        lines = check_block_attention(output[b : b + 1], lse[b : b + 1], *row, start, None, SCALE, None, False)
+        lines = check_block_attention(
+            output[b : b + 1], lse[b : b + 1], *row, start, None, SCALE, None, False
+        )
         problems += [f"batch row {b}: {line}" for line in lines]
     return problems
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
     output = dgemma_accel.block_attention(
-        inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value,
-        prefix_start=inputs.start, scale=SCALE, backend="reference",
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.prefix_key,
+        inputs.prefix_value,
+        prefix_start=inputs.start,
+        scale=SCALE,
+        backend="reference",
     )
     return {"output": output}
 

@@ -59,7 +59,9 @@ def make_inputs(kind: str, batch: int, device: torch.device, seed: int) -> Input
     if kind == "threshold, remask":
         return Inputs(tokens, stats, Threshold(0.9), Remask(0), None, None)
     stop = StableAndConfident()
-    return Inputs(tokens, stats, EntropyBound(ENTROPY_BOUND), Renoise(VOCAB), CanvasState.start(tokens, stop), stop)
+    return Inputs(
+        tokens, stats, EntropyBound(ENTROPY_BOUND), Renoise(VOCAB), CanvasState.start(tokens, stop), stop
+    )
 
 
 def variant(backend: str) -> Variant:
@@ -70,8 +72,15 @@ def variant(backend: str) -> Variant:
         offset = torch.tensor(3, device=device)
 
         return lambda: dgemma_accel.commit(
-            inputs.tokens, inputs.stats, inputs.rule, inputs.write, seed=seed, offset=offset,
-            state=inputs.state, stop=inputs.stop, backend=backend,
+            inputs.tokens,
+            inputs.stats,
+            inputs.rule,
+            inputs.write,
+            seed=seed,
+            offset=offset,
+            state=inputs.state,
+            stop=inputs.stop,
+            backend=backend,
         )
 
     return Variant(backend, prepare, capturable=backend != "reference")
@@ -90,7 +99,9 @@ def check(result, inputs: Inputs) -> list[str]:
     problems = []
     for name, value in _fields(result).items():
         if value.shape != truth[name].shape or value.dtype != truth[name].dtype:
-            problems.append(f"{name}: {tuple(value.shape)} {value.dtype} instead of {tuple(truth[name].shape)}")
+            problems.append(
+                f"{name}: {tuple(value.shape)} {value.dtype} instead of {tuple(truth[name].shape)}"
+            )
         elif not torch.equal(value, truth[name]):
             problems.append(f"{name}: {int((value != truth[name]).sum())} of {value.numel()} values differ")
     return problems

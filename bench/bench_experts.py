@@ -30,7 +30,9 @@ class Inputs(NamedTuple):
     down: Tensor
 
 
-def route(rows: int, experts: int, skewed: bool, noise: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+def route(
+    rows: int, experts: int, skewed: bool, noise: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """TOP_K different experts a row, and weights that sum to 1."""
     wanted = torch.arange(1, experts + 1, device=device, dtype=torch.float32).pow(-SKEW if skewed else 0.0)
     index = torch.multinomial(wanted.expand(rows, experts), TOP_K, generator=noise)

@@ -37,7 +37,9 @@ class Inputs(NamedTuple):
     softcap: float
 
 
-def make_inputs(rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+def make_inputs(
+    rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int
+) -> Inputs:
     weight = planted.head(vocab, HIDDEN, dtype, device, seed)
     hidden = planted.hidden_states(weight, rows, fraction, seed + 1)
     uniform = torch.rand(rows, generator=planted.generator(device, seed + 2), device=device)
@@ -47,8 +49,12 @@ def make_inputs(rows: int, vocab: int, fraction: float, dtype: torch.dtype, devi
 def variant(backend: str) -> Variant:
     def prepare(inputs: Inputs):
         return lambda: dgemma_accel.head_stats(
-            inputs.hidden, inputs.weight, softcap=inputs.softcap, temperature=inputs.temperature,
-            uniform=inputs.uniform, backend=backend,
+            inputs.hidden,
+            inputs.weight,
+            softcap=inputs.softcap,
+            temperature=inputs.temperature,
+            uniform=inputs.uniform,
+            backend=backend,
         )
 
     return Variant(backend, prepare, capturable=backend != "reference")
@@ -60,7 +66,9 @@ def check(result, inputs: Inputs) -> list[str]:
     rows, dtype = inputs.hidden.shape[0], inputs.weight.dtype
     problems = []
     if tuple(logits.shape) != (rows, inputs.weight.shape[0]) or logits.dtype != dtype:
-        return [f"logits: {tuple(logits.shape)} {logits.dtype} instead of {(rows, inputs.weight.shape[0])} {dtype}"]
+        return [
+            f"logits: {tuple(logits.shape)} {logits.dtype} instead of {(rows, inputs.weight.shape[0])} {dtype}"
+        ]
     plain = torch.nn.functional.linear(inputs.hidden, inputs.weight)
     for start in range(0, rows, 64):
         span = slice(start, start + 64)
@@ -75,8 +83,11 @@ def check(result, inputs: Inputs) -> list[str]:
 
     def stat_rows(span: slice) -> list[str]:
         return check_row_stats(
-            type(stats)(*(field[span] for field in stats)), logits[span], temperature=inputs.temperature,
-            softcap=inputs.softcap, uniform=inputs.uniform[span],
+            type(stats)(*(field[span] for field in stats)),
+            logits[span],
+            temperature=inputs.temperature,
+            softcap=inputs.softcap,
+            uniform=inputs.uniform[span],
         )
 
     return problems + check_in_chunks(stat_rows, rows)
@@ -86,7 +97,9 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
     logits, stats = variant("reference").prepare(inputs)()
     capped = inputs.softcap * torch.tanh(logits.float() / inputs.softcap)
     return {
-        "logits": logits, "argmax": stats.argmax, "entropy": stats.entropy,
+        "logits": logits,
+        "argmax": stats.argmax,
+        "entropy": stats.entropy,
         # Of the capped logits without temperature, which is what a cross-entropy kernel computes.
         "plain_logsumexp": torch.logsumexp(capped, -1),
     }
@@ -108,7 +121,9 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
             bytes=weight_bytes + table + rows * HIDDEN * dtype.itemsize + rows * OUTPUT_BYTES_PER_ROW,
             flops=2 * rows * vocab * HIDDEN,
             memory=weight_bytes + vocab * HIDDEN * 4 + 8 * rows * vocab * 4,
-            make=lambda device, seed, fraction=fraction: make_inputs(rows, vocab, fraction, dtype, device, seed),
+            make=lambda device, seed, fraction=fraction: make_inputs(
+                rows, vocab, fraction, dtype, device, seed
+            ),
             backends=tuple(variant(name) for name in present),
             check=check,
             expected=expected,

@@ -35,11 +35,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result file here")
     parser.add_argument("--save", action="store_true", help="write it to bench/results/<device>/ops.json")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write the roofline and settled-rows plots here")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="write the roofline and settled-rows plots here"
+    )
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; 'none' for none")
     parser.add_argument("--backend", action="append", metavar="NAME", help="only these backends")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no further case after this time"
+    )
     parser.add_argument("--rows", type=int, help="rows of a table instead of 256")
     parser.add_argument("--vocab", type=int, help="vocabulary instead of 262144")
     parser.add_argument("--batch", type=int, help="canvases, for block_attention and commit")
@@ -107,7 +111,11 @@ def main(arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     sizes = Sizes(
-        options.rows, options.vocab, options.batch, tuple(options.context) if options.context else None, options.quick
+        options.rows,
+        options.vocab,
+        options.batch,
+        tuple(options.context) if options.context else None,
+        options.quick,
     )
     wanted_peers = None if options.peer is None else [name for name in options.peer if name != "none"]
     modules, unknown = peers.load(wanted_peers)
@@ -180,7 +188,11 @@ def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list
     bar, say = progress(cases)
 
     runner = Runner(
-        device, limits, present, backends=set(options.backend) if options.backend else None, quick=options.quick,
+        device,
+        limits,
+        present,
+        backends=set(options.backend) if options.backend else None,
+        quick=options.quick,
         say=say,
     )
     has_time = within(options.budget)

@@ -37,7 +37,9 @@ class Inputs(NamedTuple):
     softcap: float
 
 
-def make_inputs(rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+def make_inputs(
+    rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int
+) -> Inputs:
     logits = planted.logits(rows, vocab, fraction, dtype, device, seed)
     uniform = torch.rand(rows, generator=planted.generator(device, seed + 1), device=device)
     return Inputs(logits, uniform, TEMPERATURE, SOFTCAP)
@@ -46,7 +48,10 @@ def make_inputs(rows: int, vocab: int, fraction: float, dtype: torch.dtype, devi
 def variant(backend: str) -> Variant:
     def prepare(inputs: Inputs):
         return lambda: dgemma_accel.row_stats(
-            inputs.logits, temperature=inputs.temperature, softcap=inputs.softcap, uniform=inputs.uniform,
+            inputs.logits,
+            temperature=inputs.temperature,
+            softcap=inputs.softcap,
+            uniform=inputs.uniform,
             backend=backend,
         )
 
@@ -56,8 +61,11 @@ def variant(backend: str) -> Variant:
 def check(stats, inputs: Inputs) -> list[str]:
     def rows(span: slice) -> list[str]:
         return check_row_stats(
-            type(stats)(*(field[span] for field in stats)), inputs.logits[span],
-            temperature=inputs.temperature, softcap=inputs.softcap, uniform=inputs.uniform[span],
+            type(stats)(*(field[span] for field in stats)),
+            inputs.logits[span],
+            temperature=inputs.temperature,
+            softcap=inputs.softcap,
+            uniform=inputs.uniform[span],
         )
 
     return check_in_chunks(rows, inputs.logits.shape[0])

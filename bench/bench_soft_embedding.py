@@ -45,7 +45,13 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(
-    rows: int, vocab: int, fraction: float, tolerance: float, dtype: torch.dtype, device: torch.device, seed: int
+    rows: int,
+    vocab: int,
+    fraction: float,
+    tolerance: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
 ) -> Inputs:
     weight = planted.head(vocab, HIDDEN, dtype, device, seed)
     logits = planted.logits(rows, vocab, fraction, dtype, device, seed + 1)
@@ -57,8 +63,13 @@ def make_inputs(
 def variant(backend: str) -> Variant:
     def prepare(inputs: Inputs):
         return lambda: dgemma_accel.soft_embedding(
-            inputs.logits, inputs.stats, inputs.weight, softcap=inputs.softcap, temperature=inputs.temperature,
-            tolerance=inputs.tolerance, backend=backend,
+            inputs.logits,
+            inputs.stats,
+            inputs.weight,
+            softcap=inputs.softcap,
+            temperature=inputs.temperature,
+            tolerance=inputs.tolerance,
+            backend=backend,
         )
 
     return Variant(backend, prepare, capturable=backend != "reference")
@@ -72,7 +83,12 @@ def check(result: Tensor, inputs: Inputs) -> list[str]:
     for start in range(0, result.shape[1], SLICE):
         span = slice(start, start + SLICE)
         problems += check_soft_embedding(
-            result[:, span], inputs.logits, inputs.weight[:, span], inputs.temperature, inputs.softcap, inputs.tolerance
+            result[:, span],
+            inputs.logits,
+            inputs.weight[:, span],
+            inputs.temperature,
+            inputs.softcap,
+            inputs.tolerance,
         )
     return problems
 
@@ -118,7 +134,9 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
             check=check,
             expected=expected,
             detail=lambda result, inputs, fraction=FRACTIONS[label]: {
-                "settled": fraction, "tolerance": inputs.tolerance, "relative_error": relative_error(result, inputs)
+                "settled": fraction,
+                "tolerance": inputs.tolerance,
+                "relative_error": relative_error(result, inputs),
             },
         )
         for label, tolerance in kinds

@@ -86,7 +86,9 @@ def choose(parts: list[Part], names: list[str]) -> tuple[list[Part], list[str]]:
         found = ALIASES.get(name, name)
         found = {found} if isinstance(found, str) else set(found)
         if not found <= known:
-            problems.append(f"unknown part {name!r}; known are {', '.join([*(part.name for part in parts), *ALIASES])}")
+            problems.append(
+                f"unknown part {name!r}; known are {', '.join([*(part.name for part in parts), *ALIASES])}"
+            )
             continue
         wanted |= found
     return [part for part in parts if part.name in wanted], problems
@@ -100,11 +102,18 @@ def with_budget(part: Part, seconds: float) -> tuple[str, ...]:
     return (*part.command, "--budget", f"{max(5.0, 0.75 * seconds):.0f}")
 
 
-def run_process(command: tuple[str, ...], environment: Mapping[str, str], seconds: float, log: Path) -> int | None:
+def run_process(
+    command: tuple[str, ...], environment: Mapping[str, str], seconds: float, log: Path
+) -> int | None:
     """Run, copying the output to the terminal and to a file; the exit status, None when the time was over."""
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            cwd=ROOT,
+            env=dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
         )
         timer = _Deadline(process, seconds)
@@ -202,7 +211,9 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
                 lines.append(f"{title}, {row['backend']}: {row['status']}: {row['error']}")
                 continue
             against = [
-                f"{peer['ratio']:.2f}x {peer['peer']} ({peer['variant']})" for peer in row["peers"] if peer["ratio"]
+                f"{peer['ratio']:.2f}x {peer['peer']} ({peer['variant']})"
+                for peer in row["peers"]
+                if peer["ratio"]
             ]
             lines.append(
                 f"{title}, {row['backend']}: {table.duration(row['median_us'])}, {row['roofline_percent']:.1f}% of the "
@@ -223,7 +234,9 @@ def output_folder(facts: dict) -> Path:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description="Everything that needs a GPU.")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
-    parser.add_argument("--parts", nargs="*", default=[], metavar="PART", help="build, doctor, test, an op, ops, step")
+    parser.add_argument(
+        "--parts", nargs="*", default=[], metavar="PART", help="build, doctor, test, an op, ops, step"
+    )
     parser.add_argument("--list", action="store_true", help="print the parts and their commands, run nothing")
     return parser
 
@@ -248,7 +261,9 @@ def main(arguments: list[str]) -> int:
     for line in problems:
         print(f"bench gpu: {line}", file=sys.stderr)
     major, minor = facts["capability"]
-    print(f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}")
+    print(
+        f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}"
+    )
     outcomes = run_parts(parts, 60 * options.minutes, out)
     write_summary(outcomes, out, facts)
     if problems:
@@ -280,7 +295,9 @@ def sanitize(arguments: list[str]) -> int:
         return 2
     checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if checker is None:
-        print("bench sanitize: compute-sanitizer (part of the CUDA toolkit) is not on the path", file=sys.stderr)
+        print(
+            "bench sanitize: compute-sanitizer (part of the CUDA toolkit) is not on the path", file=sys.stderr
+        )
         return 2
     out = output_folder(facts)
     out.mkdir(parents=True, exist_ok=True)
@@ -290,15 +307,34 @@ def sanitize(arguments: list[str]) -> int:
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
-def sanitizer_parts(checker: str, tools: list[str], tests: list[str], python: str = sys.executable) -> list[Part]:
+def sanitizer_parts(
+    checker: str, tools: list[str], tests: list[str], python: str = sys.executable
+) -> list[Part]:
     # PyTorch's caching allocator would hide an access past the end of a tensor inside its larger blocks.
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return [
         Part(
             tool,
-            (checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all",
-             python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests),
-            1.0, environment,
+            (
+                checker,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                "--target-processes",
+                "all",
+                python,
+                "-m",
+                "pytest",
+                "-m",
+                "gpu",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                *tests,
+            ),
+            1.0,
+            environment,
         )
         for tool in tools
     ]

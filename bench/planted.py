@@ -21,7 +21,9 @@ def settled_rows(rows: int, fraction: float, device: torch.device) -> Tensor:
     return ((position + 1) * fraction).floor() > (position * fraction).floor()
 
 
-def logits(rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+def logits(
+    rows: int, vocab: int, fraction: float, dtype: torch.dtype, device: torch.device, seed: int
+) -> Tensor:
     """[rows, vocab] before softcap and temperature."""
     noise = generator(device, seed)
     table = torch.empty(rows, vocab, dtype=dtype, device=device).normal_(0.0, 2.0, generator=noise)

@@ -43,14 +43,18 @@ def ops(results: list[dict], folder: Path) -> list[Path]:
         if result["kind"] == "ops":
             for row in result["rows"]:
                 if row["status"] == "ok":
-                    by_device.setdefault(folder_name(result["environment"]), []).append((row, result["environment"]))
+                    by_device.setdefault(folder_name(result["environment"]), []).append(
+                        (row, result["environment"])
+                    )
     for device, rows in sorted(by_device.items()):
         best: dict[tuple, dict] = {}
         for row, _ in rows:
             key = (row["op"], row["shape"], row["dtype"], row["case"])
             if key not in best or row["median_us"] < best[key]["median_us"]:
                 best[key] = row
-        labels = [" ".join(part for part in key if part) + f" ({row['backend']})" for key, row in best.items()]
+        labels = [
+            " ".join(part for part in key if part) + f" ({row['backend']})" for key, row in best.items()
+        ]
         figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.28 * len(best)))
         reached = [row["roofline_percent"] for row in best.values()]
         bars = axes.barh(range(len(best)), reached, color=PALETTE[0])
@@ -84,7 +88,9 @@ def settled(results: list[dict], folder: Path) -> list[Path]:
             line = [r for r in rows if r["backend"] == backend and r["detail"]["tolerance"] == tolerance]
             line.sort(key=lambda row: row["detail"]["settled"])
             share = [100 * row["detail"]["settled"] for row in line]
-            times.plot(share, [row["median_us"] for row in line], "o-", color=color, label=f"tolerance {tolerance:g}")
+            times.plot(
+                share, [row["median_us"] for row in line], "o-", color=color, label=f"tolerance {tolerance:g}"
+            )
             errors.plot(share, [row["detail"]["relative_error"] for row in line], "o-", color=color)
         times.set_ylim(bottom=0)
         times.set_ylabel("microseconds")
@@ -93,8 +99,12 @@ def settled(results: list[dict], folder: Path) -> list[Path]:
         errors.set_ylabel("largest error / largest element")
         for axes in (times, errors):
             axes.set_xlabel("percent of rows settled")
-        figure.suptitle(f"soft_embedding ({backend}) {rows[0]['shape']}: {origin(result['environment'])}", fontsize=9)
-        written.append(_save(figure, folder / f"soft_embedding-settled-{folder_name(result['environment'])}.svg"))
+        figure.suptitle(
+            f"soft_embedding ({backend}) {rows[0]['shape']}: {origin(result['environment'])}", fontsize=9
+        )
+        written.append(
+            _save(figure, folder / f"soft_embedding-settled-{folder_name(result['environment'])}.svg")
+        )
         pyplot.close(figure)
     return written
 

@@ -15,8 +15,12 @@ NOT_MEASURED = "not yet measured"
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
 # One case of each shape stands in the README; all of them stand in bench/results/README.md.
 HEADLINE = {
-    "row_stats": ("half settled",), "head_stats": ("half settled",), "soft_embedding": ("half settled",),
-    "commit": ("entropy bound, renoise",), "experts": ("uniform routing",), "block_attention": ("",),
+    "row_stats": ("half settled",),
+    "head_stats": ("half settled",),
+    "soft_embedding": ("half settled",),
+    "commit": ("entropy bound, renoise",),
+    "experts": ("uniform routing",),
+    "block_attention": ("",),
     "samplers": ("LLaDA low_confidence", "Fast-dLLM threshold", "Dream entropy"),
 }
 
@@ -65,7 +69,11 @@ def _against(row: dict) -> str:
     timed = [peer for peer in row["peers"] if peer["ratio"]]
     if not timed:
         return ""
-    chain = [peer for peer in timed if "transformers" in peer["variant"] or peer["variant"].startswith("cat, repeat")]
+    chain = [
+        peer
+        for peer in timed
+        if "transformers" in peer["variant"] or peer["variant"].startswith("cat, repeat")
+    ]
     chosen = [min(chain, key=lambda peer: peer["ratio"])] if chain else []
     others = [peer for peer in timed if peer not in chosen]
     if others:
@@ -89,7 +97,9 @@ def op_table(results: list[dict], headline: bool) -> list[str]:
             right = [(row, facts) for row, facts in rows if row["status"] == "ok"]
             title = f"{shape} {dtype} {label}".rstrip()
             if not right:
-                lines.append(f"| {op} | {title} | {name} | - | {rows[0][0]['status']} | | | | {mark(rows[0][1])} |")
+                lines.append(
+                    f"| {op} | {title} | {name} | - | {rows[0][0]['status']} | | | | {mark(rows[0][1])} |"
+                )
                 continue
             row, facts = min(right, key=lambda one: one[0]["median_us"])
             lines.append(
@@ -170,7 +180,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the README is not up to date"
+    )
     options = parser.parse_args(arguments)
     found, problems = find_results(options.results)
     results = [result for _, result in found]

@@ -25,8 +25,14 @@ def _one_line(error: BaseException) -> str:
 
 def blank(status: str, error: str | None) -> dict:
     return {
-        "status": status, "error": error, "median_us": None, "p20_us": None, "p80_us": None, "runs": None,
-        "method": None, "peak_extra_bytes": None,
+        "status": status,
+        "error": error,
+        "median_us": None,
+        "p20_us": None,
+        "p80_us": None,
+        "runs": None,
+        "method": None,
+        "peak_extra_bytes": None,
     }
 
 
@@ -34,8 +40,14 @@ def timed(result: timing.Timing | Exception, extra: int | None) -> dict:
     if isinstance(result, Exception):
         return blank("failed", _one_line(result))
     return {
-        "status": "ok", "error": None, "median_us": result.median, "p20_us": result.p20, "p80_us": result.p80,
-        "runs": result.runs, "method": result.method, "peak_extra_bytes": extra,
+        "status": "ok",
+        "error": None,
+        "median_us": result.median,
+        "p20_us": result.p20,
+        "p80_us": result.p80,
+        "runs": result.runs,
+        "method": result.method,
+        "peak_extra_bytes": extra,
     }
 
 
@@ -70,7 +82,9 @@ class Runner:
         """(one row for each backend, problems that make the run fail)."""
         free = memory.available(self.device)
         if case.memory > free:
-            line = f"{case.title}: does not fit: needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            line = (
+                f"{case.title}: does not fit: needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
             return [], [line]
         try:
             return self._run(case)
@@ -134,21 +148,32 @@ class Runner:
         for variant in case.backends:
             if self.backends is not None and variant.name not in self.backends:
                 continue
-            measured = verdicts.get(variant.name) or timed(timings["", variant.name], extra.get(("", variant.name)))
+            measured = verdicts.get(variant.name) or timed(
+                timings["", variant.name], extra.get(("", variant.name))
+            )
             median = measured["median_us"]
             if measured["status"] == "failed" and variant.name not in verdicts:
                 problems.append(f"{case.title}: {variant.name}: {measured['error']}")
-            rows.append({
-                "op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name(case.dtype),
-                "backend": variant.name, "bytes": case.bytes, "flops": case.flops, "floor_us": floor,
-                "roofline_percent": 100 * floor / median if median else None, "cold_cache": cold,
-                "peers": [
-                    {**row, "ratio": row["median_us"] / median if median and row["median_us"] else None}
-                    for row in peer_rows
-                ],
-                **({"detail": details[variant.name]} if variant.name in details else {}),
-                **measured,
-            })
+            rows.append(
+                {
+                    "op": case.op,
+                    "case": case.label,
+                    "shape": case.shape,
+                    "dtype": dtype_name(case.dtype),
+                    "backend": variant.name,
+                    "bytes": case.bytes,
+                    "flops": case.flops,
+                    "floor_us": floor,
+                    "roofline_percent": 100 * floor / median if median else None,
+                    "cold_cache": cold,
+                    "peers": [
+                        {**row, "ratio": row["median_us"] / median if median and row["median_us"] else None}
+                        for row in peer_rows
+                    ],
+                    **({"detail": details[variant.name]} if variant.name in details else {}),
+                    **measured,
+                }
+            )
         return rows, problems
 
     def _peers(self, case: Case, inputs: Any) -> list[tuple[str, Variant, dict | None]]:

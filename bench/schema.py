@@ -15,23 +15,57 @@ _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
 
 ENVIRONMENT = {
-    "device": str, "device_type": str, "capability": str, "driver": (str, type(None)), "cuda": (str, type(None)),
-    "torch": str, "triton": (str, type(None)), "transformers": (str, type(None)), "commit": (str, type(None)),
-    "clean": (bool, type(None)), "date": str,
+    "device": str,
+    "device_type": str,
+    "capability": str,
+    "driver": (str, type(None)),
+    "cuda": (str, type(None)),
+    "torch": str,
+    "triton": (str, type(None)),
+    "transformers": (str, type(None)),
+    "commit": (str, type(None)),
+    "clean": (bool, type(None)),
+    "date": str,
 }
 TIMED = {
-    "status": str, "error": (str, type(None)), "median_us": _OPTIONAL, "p20_us": _OPTIONAL, "p80_us": _OPTIONAL,
-    "runs": (int, type(None)), "method": (str, type(None)), "peak_extra_bytes": (int, type(None)),
+    "status": str,
+    "error": (str, type(None)),
+    "median_us": _OPTIONAL,
+    "p20_us": _OPTIONAL,
+    "p80_us": _OPTIONAL,
+    "runs": (int, type(None)),
+    "method": (str, type(None)),
+    "peak_extra_bytes": (int, type(None)),
 }
 OP_ROW = {
-    "op": str, "case": str, "shape": str, "dtype": str, "backend": str, "bytes": int, "flops": int,
-    "floor_us": _NUMBER, "roofline_percent": _OPTIONAL, "cold_cache": bool, "peers": list, **TIMED,
+    "op": str,
+    "case": str,
+    "shape": str,
+    "dtype": str,
+    "backend": str,
+    "bytes": int,
+    "flops": int,
+    "floor_us": _NUMBER,
+    "roofline_percent": _OPTIONAL,
+    "cold_cache": bool,
+    "peers": list,
+    **TIMED,
 }
 PEER_ROW = {"peer": str, "variant": str, "ratio": _OPTIONAL, **TIMED}
 STEP_ROW = {
-    "variant": str, "context": int, "batch": int, "steps": int, "status": str, "error": (str, type(None)),
-    "step_ms": _OPTIONAL, "components_ms": (dict, type(None)), "launches": _OPTIONAL, "host_syncs": _OPTIONAL,
-    "peak_extra_bytes": (int, type(None)), "floor_ms": _NUMBER, "floor_multiple": _OPTIONAL,
+    "variant": str,
+    "context": int,
+    "batch": int,
+    "steps": int,
+    "status": str,
+    "error": (str, type(None)),
+    "step_ms": _OPTIONAL,
+    "components_ms": (dict, type(None)),
+    "launches": _OPTIONAL,
+    "host_syncs": _OPTIONAL,
+    "peak_extra_bytes": (int, type(None)),
+    "floor_ms": _NUMBER,
+    "floor_multiple": _OPTIONAL,
 }
 
 

@@ -17,8 +17,15 @@ TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-dgemma" / "ch
 
 # The smallest vision tower that the architecture accepts; a step never runs it.
 VISION = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
     "max_position_embeddings": 512,
 }
 
@@ -36,7 +43,9 @@ def full_config(layers: int | None = None, overrides: dict | None = None):
     from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig, Gemma4VisionConfig
 
     figures = load_figures()
-    text = dict(figures["text_config"]) | {"num_hidden_layers": layers or figures["text_config"]["num_hidden_layers"]}
+    text = dict(figures["text_config"]) | {
+        "num_hidden_layers": layers or figures["text_config"]["num_hidden_layers"]
+    }
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     text |= special | (overrides or {})
     canvas = text.pop("canvas_length", figures["canvas_length"])
@@ -44,8 +53,12 @@ def full_config(layers: int | None = None, overrides: dict | None = None):
     # Image tokens must exist in a vocabulary that an override made smaller.
     top = text["vocab_size"]
     return DiffusionGemmaConfig(
-        text_config=DiffusionGemmaTextConfig(**text), vision_config=Gemma4VisionConfig(**VISION), canvas_length=canvas,
-        boi_token_id=top - 1, eoi_token_id=top - 2, image_token_id=top - 3,
+        text_config=DiffusionGemmaTextConfig(**text),
+        vision_config=Gemma4VisionConfig(**VISION),
+        canvas_length=canvas,
+        boi_token_id=top - 1,
+        eoi_token_id=top - 2,
+        image_token_id=top - 3,
     )
 
 
@@ -53,8 +66,15 @@ def text_figures(config) -> tuple[dict, int]:
     """(text_config in the keys that `floors` reads, number of global layers) of a DiffusionGemmaConfig."""
     text = config.text_config
     names = (
-        "hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers", "sliding_window", "num_experts",
-        "moe_intermediate_size", "top_k_experts", "intermediate_size",
+        "hidden_size",
+        "vocab_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "sliding_window",
+        "num_experts",
+        "moe_intermediate_size",
+        "top_k_experts",
+        "intermediate_size",
     )
     wide = text.per_layer_config[text.num_hidden_layers - 1]
     sliding = wide
@@ -71,7 +91,11 @@ def parameter_bytes(config, dtype: torch.dtype) -> int:
     figures, wide = text_figures(config)
     # One row that chooses every expert reads each layer's weights once.
     sizes = components(
-        figures | {"top_k_experts": figures["num_experts"]}, 1, 0, precision=Precision(1, 1), global_layers=wide
+        figures | {"top_k_experts": figures["num_experts"]},
+        1,
+        0,
+        precision=Precision(1, 1),
+        global_layers=wide,
     )
     layers = sum(sizes[name][0][0] for name in ("attention", "experts", "dense MLP"))
     return (int(layers) + figures["vocab_size"] * figures["hidden_size"]) * dtype.itemsize
@@ -126,10 +150,20 @@ def tiny(device: torch.device) -> tuple[nn.Module, str]:
         model = DiffusionGemmaForBlockDiffusion.from_pretrained(TINY, dtype=torch.float32)
         return model.to(device).eval(), str(TINY.relative_to(TINY.parents[2]))
     overrides = {
-        "vocab_size": 128, "hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 64, "num_global_key_value_heads": 1,
-        "sliding_window": 16, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64,
-        "max_position_embeddings": 4096, "canvas_length": 32,
+        "vocab_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 16,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+        "max_position_embeddings": 4096,
+        "canvas_length": 32,
     }
     model = build(full_config(4, overrides), device, torch.float32)
     return model, "random weights: examples/tiny-dgemma/checkpoint is missing"
@@ -160,7 +194,9 @@ def random_cache(model: nn.Module, batch: int, context: int, *, kind: str, room:
         cache = PreallocatedCache(model.config, context + room)
     else:
         static = kind == "static"
-        cache = StaticCache(config=text, max_cache_len=context + room) if static else DynamicCache(config=text)
+        cache = (
+            StaticCache(config=text, max_cache_len=context + room) if static else DynamicCache(config=text)
+        )
     noise = torch.Generator(device=device).manual_seed(1)
     logger = logging.getLogger("transformers")
     level = logger.level

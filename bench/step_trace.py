@@ -18,8 +18,12 @@ COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "r
 
 # Where the ops of this package belong, wherever the denoising loop calls them.
 OP_COMPONENT = {
-    "block_attention": "attention", "experts": "experts", "head_stats": "head", "row_stats": "sampler",
-    "commit": "sampler", "soft_embedding": "self-conditioning",
+    "block_attention": "attention",
+    "experts": "experts",
+    "head_stats": "head",
+    "row_stats": "sampler",
+    "commit": "sampler",
+    "soft_embedding": "self-conditioning",
 }
 
 # Ops that give a tensor its memory or another view of it: nothing runs on the device for them.
@@ -168,8 +172,9 @@ def _is_view(func) -> bool:
 def counting(inside: bool = True) -> Iterator[LaunchCounter]:
     """Counts the ops of this package, which a dispatch mode by itself does not tell apart.
 
-    With `inside` what they call counts too: the reference backend is counted by the aten ops it calls, a compiled backend as
-    one launch and the aten ops around it. Without, each is one launch, as a kernel on a GPU is, whatever its host implementation does.
+    With `inside` what they call counts too: the reference backend is counted by the aten ops it calls, a compiled
+    backend as one launch and the aten ops around it. Without, each is one launch, as a kernel on a GPU is, whatever its
+    host implementation does.
     """
     import importlib
 
@@ -233,7 +238,11 @@ def reading_compiled_code() -> Iterator[None]:
 def launches_of(code: str) -> int:
     """Calls of fused kernels, library products and other operators in the function that inductor wrote."""
     body = code[code.rindex("def call(") :]
-    patterns = (r"^\s*(?:\w+\.)?cpp_fused\w*\(", r"^\s*extern_kernels\.\w+\(", r"^\s*\w+ = torch\.ops\.[\w.]+\(")
+    patterns = (
+        r"^\s*(?:\w+\.)?cpp_fused\w*\(",
+        r"^\s*extern_kernels\.\w+\(",
+        r"^\s*\w+ = torch\.ops\.[\w.]+\(",
+    )
     return sum(len(re.findall(pattern, body, re.MULTILINE)) for pattern in patterns)
 
 

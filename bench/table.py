@@ -61,10 +61,17 @@ def case_lines(rows: list[dict]) -> list[str]:
         if row["status"] != "ok":
             errors.append(f"  {row['backend']} {row['status']}: {row['error']}")
             continue
-        cells.append([
-            row["backend"], duration(row["median_us"]), duration(row["p20_us"]), duration(row["p80_us"]),
-            f"{row['roofline_percent']:.1f}%", size(row["peak_extra_bytes"]), "",
-        ])
+        cells.append(
+            [
+                row["backend"],
+                duration(row["median_us"]),
+                duration(row["p20_us"]),
+                duration(row["p80_us"]),
+                f"{row['roofline_percent']:.1f}%",
+                size(row["peak_extra_bytes"]),
+                "",
+            ]
+        )
     right = [row for row in rows if row["status"] == "ok"]
     best = min(right, key=lambda row: row["median_us"]) if right else None
     for index, peer in enumerate(first["peers"]):
@@ -73,8 +80,15 @@ def case_lines(rows: list[dict]) -> list[str]:
             errors.append(f"  {name} {peer['status']}: {peer['error']}")
             continue
         ratio = best["peers"][index]["ratio"] if best else None
-        cells.append([
-            name, duration(peer["median_us"]), duration(peer["p20_us"]), duration(peer["p80_us"]), "",
-            size(peer["peak_extra_bytes"]), f"{ratio:.3g}x {best['backend']}" if ratio else "",
-        ])
+        cells.append(
+            [
+                name,
+                duration(peer["median_us"]),
+                duration(peer["p20_us"]),
+                duration(peer["p80_us"]),
+                "",
+                size(peer["peak_extra_bytes"]),
+                f"{ratio:.3g}x {best['backend']}" if ratio else "",
+            ]
+        )
     return lines + columns(cells) + errors

@@ -119,7 +119,9 @@ def tune(
         def cost(use: dict, position=position, used=used, base=base) -> float:
             # Relative to the shipped shape, so that long cases do not decide alone.
             selection = _Selection(op, position, use)
-            return sum(time_of(case, inputs[case.title], selection, device) / base[case.title] for case in used)
+            return sum(
+                time_of(case, inputs[case.title], selection, device) / base[case.title] for case in used
+            )
 
         rivals = entry.get("try", [])
         start_use = min([entry["use"], *rivals], key=cost) if rivals else entry["use"]

@@ -58,14 +58,18 @@ def build(name: str, csrc: Path = CSRC, sanitize: bool = True) -> Path:
     flags = ["-std=c++17", "-O1", "-g1", "-DDGEMMA_EMULATED", *(SANITIZERS if sanitize else ())]
     emulation = TEST_CSRC / "emulation"
     machine = _compile(
-        f"machine-{_digest([emulation], [*compiler(), *flags])}", ".o", [*flags, "-c", emulation / "machine.cpp"]
+        f"machine-{_digest([emulation], [*compiler(), *flags])}",
+        ".o",
+        [*flags, "-c", emulation / "machine.cpp"],
     )
     includes = [f"-I{folder}" for folder in (csrc, TEST_CSRC, emulation)]
     key = _digest([csrc, TEST_CSRC], [name, *compiler(), *flags])
     return _compile(f"{name}-{key}", "", [*flags, *includes, TEST_CSRC / f"{name}.cpp", machine])
 
 
-def planted(name: str, folder: Path, file: str, passage: str, replacement: str, sanitize: bool = True) -> Path:
+def planted(
+    name: str, folder: Path, file: str, passage: str, replacement: str, sanitize: bool = True
+) -> Path:
     """The program built with `passage` of csrc/FILE, which stands there once, replaced."""
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy, ignore=shutil.ignore_patterns("*.txt"))

@@ -71,9 +71,13 @@ def test_a_run_writes_a_result_of_the_schema(tmp_path, capsys, fixed_ceilings):
         (["block_attention", "--context", "100000000000"], "does not fit"),
     ],
 )
-def test_bad_requests_get_a_line_and_status_2_and_the_rest_runs(arguments, line, tmp_path, capsys, fixed_ceilings):
+def test_bad_requests_get_a_line_and_status_2_and_the_rest_runs(
+    arguments, line, tmp_path, capsys, fixed_ceilings
+):
     if "block_attention" in arguments:
-        small = [case for case in bench_block_attention.cases(CPU, Sizes(quick=True))[0] if "D512" in case.shape]
+        small = [
+            case for case in bench_block_attention.cases(CPU, Sizes(quick=True))[0] if "D512" in case.shape
+        ]
         assert small, "the default cases hold what --context replaces"
     peers_wanted = [] if "--peer" in arguments else ["--peer", "none"]
     code, result = run(["commit", "--batch", "1", *peers_wanted, *arguments], tmp_path)
@@ -96,7 +100,10 @@ def wrong_case(error) -> Case:
 
     def wrong(inputs):
         return lambda: dgemma_accel.row_stats(
-            inputs.logits, temperature=inputs.temperature * error, softcap=inputs.softcap, uniform=inputs.uniform,
+            inputs.logits,
+            temperature=inputs.temperature * error,
+            softcap=inputs.softcap,
+            uniform=inputs.uniform,
             backend="reference",
         )
 
@@ -132,7 +139,9 @@ SMALL = {"quick": True, "rows": 4, "vocab": 640, "batch": 1}
 
 
 @pytest.mark.parametrize(
-    "module", [bench_row_stats, bench_commit, bench_head_stats, bench_soft_embedding], ids=lambda m: m.__name__
+    "module",
+    [bench_row_stats, bench_commit, bench_head_stats, bench_soft_embedding],
+    ids=lambda m: m.__name__,
 )
 def test_every_backend_of_a_small_case_is_right_and_a_zeroed_result_is_not(module):
     cases, _ = module.cases(CPU, Sizes(**SMALL))
@@ -148,7 +157,9 @@ def _zeroed(result):
     if isinstance(result, torch.Tensor):
         return torch.zeros_like(result)
     if isinstance(result, dgemma_accel.CommitResult):
-        return dgemma_accel.CommitResult(*(_zeroed(v) for v in (result.tokens, result.committed, result.num_committed)))
+        return dgemma_accel.CommitResult(
+            *(_zeroed(v) for v in (result.tokens, result.committed, result.num_committed))
+        )
     if isinstance(result, dgemma_accel.RowStats):
         return type(result)(*(_zeroed(field) for field in result))
     return tuple(_zeroed(part) for part in result)
@@ -166,7 +177,11 @@ def test_attention_and_experts_cases_judge_by_their_error():
 
 
 def test_attention_traffic_leaves_out_what_padding_hides():
-    case = {case.label: case for case in bench_block_attention.cases(CPU, Sizes())[0] if "prefix 1024" in case.shape}
+    case = {
+        case.label: case
+        for case in bench_block_attention.cases(CPU, Sizes())[0]
+        if "prefix 1024" in case.shape
+    }
     assert case["padded"].flops < 4 * case[""].flops
     single = 4 * 16 * 256 * (1024 + 256) * 512
     assert case[""].flops == single
@@ -180,7 +195,9 @@ def test_planted_rows_have_the_confidence_that_their_name_says():
         assert int((stats.entropy > 1).sum()) == 16 * (1 - fraction), name
     weight = planted.head(4096, 256, torch.float32, CPU, 1)
     hidden = planted.hidden_states(weight, 16, 0.5, 2)
-    stats = dgemma_accel.row_stats(hidden @ weight.T, temperature=0.6, softcap=30.0, seed=0, backend="reference")
+    stats = dgemma_accel.row_stats(
+        hidden @ weight.T, temperature=0.6, softcap=30.0, seed=0, backend="reference"
+    )
     assert int((stats.top1_prob > 0.99).sum()) == 8
     one, other = (planted.logits(2, 64, 0.0, torch.float32, CPU, seed) for seed in (1, 2))
     assert not torch.equal(one, other)
@@ -203,7 +220,9 @@ def test_a_variant_that_fails_while_timed_leaves_the_others():
         if state["calls"] == 3:
             raise RuntimeError("third call")
 
-    found = timing.measure({"bad": ([breaks], False), "good": ([lambda: None], False)}, CPU, seconds=0, least=4)
+    found = timing.measure(
+        {"bad": ([breaks], False), "good": ([lambda: None], False)}, CPU, seconds=0, least=4
+    )
     assert isinstance(found["bad"], RuntimeError) and found["good"].runs == 4
 
 
@@ -253,7 +272,9 @@ def test_attention_peers_agree_with_the_reference():
 @pytest.mark.parametrize("op", ["row_stats", "commit", "head_stats", "soft_embedding"])
 def test_chain_peers_agree_with_the_reference(op):
     module = {
-        "row_stats": bench_row_stats, "commit": bench_commit, "head_stats": bench_head_stats,
+        "row_stats": bench_row_stats,
+        "commit": bench_commit,
+        "head_stats": bench_head_stats,
         "soft_embedding": bench_soft_embedding,
     }[op]
     for case in module.cases(CPU, Sizes(**SMALL))[0]:
@@ -261,7 +282,9 @@ def test_chain_peers_agree_with_the_reference(op):
         found = torch_chain.variants(case, inputs)
         assert found
         for variant in found:
-            assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], variant.name
+            assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], (
+                variant.name
+            )
 
 
 class _TableOps(torch.utils._python_dispatch.TorchDispatchMode):
@@ -296,10 +319,19 @@ def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
     canvas = torch.zeros(1, rows, dtype=torch.long)
     with _TableOps(rows * vocab) as theirs:
         generation.DiffusionGemmaGenerationMixin._denoising_step(
-            model, decoder_forward=lambda **_: SimpleNamespace(logits=logits), current_canvas=canvas,
-            argmax_canvas=canvas, input_ids=canvas, decoder_position_ids=None, self_conditioning_logits=logits,
-            mask_mapping=None, past_key_values=None, finished_denoising=torch.zeros(1, dtype=torch.bool), cur_step=2,
-            sampler=sampler, logits_processor=lambda ids, scores, cur_step: scores / 0.6,
+            model,
+            decoder_forward=lambda **_: SimpleNamespace(logits=logits),
+            current_canvas=canvas,
+            argmax_canvas=canvas,
+            input_ids=canvas,
+            decoder_position_ids=None,
+            self_conditioning_logits=logits,
+            mask_mapping=None,
+            past_key_values=None,
+            finished_denoising=torch.zeros(1, dtype=torch.bool),
+            cur_step=2,
+            sampler=sampler,
+            logits_processor=lambda ids, scores, cur_step: scores / 0.6,
             diffusion_stopping_criteria=generation.StableAndConfidentStoppingCriteria(1, 0.005),
         )
     with _TableOps(rows * vocab) as ours:
@@ -312,7 +344,17 @@ def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
 @pytest.mark.gpu
 def test_on_a_gpu_short_calls_are_timed_in_a_graph_and_inputs_are_cold(tmp_path):
     path = tmp_path / "result.json"
-    arguments = ["commit", "row_stats", "--device", "cuda", "--quick", "--peer", "torch_chain", "--json", str(path)]
+    arguments = [
+        "commit",
+        "row_stats",
+        "--device",
+        "cuda",
+        "--quick",
+        "--peer",
+        "torch_chain",
+        "--json",
+        str(path),
+    ]
     assert bench_ops.main(arguments) == 0
     result = json.loads(path.read_text())
     assert schema.violations(result) == []

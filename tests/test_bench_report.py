@@ -11,26 +11,69 @@ from bench.cases import BenchError
 pytestmark = pytest.mark.source_tree
 
 ENVIRONMENT = {
-    "device": "NVIDIA Test", "device_type": "cuda", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11",
-    "triton": "3.6", "transformers": "5.17", "commit": "0123456789abcdef", "clean": True, "date": "2026-01-02T03:04:05",
+    "device": "NVIDIA Test",
+    "device_type": "cuda",
+    "capability": "9.0",
+    "driver": "1",
+    "cuda": "13.0",
+    "torch": "2.11",
+    "triton": "3.6",
+    "transformers": "5.17",
+    "commit": "0123456789abcdef",
+    "clean": True,
+    "date": "2026-01-02T03:04:05",
 }
 TIMED = {
-    "status": "ok", "error": None, "median_us": 123.4, "p20_us": 120.0, "p80_us": 130.0, "runs": 9, "method": "graph",
+    "status": "ok",
+    "error": None,
+    "median_us": 123.4,
+    "p20_us": 120.0,
+    "p80_us": 130.0,
+    "runs": 9,
+    "method": "graph",
     "peak_extra_bytes": 1000,
 }
 PEER = {"peer": "torch_chain", "variant": "transformers chain", "ratio": 25.0, **TIMED}
 ROW = {
-    "op": "row_stats", "case": "half settled", "shape": "[256, 262144]", "dtype": "bf16", "backend": "triton",
-    "bytes": 10, "flops": 0, "floor_us": 60.0, "roofline_percent": 48.6, "cold_cache": True, "peers": [PEER], **TIMED,
+    "op": "row_stats",
+    "case": "half settled",
+    "shape": "[256, 262144]",
+    "dtype": "bf16",
+    "backend": "triton",
+    "bytes": 10,
+    "flops": 0,
+    "floor_us": 60.0,
+    "roofline_percent": 48.6,
+    "cold_cache": True,
+    "peers": [PEER],
+    **TIMED,
 }
 OPS = {
-    "schema": schema.SCHEMA, "kind": "ops", "environment": ENVIRONMENT, "clocks": {}, "ceilings": {}, "options": {},
-    "rows": [ROW], "problems": [],
+    "schema": schema.SCHEMA,
+    "kind": "ops",
+    "environment": ENVIRONMENT,
+    "clocks": {},
+    "ceilings": {},
+    "options": {},
+    "rows": [ROW],
+    "problems": [],
 }
 STEP_ROW = {
-    "variant": "dgemma_accel", "context": 1024, "batch": 1, "steps": 16, "status": "ok", "error": None, "step_ms": 20.5,
-    "components_ms": {name: 1.0 for name in ("attention", "experts", "head", "sampler", "self-conditioning", "rest")},
-    "launches": 500.0, "host_syncs": 0.0, "peak_extra_bytes": 5, "floor_ms": 12.9, "floor_multiple": 1.59,
+    "variant": "dgemma_accel",
+    "context": 1024,
+    "batch": 1,
+    "steps": 16,
+    "status": "ok",
+    "error": None,
+    "step_ms": 20.5,
+    "components_ms": {
+        name: 1.0 for name in ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
+    },
+    "launches": 500.0,
+    "host_syncs": 0.0,
+    "peak_extra_bytes": 5,
+    "floor_ms": 12.9,
+    "floor_multiple": 1.59,
 }
 STEP = {**OPS, "kind": "step", "options": {"model": "full (30 layers)"}, "rows": [STEP_ROW]}
 README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
@@ -78,7 +121,13 @@ def test_figures_follow_the_files(place):
 def test_the_fastest_right_backend_stands_in_the_table_and_a_wrong_one_never(place):
     result = copy.deepcopy(OPS)
     slow = {**copy.deepcopy(ROW), "backend": "cuda", "median_us": 500.0}
-    wrong = {**copy.deepcopy(ROW), "backend": "cpp", "status": "wrong", "error": "entropy: off", "median_us": None}
+    wrong = {
+        **copy.deepcopy(ROW),
+        "backend": "cpp",
+        "status": "wrong",
+        "error": "entropy: off",
+        "median_us": None,
+    }
     result["rows"] = [slow, wrong, ROW]
     assert "| triton | 123 us |" in "\n".join(report.op_table([result], True))
     result["rows"] = [wrong]

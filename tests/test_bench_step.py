@@ -49,13 +49,23 @@ def test_experts_of_few_rows_are_not_all_touched():
 
 transformers = pytest.importorskip("transformers")
 
-from bench import bench_step, step_model, step_trace  # noqa: E402
+from bench import bench_step, step_measure, step_model, step_table, step_trace, step_ways  # noqa: E402
 
 # The full model's structure at a hundredth of its width, on the path that the full size takes.
 NARROW = {
-    "vocab_size": 640, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "num_experts": 8, "top_k_experts": 2,
-    "moe_intermediate_size": 16, "canvas_length": 8, "sliding_window": 12,
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+    "canvas_length": 8,
+    "sliding_window": 12,
 }
 
 
@@ -68,7 +78,9 @@ def test_the_full_configuration_is_the_released_one():
     config = step_model.full_config()
     text = config.text_config
     assert [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
-    assert config.canvas_length == 256 and text.num_experts == 128 and text.per_layer_config[5].head_dim == 512
+    assert (
+        config.canvas_length == 256 and text.num_experts == 128 and text.per_layer_config[5].head_dim == 512
+    )
     assert step_model.parameter_bytes(config, torch.bfloat16) / 2e9 == pytest.approx(25.25, abs=0.05)
     assert step_model.full_config(1).text_config.layer_types == ["full_attention"]
 
@@ -149,10 +161,10 @@ def test_the_timeline_charges_the_innermost_component(monkeypatch):
 
 def test_components_cover_the_steps_of_the_reference(model):
     cache = step_model.random_cache(model, 1, 16, kind="dynamic", room=0)
-    run = bench_step.denoiser(model, cache, 1)
+    run = step_ways.denoiser(model, cache, 1)
     run(1)
     with step_trace.component_timeline(model) as timeline:
-        spent = bench_step.clock(lambda: run(3), CPU)
+        spent = step_measure.clock(lambda: run(3), CPU)
     found = timeline.milliseconds()
     assert all(value > 0 for value in found.values()), found
     assert sum(found.values()) < spent
@@ -163,7 +175,7 @@ def test_components_cover_the_steps_of_the_reference(model):
 def test_a_run_takes_exactly_the_steps_asked_for(model):
     cache = step_model.random_cache(model, 2, 16, kind="dynamic", room=0)
     for steps in (1, 3):
-        result = bench_step.denoiser(model, cache, 2)(steps)
+        result = step_ways.denoiser(model, cache, 2)(steps)
         new = result.sequences.shape[1] - 1
         valid = (result.sequences[:, 1:] != 0).sum(-1)
         assert new == 8 and torch.allclose(result.tokens_per_forward, valid / steps)
@@ -176,7 +188,19 @@ def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ceilings, "measure", lambda device, quick=False: limits)
     path = tmp_path / "step.json"
     options = bench_step.parser().parse_args(
-        ["--steps", "3", "--repeats", "1", "--context", "16", "9999999", "--json", str(path), "--plot", str(tmp_path)]
+        [
+            "--steps",
+            "3",
+            "--repeats",
+            "1",
+            "--context",
+            "16",
+            "9999999",
+            "--json",
+            str(path),
+            "--plot",
+            str(tmp_path),
+        ]
     )
     code = bench_step.bench(model, "full (2 layers, narrow)", options, CPU)
     out, err = capsys.readouterr()
@@ -185,7 +209,10 @@ def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
     assert schema.violations(result) == []
     rows = {row["variant"]: row for row in result["rows"]}
     assert set(rows) == {
-        "transformers, dynamic cache", "ours, dynamic cache", "ours, static cache", "ours, graph",
+        "transformers, dynamic cache",
+        "ours, dynamic cache",
+        "ours, static cache",
+        "ours, graph",
         "autoregressive, dynamic cache",
     }
     assert all(row["status"] == "ok" for row in rows.values()), result["problems"]
@@ -225,9 +252,17 @@ def test_variants_take_turns_and_one_that_fails_leaves_the_others():
 
         return run
 
-    times = bench_step.per_step({"a": runs("a"), "b": runs("b", True), "c": runs("c")}, 5, 2, CPU)
+    times = step_measure.per_step({"a": runs("a"), "b": runs("b", True), "c": runs("c")}, 5, 2, CPU)
     warm = [(name, steps) for name in "abc" for steps in (1, 2)]
-    assert order == [*warm, ("a", 1), ("a", 5), ("b", 1), ("c", 1), ("c", 5), *[(n, s) for n in "ac" for s in (1, 5)]]
+    assert order == [
+        *warm,
+        ("a", 1),
+        ("a", 5),
+        ("b", 1),
+        ("c", 1),
+        ("c", 5),
+        *[(n, s) for n in "ac" for s in (1, 5)],
+    ]
     assert isinstance(times["b"], RuntimeError) and isinstance(times["a"], float)
 
 
@@ -246,22 +281,22 @@ def test_compilers_come_last():
 
 def test_the_compiled_reference_is_marked_where_it_is_wrong(model):
     row = {"variant": "transformers, static cache, compiled"}
-    assert bench_step.window_line(model, 4, [row]) == []
-    assert "wrong from the sliding window of 12" in bench_step.window_line(model, 64, [row])[0]
-    assert bench_step.window_line(model, 64, [{"variant": "ours, graph"}]) == []
+    assert step_table.window_line(model, 4, [row]) == []
+    assert "wrong from the sliding window of 12" in step_table.window_line(model, 64, [row])[0]
+    assert step_table.window_line(model, 64, [{"variant": "ours, graph"}]) == []
 
 
 def test_speedup_over_decoding_counts_tokens_of_a_step():
     def row(name, milliseconds):
         return {"variant": name, "status": "ok", "step_ms": milliseconds}
 
-    lines = bench_step.speedups([row("ours, graph", 20.0), row("autoregressive, dynamic cache", 5.0)])
+    lines = step_table.speedups([row("ours, graph", 20.0), row("autoregressive, dynamic cache", 5.0)])
     assert lines == [
         "ours, graph against autoregressive, dynamic cache: 4.00x at 16 tokens a step, 4.92x at 19.7 tokens a step"
     ]
-    lines = bench_step.speedups([row("ours, graph", 20.0), row("transformers, dynamic cache", 60.0)])
+    lines = step_table.speedups([row("ours, graph", 20.0), row("transformers, dynamic cache", 60.0)])
     assert lines == ["ours, graph against transformers, dynamic cache: 3.00x the speed"]
-    assert bench_step.speedups([row("ours, graph", 20.0)]) == []
+    assert step_table.speedups([row("ours, graph", 20.0)]) == []
 
 
 @pytest.mark.gpu
@@ -270,7 +305,20 @@ def test_the_full_path_on_a_gpu(tmp_path):
     small = step_model.build(step_model.full_config(2, NARROW), device, torch.bfloat16)
     path = tmp_path / "step.json"
     options = bench_step.parser().parse_args(
-        ["--steps", "3", "--repeats", "1", "--context", "16", "--way", "dynamic", "--way", "ours", "--json", str(path)]
+        [
+            "--steps",
+            "3",
+            "--repeats",
+            "1",
+            "--context",
+            "16",
+            "--way",
+            "dynamic",
+            "--way",
+            "ours",
+            "--json",
+            str(path),
+        ]
     )
     assert bench_step.bench(small, "full (2 layers, narrow)", options, device) == 0
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}

@@ -18,7 +18,12 @@ CPU = torch.device("cpu")
 
 def cost_of(use):
     """A bowl with its bottom at span 8192, 4 warps, 3 stages."""
-    return 1 + abs(math.log2(use["span"] / 8192)) + abs(math.log2(use["num_warps"] / 4)) + abs(use["num_stages"] - 3)
+    return (
+        1
+        + abs(math.log2(use["span"] / 8192))
+        + abs(math.log2(use["num_warps"] / 4))
+        + abs(use["num_stages"] - 3)
+    )
 
 
 def test_neighbours_differ_in_one_number():
@@ -35,7 +40,9 @@ def test_climbing_reaches_the_bottom():
 
 
 def test_climbing_passes_by_shapes_that_do_not_work_and_noise():
-    assert tune.climb({"span": 4}, lambda use: math.inf if use["span"] > 8 else 10 / use["span"])[0] == {"span": 8}
+    assert tune.climb({"span": 4}, lambda use: math.inf if use["span"] > 8 else 10 / use["span"])[0] == {
+        "span": 8
+    }
     assert tune.climb({"span": 4}, lambda use: 1.0 - 0.005 * (use["span"] == 8))[0] == {"span": 4}
 
 
@@ -69,8 +76,12 @@ def test_the_shape_that_is_tried_reaches_the_kernel_and_only_its_entry(monkeypat
 @pytest.mark.parametrize("write", [False, True])
 def test_a_file_is_written_only_when_asked(tmp_path, monkeypatch, write, capsys):
     path = tmp_path / "sm_90.json"
-    start = {"row_stats": [{"when": {"bytes": 4}, "use": {"span": 1024, "num_warps": 4, "num_stages": 3}},
-                           {"when": {"bytes": 2}, "use": {"span": 2}}]}
+    start = {
+        "row_stats": [
+            {"when": {"bytes": 4}, "use": {"span": 1024, "num_warps": 4, "num_stages": 3}},
+            {"when": {"bytes": 2}, "use": {"span": 2}},
+        ]
+    }
     path.write_text(json.dumps(start))
     case = triton_case(torch.float32)
     monkeypatch.setattr(tune, "collect", lambda names, device, sizes: ([case], []))

@@ -168,7 +168,9 @@ def test_window(backend, device, name):
 
 def test_what_a_window_hides_is_not_read(backend, device):
     """Slots of the prefix that no query sees may hold anything, as those outside of [start, end)."""
-    case = make_case(1, 2, 1, 20, 64, prefix=200, ranges=[(10, 190)], dtype=supported_dtype(backend), device=device)
+    case = make_case(
+        1, 2, 1, 20, 64, prefix=200, ranges=[(10, 190)], dtype=supported_dtype(backend), device=device
+    )
     query, key, value, prefix_key, prefix_value, start, end = case
     expected, problems = run(case, backend, causal=True, window=40)
     assert not problems

@@ -38,7 +38,11 @@ FORBIDDEN = (r"LDL", r"STL", r"MUFU\.TANH")
 
 
 def cuobjdump() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(triton.__file__).parent / "backends" / "nvidia"]
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        "/usr/local/cuda",
+        Path(triton.__file__).parent / "backends" / "nvidia",
+    ]
     for place in ["cuobjdump", *(f"{home}/bin/cuobjdump" for home in homes if home)]:
         found = shutil.which(place)
         if found:
@@ -110,7 +114,9 @@ def problems_of_opcodes(arch: str, kernel: str, opcodes: collections.Counter) ->
         for pattern, least in patterns.items():
             came = sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
             if came < least:
-                problems.append(f"sm_{arch} {kernel}: {came} instructions {pattern}, at least {least} expected")
+                problems.append(
+                    f"sm_{arch} {kernel}: {came} instructions {pattern}, at least {least} expected"
+                )
     for pattern in FORBIDDEN:
         came = sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
         if came:
@@ -127,13 +133,17 @@ def launch_of(kernel: str) -> tuple[int, int]:
 
 @functools.cache
 def usages() -> tuple[Usage, ...]:
-    text = subprocess.run([cuobjdump(), "-res-usage", extension().__file__], capture_output=True, text=True, check=True)
+    text = subprocess.run(
+        [cuobjdump(), "-res-usage", extension().__file__], capture_output=True, text=True, check=True
+    )
     return tuple(parse_usage(text.stdout))
 
 
 @functools.cache
 def opcodes() -> dict[tuple[str, str], collections.Counter]:
-    with subprocess.Popen([cuobjdump(), "-sass", extension().__file__], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [cuobjdump(), "-sass", extension().__file__], stdout=subprocess.PIPE, text=True
+    ) as process:
         counts = count_opcodes(process.stdout)
     assert process.returncode == 0
     return counts
@@ -152,7 +162,9 @@ def test_every_kernel_is_there_for_every_architecture():
         assert present == built_archs(), kernel
     for pattern in extension().CUDA_KERNELS:
         assert any(re.search(pattern, kernel) for kernel in archs), pattern
-    listed = subprocess.run([cuobjdump(), "--list-ptx", extension().__file__], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        [cuobjdump(), "--list-ptx", extension().__file__], capture_output=True, text=True
+    ).stdout
     for arch in extension().CUDA_ARCHS.split():
         if arch.endswith("+PTX"):
             assert f"sm_{arch.removesuffix('+PTX')}.ptx" in listed
@@ -216,7 +228,12 @@ def test_missing_and_forbidden_instructions_are_reported():
     counts = count_opcodes(SASS.format(spill="STL.64").splitlines())
     assert counts["120", "block_attention_kernel"]["LDGSTS.E.BYPASS.128"] == 1
     problems = problems_of_opcodes("120", "block_attention_kernel", counts["120", "block_attention_kernel"])
-    assert [("HMMA" in p, "LDSM" in p, "LDGSTS" in p, "STL" in p).index(True) for p in problems] == [0, 1, 2, 3]
+    assert [("HMMA" in p, "LDSM" in p, "LDGSTS" in p, "STL" in p).index(True) for p in problems] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_gpu_here_is_among_the_architectures():

@@ -30,7 +30,13 @@ TENSORS = ("query", "key", "value", "prefix_key", "prefix_value")
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DDGEMMA_EMULATED"]
-SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]
 
 pytestmark = [
     pytest.mark.source_tree,
@@ -59,7 +65,9 @@ def program() -> Path:
     return result
 
 
-def write_case(folder: Path, case, scale: float, softcap: float | None, causal: bool, splits: int, window=None) -> None:
+def write_case(
+    folder: Path, case, scale: float, softcap: float | None, causal: bool, splits: int, window=None
+) -> None:
     query, key = case[:2]
     lines = {
         "dtype": DTYPES[query.dtype], "batch": query.shape[0], "query_heads": query.shape[1],
@@ -329,7 +337,9 @@ def test_unchanged_kernels_pass_what_mutants_fail(machine, tmp_path, head_dim, w
 def test_planted_bug_is_caught(machine, tmp_path, name):
     file, text, replacement, head_dim, report = MUTANTS[name]
     window = WINDOW if name in WINDOW_MUTANTS else None
-    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, file, text, replacement), head_dim, window)
+    done, problems = run_mutant(
+        tmp_path, machine, mutate(tmp_path, file, text, replacement), head_dim, window
+    )
     if report:
         assert done.returncode == 3 and re.search(report, done.stderr), done.stderr
     else:

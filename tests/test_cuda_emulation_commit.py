@@ -56,7 +56,11 @@ def arguments_of(rule, write, batch, length, *, levels=20, candidates=None, stop
 def case(folder, arguments):
     named = dict(zip(NAMES, arguments))
     batch, length = named["tokens"].shape
-    numbers = {"batch": batch, "length": length, "depth": 0 if named["history"] is None else len(named["history"])}
+    numbers = {
+        "batch": batch,
+        "length": length,
+        "depth": 0 if named["history"] is None else len(named["history"]),
+    }
     tensors = {}
     for name, value in named.items():
         if name in PER_ROW and value is not None:
@@ -77,7 +81,12 @@ def result(folder, arguments):
         read_tensor(folder, "num_committed", torch.int64, shape[:1]),
     ]
     if named["finished"] is None:
-        return (*out, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0).bool())
+        return (
+            *out,
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0).bool(),
+        )
     return (
         *out,
         read_tensor(folder, "new_draft", torch.int64, shape),

@@ -19,7 +19,17 @@ OUTPUTS = {"argmax": torch.int64, "sample": torch.int64} | dict.fromkeys(
 )
 
 
-def case(folder, logits, *, temperature=1.0, stats_temperature=None, softcap=None, uniform=None, seed=None, offset=0):
+def case(
+    folder,
+    logits,
+    *,
+    temperature=1.0,
+    stats_temperature=None,
+    softcap=None,
+    uniform=None,
+    seed=None,
+    offset=0,
+):
     """Logits [N0, N1, V]; the storage is cut to what the view spans, so that one element beyond is out of bounds."""
     rows0, rows1, vocab = logits.shape
     span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride()))
@@ -80,7 +90,9 @@ def test_within_budget(program, tmp_path, dtype):
 def test_strides_of_two_dimensions_and_draws(program, tmp_path):
     table = torch.randn(2, 3, 2, 500)
     views = [table[:, :, 1], table.transpose(0, 1)[:, :, 0, :333]]
-    folders = [case(tmp_path / str(i), view, seed=2**40 + 7, offset=3, softcap=30.0) for i, view in enumerate(views)]
+    folders = [
+        case(tmp_path / str(i), view, seed=2**40 + 7, offset=3, softcap=30.0) for i, view in enumerate(views)
+    ]
     run_clean(program, folders)
     for folder, view in zip(folders, views):
         one, seed, offset = torch.tensor(1.0), torch.tensor(2**40 + 7), torch.tensor(3)
@@ -166,7 +178,9 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(tmp_path, bug):
     passage, replacement, report = BUGS[bug]
-    program = planted(PROGRAM, tmp_path, "row_stats/kernel.cuh", passage, replacement, report.startswith("heap"))
+    program = planted(
+        PROGRAM, tmp_path, "row_stats/kernel.cuh", passage, replacement, report.startswith("heap")
+    )
     # 402 elements from the sixth on: the first vector begins before the row, the last one ends one element behind it.
     logits = (torch.randn(5 + 402) * 3).as_strided((1, 1, 402), (402, 402, 1), 5)
     uniform = torch.tensor([0.9])

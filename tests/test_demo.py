@@ -30,7 +30,9 @@ def test_generate_command():
     result = run(*command, "--prompt", "count 8 to 12", "--seed", 3)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("8 9 10 11 12") >= 3, "a draft and both answers"
-    one_side = run(*command, "--prompt", "sort 4271", "--only", "accelerated", "--no-drafts", "--backend", "cpp")
+    one_side = run(
+        *command, "--prompt", "sort 4271", "--only", "accelerated", "--no-drafts", "--backend", "cpp"
+    )
     assert one_side.returncode == 0 and "1247" in one_side.stdout and "reference" not in one_side.stdout
     wrong = run(*command, "--prompt", "x", "--max-new-tokens", 0)
     assert wrong.returncode == 2 and "--max-new-tokens: must be at least 1" in wrong.stdout

@@ -56,7 +56,9 @@ def test_every_row_to_one_expert_many_times(backend, device):
     case = (hidden, torch.full_like(index, 3), weights, gate_up, down)
     result, problems = run(case, backend)
     assert not problems
-    single = dgemma_accel.experts(hidden, index[:, :1] * 0 + 3, weights.sum(1, True), gate_up, down, backend=backend)
+    single = dgemma_accel.experts(
+        hidden, index[:, :1] * 0 + 3, weights.sum(1, True), gate_up, down, backend=backend
+    )
     assert torch.allclose(result, single, atol=1e-5)
 
 
@@ -136,11 +138,15 @@ def test_budget_fails_zeros_a_dropped_expert_and_a_wrong_weight(dtype):
     wrong = dgemma_accel.experts(hidden, index, weights * 1.1, gate_up, down, backend="reference")
     assert check_experts(wrong, *case)
     swapped = torch.cat(gate_up.chunk(2, 1)[::-1], 1)
-    assert check_experts(dgemma_accel.experts(hidden, index, weights, swapped, down, backend="reference"), *case)
+    assert check_experts(
+        dgemma_accel.experts(hidden, index, weights, swapped, down, backend="reference"), *case
+    )
     assert check_experts(dgemma_accel.experts(*case, activation="silu", backend="reference"), *case)
     narrow = gate_up.clone()
     narrow[:, 48:64] = 0
-    assert check_experts(dgemma_accel.experts(hidden, index, weights, narrow, down, backend="reference"), *case)
+    assert check_experts(
+        dgemma_accel.experts(hidden, index, weights, narrow, down, backend="reference"), *case
+    )
 
 
 H, I, W, GU, D = make_case(3, 2, 4, 5, 6, torch.float32, "cpu")
@@ -181,5 +187,7 @@ def test_opcheck(backend, device):
 
 def test_compiles_whole(backend, device):
     case = make_case(6, 2, 4, 16, 32, torch.float32, device)
-    compiled = torch.compile(lambda *c: dgemma_accel.experts(*c, backend=backend) * 2, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *c: dgemma_accel.experts(*c, backend=backend) * 2, fullgraph=True, backend="eager"
+    )
     assert torch.equal(compiled(*case), run(case, backend)[0] * 2)

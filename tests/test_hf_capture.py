@@ -73,7 +73,14 @@ class TestOneCapture:
 
     @staticmethod
     def step(state, keys, values, prefixes, numbers, pinned):
-        leaves = [*state, *(t for kind in sorted(prefixes) for t in prefixes[kind]), *numbers, pinned, *keys, *values]
+        leaves = [
+            *state,
+            *(t for kind in sorted(prefixes) for t in prefixes[kind]),
+            *numbers,
+            pinned,
+            *keys,
+            *values,
+        ]
         total = sum((n + 1) * leaf.double().sum() for n, leaf in enumerate(leaves))
         spread = (total * 1000).remainder(997).round()
         return graph.State(*(
@@ -92,10 +99,19 @@ class TestOneCapture:
             return torch.rand(shape, generator=noise)
 
         state = graph.State(
-            whole(2, 4), whole(2, 4), whole(1, 2, 4), whole(2) > 25, real(2, 4, 3), real(2, 4), real(2, 4), whole(2)
+            whole(2, 4),
+            whole(2, 4),
+            whole(1, 2, 4),
+            whole(2) > 25,
+            real(2, 4, 3),
+            real(2, 4),
+            real(2, 4),
+            whole(2),
         )
         prefix = graph.Prefix(whole(2).int(), whole(2).int(), real(1, 4, 2), real(1, 4, 2))
-        return capture.Inputs(state, {"full_attention": prefix}, whole(1)[0], real(1)[0], real(1)[0], whole(2, 4) > 25)
+        return capture.Inputs(
+            state, {"full_attention": prefix}, whole(1)[0], real(1)[0], real(1)[0], whole(2, 4) > 25
+        )
 
     BUFFERS = [torch.ones(1, 1, 2, 2)], [torch.ones(1, 1, 2, 2)]
 
@@ -138,7 +154,9 @@ class TestOneCapture:
         schedule = torch.rand(3)
         self.replay(captured, first, 5, schedule)
         right = capture.Inputs.tensors
-        monkeypatch.setattr(capture.Inputs, "tensors", lambda self: right(self)[:changed] + right(self)[changed + 1 :])
+        monkeypatch.setattr(
+            capture.Inputs, "tensors", lambda self: right(self)[:changed] + right(self)[changed + 1 :]
+        )
         result = self.replay(captured, other, 5, schedule)
         monkeypatch.undo()
         assert not all(map(torch.equal, result, self.plain(other, 5, schedule)))
@@ -317,7 +335,9 @@ class TestGenerate:
         for result in results:
             assert_same(result, generate(model, ids, max_new_tokens=3 * CANVAS))
         lines = [r.getMessage() for r in caplog.records if "not captured" in r.getMessage()]
-        assert len(attempts) == len(lines) == 1 and lines[0].endswith("(not captured: RuntimeError: capture: no)")
+        assert len(attempts) == len(lines) == 1 and lines[0].endswith(
+            "(not captured: RuntimeError: capture: no)"
+        )
         assert [report.problem for report in reports] == ["not captured: RuntimeError: capture: no"]
 
     def test_an_exception_inside_a_replay(self, model, recorded, monkeypatch):

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from dgemma_accel import __main__ as program  # noqa: E402
-from dgemma_accel.cli import doctor_step  # noqa: E402
-from dgemma_accel.hf import capture  # noqa: E402
+from dgemma_accel import __main__ as program
+from dgemma_accel.cli import doctor_step
+from dgemma_accel.hf import capture
 
 
 @pytest.fixture

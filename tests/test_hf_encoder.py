@@ -130,14 +130,18 @@ def test_slots_hidden_at_the_end_of_the_cache(model, calls):
     assert torch.allclose(fast[1], states[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"causal": False, "window": None}, {"window": None}, {"window": WINDOW - 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"causal": False, "window": None}, {"window": None}, {"window": WINDOW - 1}]
+)
 @pytest.mark.parametrize("turns", [(30,), (2 * WINDOW, CANVAS)])
 def test_the_causal_mask_and_the_window_matter(model, monkeypatch, wrong, turns):
     ids, _ = prompt(2, sum(turns))
     right = attention.block_attention
     _, expected = encode_in_turns(model, ids, turns)
     monkeypatch.setattr(
-        attention, "block_attention", lambda *arguments, **options: right(*arguments, **(options | change(options)))
+        attention,
+        "block_attention",
+        lambda *arguments, **options: right(*arguments, **(options | change(options))),
     )
 
     def change(options):
@@ -163,7 +167,9 @@ def test_images_are_left_to_the_original(model, calls):
     with dgemma_accel.accelerated(model):
         result = generate(model, ids, mask, **options)
     assert torch.equal(result.sequences, expected.sequences)
-    assert calls == [(False, WINDOW - 1, CANVAS)] * 2 + [(True, 24, CANVAS)], "only the canvas is plainly causal"
+    assert calls == [(False, WINDOW - 1, CANVAS)] * 2 + [(True, 24, CANVAS)], (
+        "only the canvas is plainly causal"
+    )
 
 
 def test_a_fully_bidirectional_encoder(calls):

@@ -163,7 +163,10 @@ def test_other_experts_are_served_by_the_original_and_said_once(calls, caplog, c
 @needs_kernel
 def test_training_and_mixed_dtypes_are_served_by_the_original(model, calls, caplog):
     experts = model.model.decoder.layers[0].experts
-    hidden, index = torch.randn(3, experts.hidden_dim, device=DEVICE), torch.tensor([[0], [1], [2]], device=DEVICE)
+    hidden, index = (
+        torch.randn(3, experts.hidden_dim, device=DEVICE),
+        torch.tensor([[0], [1], [2]], device=DEVICE),
+    )
     ones = torch.ones(3, 1, device=DEVICE)
     with dgemma_accel.accelerated(model, backend="triton"), caplog.at_level("WARNING", logger="dgemma_accel"):
         assert experts(hidden, index, ones).requires_grad

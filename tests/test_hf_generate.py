@@ -164,7 +164,9 @@ class TestBfloat16:
         ids, mask = prompt(3, 20, left_padding=(0, 5, 9))
         recorders = Recorder(), Recorder()
         expected = generate(model, ids, mask, streamer=recorders[0], max_new_tokens=3 * CANVAS)
-        monkeypatch.setattr("dgemma_accel.hf.attention._needs_original", lambda *_: "only the sampler is tested")
+        monkeypatch.setattr(
+            "dgemma_accel.hf.attention._needs_original", lambda *_: "only the sampler is tested"
+        )
         with dgemma_accel.accelerated(model, exact=True):
             result = generate(model, ids, mask, streamer=recorders[1], max_new_tokens=3 * CANVAS)
         assert_same(expected, result, recorders)

@@ -143,7 +143,10 @@ class TestTheSameTokens:
         for broken in (refuses, fails_later):
             monkeypatch.setattr(torch, "compile", broken)
             caplog.clear()
-            with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
+            with (
+                caplog.at_level(logging.WARNING, "dgemma_accel"),
+                dgemma_accel.accelerated(model, graph=True),
+            ):
                 for _ in range(2):
                     assert torch.equal(generate(model, ids).sequences, expected)
                 (step,) = patches.acceleration_of(model).compiled.values()

@@ -9,11 +9,12 @@ from live_memory import LiveBytes, launchers_of
 
 triton_head = pytest.importorskip("dgemma_accel.triton_kernels.head_stats")
 
-from dgemma_accel.native.soft_embedding_chunked import soft_embedding as chunked_soft_embedding  # noqa: E402
-from dgemma_accel.samplers import EntropyBound, Renoise  # noqa: E402
 from dgemma_accel.triton_kernels.commit import commit  # noqa: E402
 from dgemma_accel.triton_kernels.row_stats import row_stats  # noqa: E402
 from dgemma_accel.triton_kernels.soft_embedding import soft_embedding  # noqa: E402
+
+from dgemma_accel.native.soft_embedding_chunked import soft_embedding as chunked_soft_embedding  # noqa: E402
+from dgemma_accel.samplers import EntropyBound, Renoise  # noqa: E402
 
 VOCAB, CANVAS, EMBEDDING, SOFTCAP = 262_144, 256, 2816, 30.0
 ALLOWED = 300e6

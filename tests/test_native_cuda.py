@@ -17,7 +17,9 @@ pytestmark = [
 
 def step(logits, tokens, seed):
     stats = dgemma_accel.row_stats(logits, temperature=0.7, softcap=30.0, seed=seed, backend="cuda")
-    committed = dgemma_accel.commit(tokens, stats, EntropyBound(2.0), Renoise(1000), seed=seed, backend="cuda")
+    committed = dgemma_accel.commit(
+        tokens, stats, EntropyBound(2.0), Renoise(1000), seed=seed, backend="cuda"
+    )
     return (*stats, committed.tokens, committed.committed, committed.num_committed)
 
 

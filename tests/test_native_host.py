@@ -49,7 +49,11 @@ def test_each_instruction_set_is_within_budget(monkeypatch, isa, dtype, vocab):
     for scale in (1e-3, 1.0, 60.0, 1e4):
         logits = (torch.randn(5, vocab) * scale).to(dtype)
         logits[1, vocab // 2] = float("-inf") if vocab > 1 else 0.0
-        for kwargs in ({"softcap": 30.0}, {"temperature": 0.6}, {"temperature": 0.6, "stats_temperature": 1.4}):
+        for kwargs in (
+            {"softcap": 30.0},
+            {"temperature": 0.6},
+            {"temperature": 0.6, "stats_temperature": 1.4},
+        ):
             stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp", **kwargs)
             problems = check_row_stats(stats, logits, uniform=uniform, **kwargs)
             assert not problems, (scale, kwargs, problems)
@@ -174,7 +178,9 @@ with_cuda = pytest.mark.skipif(
 def test_a_launch_that_fails_names_the_op_the_error_and_the_sizes():
     logits = torch.randn(1, 2, 100)
     out = outputs(logits)
-    params = row_stats_params(logits, torch.tensor(1.0), None, torch.rand(2), None, torch.tensor(0), None, out)
+    params = row_stats_params(
+        logits, torch.tensor(1.0), None, torch.rand(2), None, torch.tensor(0), None, out
+    )
     workspace = torch.empty(extension().row_stats_cuda_workspace(params), dtype=torch.uint8)
     params.workspace = workspace.data_ptr()
     text = r"row_stats: kernel launch with grid \(2, 1, 1\), block 256.*\(cudaError\w+\)"
@@ -250,14 +256,28 @@ def test_tokens_without_mass_leave_an_entropy_of_exactly_zero(monkeypatch, isa):
 @pytest.mark.parametrize("name", ["cpp", "reference"])
 def test_without_statistics_the_op_is_still_a_torch_op(name):
     logits = torch.randn(2, 3, 50)
-    arguments = (logits, torch.tensor(0.0), None, None, torch.tensor(1), torch.tensor(0), None, False, name, False)
+    arguments = (
+        logits,
+        torch.tensor(0.0),
+        None,
+        None,
+        torch.tensor(1),
+        torch.tensor(0),
+        None,
+        False,
+        name,
+        False,
+    )
     # Results that hold NaN are not compared with themselves.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dgemma.row_stats.default, arguments, test_utils=tests)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def argmax(logits):
-        return dgemma_accel.row_stats(logits * 2, temperature=0.0, seed=1, statistics=False, backend=name).argmax + 1
+        return (
+            dgemma_accel.row_stats(logits * 2, temperature=0.0, seed=1, statistics=False, backend=name).argmax
+            + 1
+        )
 
     assert torch.equal(argmax(logits), logits.argmax(-1) + 1)
     with pytest.raises(TypeError, match="statistics: a bool expected, got str"):

@@ -321,7 +321,10 @@ FORWARDS = {
 )
 def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in, options):
     published = inspect.Signature(
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in FORWARDS[forward].split()]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in FORWARDS[forward].split()
+        ]
     )
     model, seen = stand_in(1), set()
 

@@ -94,7 +94,9 @@ def test_the_prefix_is_neither_copied_nor_written():
 
 def test_a_window_bounds_the_splits(monkeypatch):
     asked = []
-    monkeypatch.setattr(triton_attention, "split_count", lambda programs, tiles, slots: asked.append(tiles) or 1)
+    monkeypatch.setattr(
+        triton_attention, "split_count", lambda programs, tiles, slots: asked.append(tiles) or 1
+    )
     case = make_case(1, 2, 1, 5, 64, 900, [(0, 900)])
     for window in (None, 8, 2**40):
         triton_attention.block_attention(*case, 0.1, None, True, window)

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
+from dgemma_accel.triton_kernels import expert_routing  # noqa: E402
 from test_experts import make_case  # noqa: E402
 
 from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget_experts import check_experts  # noqa: E402
-from dgemma_accel.triton_kernels import expert_routing  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(triton_experts.unavailable() is not None, reason=str(triton_experts.unavailable()))
+pytestmark = pytest.mark.skipif(
+    triton_experts.unavailable() is not None, reason=str(triton_experts.unavailable())
+)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_routing_sorts_by_expert_and_cuts_into_tiles(poisoned, kind, block_m):
     order, tiles = expert_routing.route(index, 9, block_m)
     flat = index.flatten()
     expected = [(flat == expert).nonzero().flatten().tolist() for expert in range(9)]
-    assert order.tolist()[: sum(map(len, expected))] == sum(expected, [])
+    assert order.tolist()[: sum(map(len, expected))] == [pair for pairs in expected for pair in pairs]
     wanted, place = [], 0
     for expert, pairs in enumerate(expected):
         wanted += [(expert, place + start, place + len(pairs)) for start in range(0, len(pairs), block_m)]
@@ -113,7 +115,9 @@ def test_long_prompts_go_by_parts(monkeypatch, poisoned):
     whole = triton_experts.experts(*case)
     monkeypatch.setattr(triton_experts, "PAIRS_AT_ONCE", 48)
     seen, route = [], triton_experts.route
-    monkeypatch.setattr(triton_experts, "route", lambda index, *a: (seen.append(len(index)), route(index, *a))[1])
+    monkeypatch.setattr(
+        triton_experts, "route", lambda index, *a: (seen.append(len(index)), route(index, *a))[1]
+    )
     assert torch.allclose(triton_experts.experts(*case), whole, atol=1e-6) and seen == [16, 16, 16, 2]
 
 

@@ -34,7 +34,14 @@ def small_tiles(monkeypatch, **changes):
 
     def changed(op, capability, **call):
         use = dict(select(op, capability, **call))
-        tiles = {"block_m": 16, "block_n": 32, "block_k": 16, "block_e": 16, "block_v": 16, "slice": 512} | changes
+        tiles = {
+            "block_m": 16,
+            "block_n": 32,
+            "block_k": 16,
+            "block_e": 16,
+            "block_v": 16,
+            "slice": 512,
+        } | changes
         return use | {key: value for key, value in tiles.items() if key in use}
 
     monkeypatch.setattr(configs, "select", changed)
@@ -172,7 +179,9 @@ def test_head_that_keeps_no_logits(monkeypatch, poisoned, stats_temperature, dty
     small_tiles(monkeypatch)
     rows, vocab, embedding = 37, 530, 40
     hidden = torch.full((rows + 16, embedding + 24), math.nan, device=DEVICE, dtype=dtype)[:rows, :embedding]
-    weight = torch.full((vocab + 32, embedding + 24), math.nan, device=DEVICE, dtype=dtype)[:vocab, :embedding]
+    weight = torch.full((vocab + 32, embedding + 24), math.nan, device=DEVICE, dtype=dtype)[
+        :vocab, :embedding
+    ]
     hidden.copy_(torch.randn(rows, embedding))
     weight.copy_(torch.randn(vocab, embedding))
     hidden[5, 3] = math.nan
@@ -217,7 +226,9 @@ def test_public_head_without_logits_takes_the_kernel(monkeypatch):
 
 def test_head_without_rows():
     hidden, weight = torch.randn(2, 0, 32, device=DEVICE), torch.randn(50, 32, device=DEVICE)
-    logits, *fields = triton_head.head_stats(hidden, weight, ONE, None, None, torch.tensor(1), torch.tensor(0), None)
+    logits, *fields = triton_head.head_stats(
+        hidden, weight, ONE, None, None, torch.tensor(1), torch.tensor(0), None
+    )
     assert logits.shape == (2, 0, 50) and all(field.shape == (2, 0) for field in fields)
     empty = torch.empty(2, 0, device=DEVICE)
     assert triton_soft.soft_embedding(logits, empty, weight, ONE, None).shape == (2, 0, 32)

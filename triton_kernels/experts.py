@@ -61,7 +61,8 @@ def load_tile(p, o_k, left, EVEN: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles_most"])
 def gate_up_kernel(
-    hidden, gate_up, order, tiles, middle, tiles_most: tl.int32, stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
+    hidden, gate_up, order, tiles, middle, tiles_most: tl.int32,
+    stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -160,12 +161,17 @@ def combine_kernel(
 
 
 def experts(
-    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str = "gelu_tanh"
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """Arguments and result: `reference.experts`.
 
-    Products accumulate in fp32; act(gate) * up is computed in fp32 and rounded once, to the dtype of the weights; weights
-    and sum of a row's choices are fp32, rounded once.
+    Products accumulate in fp32; act(gate) * up is computed in fp32 and rounded once, to the dtype of the weights;
+    weights and sum of a row's choices are fp32, rounded once.
     """
     output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if output.numel() == 0 or index.numel() == 0:
@@ -175,7 +181,9 @@ def experts(
     with on_device(hidden):
         for first in range(0, hidden.shape[0], at_once):
             part = slice(first, first + at_once)
-            _experts(hidden[part], index[part].contiguous(), weights[part], gate_up, down, activation, output[part])
+            _experts(
+                hidden[part], index[part].contiguous(), weights[part], gate_up, down, activation, output[part]
+            )
     return output
 
 

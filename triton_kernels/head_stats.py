@@ -57,8 +57,14 @@ def head_tile_kernel(
     if not EVEN:
         o_v = tl.minimum(o_v, vocab - 1 - i_tile * BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    p_h = hidden + i_m.to(tl.int64) * BLOCK_M * stride_h + (o_r[:, None] * stride_h.to(tl.int32) + o_k[None, :])
-    p_w = weight + i_tile.to(tl.int64) * BLOCK_N * stride_w + (o_v[:, None] * stride_w.to(tl.int32) + o_k[None, :])
+    p_h = (
+        hidden + i_m.to(tl.int64) * BLOCK_M * stride_h + (o_r[:, None] * stride_h.to(tl.int32) + o_k[None, :])
+    )
+    p_w = (
+        weight
+        + i_tile.to(tl.int64) * BLOCK_N * stride_w
+        + (o_v[:, None] * stride_w.to(tl.int32) + o_k[None, :])
+    )
     # [BLOCK_M, BLOCK_N]
     b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in range(0, EMBEDDING, BLOCK_K):

@@ -29,7 +29,13 @@ VOCAB = 262_144
 CANVAS = 256
 EMBEDDING = 2816
 # The kernels of an op that hold its matrix products; the others merge or select.
-MATRIX_KERNELS = ("block_attention_kernel", "head_tile_kernel", "product_kernel", "gate_up_kernel", "down_kernel")
+MATRIX_KERNELS = (
+    "block_attention_kernel",
+    "head_tile_kernel",
+    "product_kernel",
+    "gate_up_kernel",
+    "down_kernel",
+)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -115,7 +121,10 @@ def _experts(when: dict) -> Callable[[], object]:
     def launch():
         dtype = DTYPES[when["bytes"]]
         index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
-        gate_up, down = _empty(count, 2 * width, EMBEDDING, dtype=dtype), _empty(count, EMBEDDING, width, dtype=dtype)
+        gate_up, down = (
+            _empty(count, 2 * width, EMBEDDING, dtype=dtype),
+            _empty(count, EMBEDDING, width, dtype=dtype),
+        )
         return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, gate_up, down)
 
     return launch
@@ -143,7 +152,11 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "head_stats":
                 yield label, when["bytes"] == 2, _head_stats(when, False)
                 yield label + " two temperatures", when["bytes"] == 2, _head_stats(when, True)
-                yield label + " no logits", when["bytes"] == 2, _head_stats(when, False, head_stats_without_logits)
+                yield (
+                    label + " no logits",
+                    when["bytes"] == 2,
+                    _head_stats(when, False, head_stats_without_logits),
+                )
             elif op == "soft_embedding":
                 yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
             elif op == "experts":

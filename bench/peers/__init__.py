@@ -32,7 +32,11 @@ MODULES = (
 
 def load(names: list[str] | None = None) -> tuple[list[ModuleType], list[str]]:
     """The peer modules asked for (all of them by default), and one line for each name that is unknown."""
-    problems = [f"unknown peer {name!r}; known are {', '.join(MODULES)}" for name in names or () if name not in MODULES]
+    problems = [
+        f"unknown peer {name!r}; known are {', '.join(MODULES)}"
+        for name in names or ()
+        if name not in MODULES
+    ]
     chosen = [name for name in MODULES if names is None or name in names]
     return [importlib.import_module(f"{__name__}.{name}") for name in chosen], problems
 

@@ -39,7 +39,9 @@ def _attention(case: Case, inputs) -> list[Variant]:
         )
 
     return [
-        Variant("single_prefill, fa2, no cat", prepare, lambda result: {"output": result.transpose(0, 1)[None]})
+        Variant(
+            "single_prefill, fa2, no cat", prepare, lambda result: {"output": result.transpose(0, 1)[None]}
+        )
     ]
 
 
@@ -57,7 +59,9 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
         return run
 
     # No argmax and no entropy: it is compared by the most probable token of its softmax.
-    return [Variant("softmax, sampling_from_logits", prepare, lambda result: {"argmax": result[0].argmax(-1)})]
+    return [
+        Variant("softmax, sampling_from_logits", prepare, lambda result: {"argmax": result[0].argmax(-1)})
+    ]
 
 
 VARIANTS = {"block_attention": _attention, "row_stats": _row_stats}

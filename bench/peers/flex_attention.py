@@ -39,11 +39,20 @@ def variants(case: Case, inputs) -> list[Variant]:
         if inputs.start is not None:
             start = inputs.start
             mask = create_block_mask(
-                lambda b, h, q, kv: kv >= start[b], inputs.query.shape[0], None, inputs.query.shape[2], key.shape[2],
+                lambda b, h, q, kv: kv >= start[b],
+                inputs.query.shape[0],
+                None,
+                inputs.query.shape[2],
+                key.shape[2],
                 device=inputs.query.device,
             )
         return lambda: compiled(
-            inputs.query, key, value, scale=SCALE, enable_gqa=True, block_mask=mask,
+            inputs.query,
+            key,
+            value,
+            scale=SCALE,
+            enable_gqa=True,
+            block_mask=mask,
             kernel_options=KERNEL_OPTIONS[head_dim],
         )
 

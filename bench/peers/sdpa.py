@@ -41,7 +41,9 @@ def concatenated(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Every KV head `times` times, copied, as transformers expands them."""
     batch, heads, length, dim = tensor.shape
-    return tensor[:, :, None].expand(batch, heads, times, length, dim).reshape(batch, heads * times, length, dim)
+    return (
+        tensor[:, :, None].expand(batch, heads, times, length, dim).reshape(batch, heads * times, length, dim)
+    )
 
 
 def _outputs(result: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -80,7 +80,9 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
 
 def _commit(case: Case, inputs) -> list[Variant]:
     run = decision if inputs.state is not None else threshold_decision
-    name = "sort, cumsum, scatter, where, randint" if inputs.state is not None else "threshold, scatter, where"
+    name = (
+        "sort, cumsum, scatter, where, randint" if inputs.state is not None else "threshold, scatter, where"
+    )
     return [Variant(name, lambda inputs: lambda: run(inputs), lambda result: {"committed": result[0]})]
 
 
@@ -89,20 +91,26 @@ def _head_stats(case: Case, inputs) -> list[Variant]:
         return lambda: F.linear(inputs.hidden, inputs.weight)
 
     def chain(inputs):
-        return lambda: sampler_step(F.linear(inputs.hidden, inputs.weight), inputs.temperature, inputs.softcap)
+        return lambda: sampler_step(
+            F.linear(inputs.hidden, inputs.weight), inputs.temperature, inputs.softcap
+        )
 
     def product_then_row_stats(inputs):
         import dgemma_accel
 
         return lambda: dgemma_accel.row_stats(
-            F.linear(inputs.hidden, inputs.weight), temperature=inputs.temperature, softcap=inputs.softcap,
+            F.linear(inputs.hidden, inputs.weight),
+            temperature=inputs.temperature,
+            softcap=inputs.softcap,
             uniform=inputs.uniform,
         )
 
     return [
         Variant("linear alone", product, lambda result: {"logits": result}),
         Variant("linear, then row_stats", product_then_row_stats, lambda result: {"argmax": result.argmax}),
-        Variant("linear, then transformers chain", chain, lambda result: {"argmax": result[0]}, capturable=False),
+        Variant(
+            "linear, then transformers chain", chain, lambda result: {"argmax": result[0]}, capturable=False
+        ),
     ]
 
 

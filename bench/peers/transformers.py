@@ -31,9 +31,16 @@ def _layer(inputs) -> SimpleNamespace:
         return torch.nn.functional.gelu(first, approximate="tanh") * second
 
     return SimpleNamespace(
-        num_experts=inputs.gate_up.shape[0], gate_up_proj=inputs.gate_up, down_proj=inputs.down, has_gate=True,
-        has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False,
-        _is_expert_parallel=False, _apply_gate=gate,
+        num_experts=inputs.gate_up.shape[0],
+        gate_up_proj=inputs.gate_up,
+        down_proj=inputs.down,
+        has_gate=True,
+        has_bias=False,
+        is_transposed=False,
+        is_concatenated=True,
+        has_post_expert_norm=False,
+        _is_expert_parallel=False,
+        _apply_gate=gate,
     )
 
 

@@ -65,15 +65,29 @@ def _attention(case: Case, inputs) -> list[Variant]:
         key, value = paged(inputs.prefix_key, inputs.key), paged(inputs.prefix_value, inputs.value)
         pages = key.shape[0] // batch
         out = torch.empty_like(query)
-        arguments = _accepted(function, {
-            "q": query, "k": key, "v": value, "out": out,
-            "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device=device) * canvas,
-            "max_seqlen_q": canvas,
-            "seqused_k": torch.full((batch,), length, dtype=torch.int32, device=device),
-            "max_seqlen_k": length, "softmax_scale": SCALE, "causal": False, "window_size": (-1, -1),
-            "block_table": torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
-            "softcap": 0.0, "q_descale": None, "k_descale": None, "v_descale": None,
-        })
+        arguments = _accepted(
+            function,
+            {
+                "q": query,
+                "k": key,
+                "v": value,
+                "out": out,
+                "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device=device) * canvas,
+                "max_seqlen_q": canvas,
+                "seqused_k": torch.full((batch,), length, dtype=torch.int32, device=device),
+                "max_seqlen_k": length,
+                "softmax_scale": SCALE,
+                "causal": False,
+                "window_size": (-1, -1),
+                "block_table": torch.arange(batch * pages, dtype=torch.int32, device=device).view(
+                    batch, pages
+                ),
+                "softcap": 0.0,
+                "q_descale": None,
+                "k_descale": None,
+                "v_descale": None,
+            },
+        )
 
         def run():
             function(**arguments)
@@ -99,14 +113,13 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
         temperature = torch.full((1,), inputs.temperature, dtype=torch.float32, device=logits.device)
         return lambda: function(logits, temperature, rows, 1234, torch.bfloat16)
 
-    return [
-        Variant("sample_row_stats", prepare, lambda result: {"argmax": result[0], "entropy": result[2]})
-    ]
+    return [Variant("sample_row_stats", prepare, lambda result: {"argmax": result[0], "entropy": result[2]})]
 
 
 def _experts(case: Case, inputs) -> list[Variant]:
     function = _find(
-        ("vllm.model_executor.layers.fused_moe", "vllm.model_executor.layers.fused_moe.fused_moe"), "fused_experts"
+        ("vllm.model_executor.layers.fused_moe", "vllm.model_executor.layers.fused_moe.fused_moe"),
+        "fused_experts",
     )
 
     def prepare(inputs):
@@ -117,11 +130,18 @@ def _experts(case: Case, inputs) -> list[Variant]:
         except (ImportError, AttributeError):
             # Versions before the enumeration name the activation, and know the exact gelu only.
             activation = "gelu"
-        arguments = _accepted(function, {
-            "hidden_states": inputs.hidden, "w1": inputs.gate_up, "w2": inputs.down,
-            "topk_weights": inputs.weights.float(), "topk_ids": inputs.index.to(torch.int32),
-            "inplace": False, "activation": activation,
-        })
+        arguments = _accepted(
+            function,
+            {
+                "hidden_states": inputs.hidden,
+                "w1": inputs.gate_up,
+                "w2": inputs.down,
+                "topk_weights": inputs.weights.float(),
+                "topk_ids": inputs.index.to(torch.int32),
+                "inplace": False,
+                "activation": activation,
+            },
+        )
         return lambda: function(**arguments)
 
     return [Variant("fused_experts", prepare, lambda result: {"result": result})]

@@ -30,13 +30,15 @@ def readable(cache, layer) -> bool:
 
 
 def prepare_cache(patch: Patch, generation_config, batch_size: int, max_length: int):
-    """`_prepare_cache_for_generation`: where steps are captured, calls that ask for none get one that stays in place."""
+    """`_prepare_cache_for_generation`: where steps are captured, calls that ask for none get one in place."""
     call, device = active_call(), patch.owner.device
-    if generation_config.cache_implementation is None and call is not None and patch.acceleration.graph_on(device):
+    if (
+        generation_config.cache_implementation is None
+        and call is not None
+        and patch.acceleration.graph_on(device)
+    ):
         return _lease(patch, call, batch_size, max_length)
-    return patch.original()(
-        generation_config=generation_config, batch_size=batch_size, max_length=max_length
-    )
+    return patch.original()(generation_config=generation_config, batch_size=batch_size, max_length=max_length)
 
 
 def prepare_static_cache(patch: Patch, cache_implementation: str, batch_size: int, max_length: int):

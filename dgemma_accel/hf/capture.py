@@ -1,8 +1,8 @@
 """A denoising step recorded once and replayed: a CUDA graph over tensors that stay where they are.
 
 A graph reads and writes the addresses it was recorded with. So a step's inputs are copied into tensors that belong to
-the capture, the state that a step leaves is copied back into them inside the graph, and what a caller gets is copied out.
-One replay is one step and allocates nothing.
+the capture, the state that a step leaves is copied back into them inside the graph, and what a caller gets is copied
+out. One replay is one step and allocates nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ class Inputs(NamedTuple):
         """Tensors of the same shapes at addresses of their own."""
 
         def fresh(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            return (
+                None
+                if tensor is None
+                else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            )
 
         return Inputs(
             graph.State(*map(fresh, self.state)),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from . import capture, graph
 from .capture import CapturedStep, Inputs
-from .registry import fingerprint
 from .lookout import Lookout
 from .masks import PrefixRange
 from .patches import Acceleration
+from .registry import fingerprint
 
 
 def why_eager(denoiser, canvas: Tensor) -> str | None:
@@ -75,7 +75,9 @@ class Step:
     uncompiled.
     """
 
-    def __init__(self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size) -> None:
+    def __init__(
+        self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size
+    ) -> None:
         self.model, self.settings, self.acceleration = model, settings, acceleration
         self.shape, self.calls = tuple(shape), 0
         self.seconds: float | None = None

@@ -19,7 +19,9 @@ ACTIVATIONS = {"GELUTanh": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu"
 KERNELS = ("triton",)
 
 
-def experts_forward(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """`DiffusionGemmaTextExperts.forward` without waiting for the host and without a loop over experts.
 
     Args:
@@ -42,7 +44,13 @@ def experts_forward(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, to
         return _original(patch, hidden_states, top_k_index, top_k_weights)
     activation = ACTIVATIONS[type(module.act_fn).__name__]
     return experts(
-        hidden_states, top_k_index, top_k_weights, weight, module.down_proj, activation=activation, backend=backend
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        weight,
+        module.down_proj,
+        activation=activation,
+        backend=backend,
     )
 
 

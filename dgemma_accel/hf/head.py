@@ -45,7 +45,13 @@ def logits_and_stats(
         hidden: [B, C, E], the decoder's last hidden states.
         The others as in `row_stats`.
     """
-    draw = {"temperature": temperature, "softcap": softcap, "seed": seed, "offset": offset, "backend": backend}
+    draw = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "seed": seed,
+        "offset": offset,
+        "backend": backend,
+    }
     if not (torch.is_grad_enabled() and lm_head.weight.requires_grad):
         if is_plain(lm_head, hidden):
             return head_stats(hidden, lm_head.weight, **draw)

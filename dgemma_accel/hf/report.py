@@ -14,7 +14,7 @@ class CaptureReport:
     """One step that was compiled, and captured where the device can.
 
     batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is
-    the only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and one step.
+    the only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and step.
     capture_seconds: warm-up, which holds the compiler's time if it is the first with its shape, and recording.
     memory_bytes: of the graph and its own tensors; captures of one model share working memory, which counts for the
     first. replays: steps taken with it. problem: why it is not compiled or not captured, or None.
@@ -60,7 +60,9 @@ def captures(model: nn.Module) -> list[CaptureReport]:
         if id(step) not in steps_with_capture:
             problem = _uncompiled(step)
             found.append(
-                CaptureReport(*step.shape, 0, step.failure is None, False, step.seconds, None, 0, step.calls, problem)
+                CaptureReport(
+                    *step.shape, 0, step.failure is None, False, step.seconds, None, 0, step.calls, problem
+                )
             )
     return found
 

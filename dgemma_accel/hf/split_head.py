@@ -38,7 +38,11 @@ def is_split(lm_head: nn.Module, hidden: Tensor) -> bool:
     weight = lm_head.weight
     if type(lm_head) is not nn.Linear or lm_head.bias is not None or not isinstance(weight, DTensor):
         return False
-    if lm_head._forward_hooks or lm_head._forward_pre_hooks or getattr(lm_head, "_hf_quantized_needs_local_tp", False):
+    if (
+        lm_head._forward_hooks
+        or lm_head._forward_pre_hooks
+        or getattr(lm_head, "_hf_quantized_needs_local_tp", False)
+    ):
         return False
     return (
         not isinstance(hidden, DTensor)

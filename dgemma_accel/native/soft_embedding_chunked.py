@@ -60,8 +60,8 @@ def soft_embedding(
     """See `reference.soft_embedding`.
 
     The probabilities of a slice are rounded to the dtype of `weight` for the product; slices add up in fp32, and on a
-    GPU each one's product is fp32 too. On the host a slice in which no row holds more than `tolerance` is left out; on a
-    GPU that would wait for the device, so every slice is computed.
+    GPU each one's product is fp32 too. On the host a slice in which no row holds more than `tolerance` is left out; on
+    a GPU that would wait for the device, so every slice is computed.
     """
     if exact:
         return exact_soft_embedding(logits, logsumexp, weight, temperature, softcap)

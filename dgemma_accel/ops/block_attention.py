@@ -31,7 +31,9 @@ def _block_attention(
     checks.values_in("prefix_start", prefix_start, 0, length, force=check)
     checks.values_in("prefix_end", prefix_end, 0, length, force=check)
     run = pick("block_attention", backend, _requirements(query))
-    return run(query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window)
+    return run(
+        query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window
+    )
 
 
 @_block_attention.register_fake

@@ -209,7 +209,12 @@ def commit(
     shape, device = tuple(tokens.shape), tokens.device
     for name, field in zip(stats._fields, stats):
         dtype = torch.int64 if name in ("argmax", "sample") else torch.float32
-        if isinstance(field, Tensor) and field.dtype == dtype and field.shape == shape and field.device == device:
+        if (
+            isinstance(field, Tensor)
+            and field.dtype == dtype
+            and field.shape == shape
+            and field.device == device
+        ):
             continue
         checks.is_tensor(f"stats.{name}", field)
         checks.has_dtype(f"stats.{name}", field, (dtype,))

@@ -80,7 +80,9 @@ def experts(
     if hidden.ndim != 2 or hidden.shape[1] < 1:
         raise ValueError(f"hidden: shape must be [R, E] with E >= 1, got {tuple(hidden.shape)}")
     if down.ndim != 3 or down.shape[0] < 1 or down.shape[2] < 1 or down.shape[1] != hidden.shape[1]:
-        raise ValueError(f"down: shape must be [X, {hidden.shape[1]}, I] like hidden, got {tuple(down.shape)}")
+        raise ValueError(
+            f"down: shape must be [X, {hidden.shape[1]}, I] like hidden, got {tuple(down.shape)}"
+        )
     count, embedding, width = down.shape
     checks.has_shape("gate_up", gate_up, (count, 2 * width, embedding), "[X, 2 * I, E] like down")
     if index.ndim != 2 or index.shape[0] != hidden.shape[0]:

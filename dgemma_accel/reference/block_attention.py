@@ -56,7 +56,6 @@ def block_attention(
     starts = [0] * batch if prefix_start is None else prefix_start.tolist()
     ends = [prefix_length] * batch if prefix_end is None else prefix_end.tolist()
 
-
     # The storage order [B, C, Hq, D] is what the output projection reads.
     output = query.new_empty(batch, length, query_heads, head_dim).transpose(1, 2)
     lse = torch.empty(batch, query_heads, length, dtype=dtype, device=query.device)
@@ -83,7 +82,9 @@ def block_attention(
 
 def _causal(length: int, held: int, window: int | None, device: torch.device) -> Tensor:
     """[C, held + C] bool: which keys the queries of a block after `held` slots see."""
-    distance = torch.arange(held, held + length, device=device)[:, None] - torch.arange(held + length, device=device)
+    distance = torch.arange(held, held + length, device=device)[:, None] - torch.arange(
+        held + length, device=device
+    )
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
 

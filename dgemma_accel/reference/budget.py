@@ -185,7 +185,9 @@ def _plain_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(scores.shape[-1] - length)
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(
+                scores.shape[-1] - length
+            )
             if window is not None:
                 seen &= seen.new_ones(seen.shape).triu(scores.shape[-1] - length - window + 1)
             scores = scores.masked_fill(~seen, float("-inf"))

@@ -24,7 +24,9 @@ def check_experts(
     dtype of the weights, choices weighted in fp32 and rounded as they are added.
     """
     if result.shape != hidden.shape or result.dtype != hidden.dtype:
-        return [f"experts: {tuple(result.shape)} {result.dtype} instead of {tuple(hidden.shape)} {hidden.dtype}"]
+        return [
+            f"experts: {tuple(result.shape)} {result.dtype} instead of {tuple(hidden.shape)} {hidden.dtype}"
+        ]
     # The reference widens the weights of one expert at a time.
     truth = experts(hidden.double(), index, weights, gate_up, down, activation)
     plain = torch.zeros_like(hidden)

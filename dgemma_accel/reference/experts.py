@@ -20,7 +20,12 @@ def activate(gate: Tensor, activation: str) -> Tensor:
 
 
 def experts(
-    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str = "gelu_tanh"
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """sum over the row's choices (e, w) of w * down_e (act(gate_e x) * (up_e x)), in fp32 (fp64 for fp64 rows).
 

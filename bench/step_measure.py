@@ -1,0 +1,157 @@
+"""Measuring the ways to take a step: time, launches, host reads, memory and components, each of a step alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from . import ceilings, floors, memory, step_model, step_trace
+from .runner import _one_line
+from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
+
+# Tokens that all calls of one variant may add to its cache.
+ROOM = 4096
+
+
+def clock(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def per_step(
+    runs: dict[str, Callable[[int], object]], steps: int, repeats: int, device: torch.device
+) -> dict[str, float | Exception]:
+    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised.
+
+    One repeat of each in turn, so that a drifting clock meets all alike.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, Exception] = {}
+    for repeat in range(-1, repeats):
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            try:
+                if repeat < 0:
+                    run(1)
+                    run(2)
+                    continue
+                one = clock(lambda run=run: run(1), device)
+                found[name].append((clock(lambda run=run: run(steps), device) - one) / (steps - 1))
+            except Exception as error:
+                failed[name] = error
+    return {name: failed.get(name) or statistics.median(found[name]) for name in runs}
+
+
+def counted(run: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
+    """(launches, host reads) of a step, by the same difference."""
+    one, many = step_trace.count(lambda: run(1), device), step_trace.count(lambda: run(steps), device)
+    return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
+
+
+def can_count(way: Way, device: torch.device) -> bool:
+    """On a CPU the launches of compiled code are read off what inductor wrote, which is done for our own step."""
+    return device.type == "cuda" or not way.compiles or way.graph
+
+
+def blank_row(way: Way, options, context: int, floor: dict) -> dict:
+    return {
+        "variant": way.name,
+        "context": context,
+        "batch": options.batch,
+        "steps": options.steps,
+        "status": "ok",
+        "error": None,
+        "step_ms": None,
+        "components_ms": None,
+        "launches": None,
+        "host_syncs": None,
+        "peak_extra_bytes": None,
+        "floor_ms": floor["total"],
+        "floor_multiple": None,
+    }
+
+
+class Bench:
+    """The variants with their models, made when first wanted and kept: what a variant compiled serves every context."""
+
+    def __init__(self, model, limits: ceilings.Ceilings, options) -> None:
+        self.model, self.limits, self.options = model, limits, options
+        self.models: dict[str, object] = {}
+        self.validates = torch.distributions.Distribution._validate_args
+
+    def runner(self, way: Way, context: int) -> Callable[[int], object]:
+        if way.name not in self.models:
+            self.models[way.name] = model_of(self.model, way, self.options.backend)
+        model = self.models[way.name]
+        cache = step_model.random_cache(model, self.options.batch, context, kind=way.cache, room=ROOM)
+        if way.decodes:
+            return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
+        run = denoiser(model, cache, self.options.batch)
+
+        def as_in_a_process_of_its_own(steps: int):
+            # Compiling turns this off for the whole process, and with it a part of the reference's work.
+            torch.distributions.Distribution._validate_args = self.validates
+            return run(steps)
+
+        return as_in_a_process_of_its_own if way == REFERENCE else run
+
+    def measure(self, ways: list[Way], context: int) -> list[dict]:
+        """The rows of some ways at one context, timed in turn."""
+        options, device = self.options, self.model.device
+        rows, runs = {}, {}
+        for way in ways:
+            canvas = 1 if way.decodes else self.model.config.canvas_length
+            floor = floor_of(self.model, self.limits, context, options.batch, canvas)
+            rows[way.name] = blank_row(way, options, context, floor)
+            try:
+                runs[way.name] = self.runner(way, context)
+            except Exception as error:
+                rows[way.name] |= {"status": "failed", "error": _one_line(error)}
+        times = per_step(runs, options.steps, options.repeats, device)
+        for way in ways:
+            row = rows[way.name]
+            if way.name not in runs:
+                continue
+            try:
+                if isinstance(times[way.name], Exception):
+                    raise times[way.name]
+                row["step_ms"] = times[way.name]
+                row["floor_multiple"] = row["step_ms"] / row["floor_ms"]
+                self._look_inside(way, runs[way.name], row)
+            except Exception as error:
+                row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+        return list(rows.values())
+
+    def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
+        options, device = self.options, self.model.device
+        row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
+        if can_count(way, device):
+            row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
+        if way.eager and not way.decodes:
+            with step_trace.component_timeline(self.models[way.name]) as timeline:
+                run(options.steps)
+            components = {name: spent / options.steps for name, spent in timeline.milliseconds().items()}
+            # Nothing was seen of the layers where a loop does not call them as modules.
+            row["components_ms"] = components if components["rest"] > 0 else None
+
+
+def floor_of(model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int) -> dict[str, float]:
+    figures, wide = step_model.text_figures(model.config)
+    size = model.dtype.itemsize
+    parts = floors.components(
+        figures, canvas, context, batch, floors.Precision(size, size), global_layers=wide
+    )
+    if canvas == 1:
+        # A decoded token is not fed back as a soft embedding.
+        del parts["self-conditioning"]
+    return floors.step_ms(parts, limits.bandwidth, limits.matrix(model.dtype))

@@ -1,0 +1,79 @@
+"""What the step bench prints: the table of a context and the ratios within it."""
+
+from __future__ import annotations
+
+from . import step_trace, table
+from .step_ways import AUTOREGRESSIVE, COMPILED_REFERENCE, REFERENCE, WAYS
+
+# What published figures assume one step to write: 256 tokens in 16 steps, and the mean of natural text.
+TOKENS_PER_STEP = (16, 19.7)
+
+
+def step_lines(rows: list[dict]) -> list[str]:
+    """The table of one context."""
+    cells = [
+        ["", "step", "floor", "multiple", "launches", "host syncs", "extra memory", *step_trace.COMPONENTS]
+    ]
+    errors = []
+    for row in rows:
+        if row["status"] != "ok":
+            errors.append(f"  {row['variant']} failed: {row['error']}")
+            continue
+        split = row["components_ms"] or {}
+        cells.append(
+            [
+                row["variant"],
+                table.duration(row["step_ms"] * 1e3),
+                table.duration(row["floor_ms"] * 1e3),
+                f"{row['floor_multiple']:.3g}x",
+                table.count(row["launches"]),
+                table.count(row["host_syncs"]),
+                table.size(row["peak_extra_bytes"]),
+                *(
+                    table.duration(split[name] * 1e3) if name in split else "-"
+                    for name in step_trace.COMPONENTS
+                ),
+            ]
+        )
+    lines = table.columns(cells) + errors
+    for line in speedups(rows):
+        lines.append(f"  {line}")
+    return lines
+
+
+def speedups(rows: list[dict]) -> list[str]:
+    """Ratios within one context: our steps against transformers', and every way against decoding token by token at a
+    stated number of tokens a step."""
+    good = {row["variant"]: row for row in rows if row["status"] == "ok"}
+    lines = []
+    for ours in (way for way in WAYS if way.ours and way.name in good):
+        for theirs in (REFERENCE, COMPILED_REFERENCE):
+            if theirs.name in good:
+                mine, other = good[ours.name], good[theirs.name]
+                line = (
+                    f"{ours.name} against {theirs.name}: {other['step_ms'] / mine['step_ms']:.2f}x the speed"
+                )
+                if mine.get("launches") and other.get("launches"):
+                    line += f", {other['launches'] / mine['launches']:.1f}x fewer launches"
+                lines.append(line)
+    decoding = [good[way.name] for way in AUTOREGRESSIVE if way.name in good]
+    if not decoding:
+        return lines
+    best = min(decoding, key=lambda row: row["step_ms"])
+    for way in WAYS:
+        if way.name in good:
+            ratios = ", ".join(
+                f"{tokens * best['step_ms'] / good[way.name]['step_ms']:.2f}x at {tokens:g} tokens a step"
+                for tokens in TOKENS_PER_STEP
+            )
+            lines.append(f"{way.name} against {best['variant']}: {ratios}")
+    return lines
+
+
+def window_line(model, context: int, rows: list[dict]) -> list[str]:
+    window = model.config.text_config.sliding_window
+    if context < window - 1 or COMPILED_REFERENCE.name not in {row["variant"] for row in rows}:
+        return []
+    return [
+        f"  {COMPILED_REFERENCE.name}: its tokens are wrong from the sliding window of {window} on; a time only"
+    ]

@@ -1,0 +1,105 @@
+"""The ways to take a step that the step bench compares, and the calls that take N steps each way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import step_model
+
+# Length of the canvases' history in every run: long enough never to be complete.
+HISTORY = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a step. cache: of `step_model.random_cache`. compiles: torch.compile is at work, for minutes.
+
+    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas.
+    """
+
+    name: str
+    cache: str
+    ours: bool = False
+    graph: bool = False
+    compiles: bool = False
+    decodes: bool = False
+
+    @property
+    def eager(self) -> bool:
+        return not self.compiles
+
+
+REFERENCE = Way("transformers, dynamic cache", "dynamic")
+COMPILED_REFERENCE = Way("transformers, static cache, compiled", "static", compiles=True)
+OURS = Way("ours, dynamic cache", "dynamic", ours=True)
+OURS_STATIC = Way("ours, static cache", "ours", ours=True)
+GRAPH = Way("ours, graph", "ours", ours=True, graph=True, compiles=True)
+WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH)
+AUTOREGRESSIVE = (
+    Way("autoregressive, dynamic cache", "dynamic", decodes=True),
+    Way("autoregressive, static cache, compiled", "static", compiles=True, decodes=True),
+)
+
+
+def model_of(model, way: Way, backend: str):
+    """The way's own model over the weights that all share, accelerated where the way is ours."""
+    own = step_model.twin(model)
+    if way.ours:
+        import dgemma_accel
+
+        dgemma_accel.accelerate(own, backend=backend, graph=way.graph)
+    return own
+
+
+def denoiser(model, cache, batch: int) -> Callable[[int], object]:
+    """A call that runs `generate` for one canvas of exactly n steps behind what the cache holds."""
+    canvas = model.config.canvas_length
+    device = model.device
+    prompt = torch.full((batch, 1), 5, device=device)
+
+    def run(steps: int):
+        # A history as long as the run is never complete, so no row stops early. It is part of a compiled step's shape,
+        # so runs of all lengths have the same.
+        return model.generate(
+            prompt,
+            past_key_values=cache,
+            max_new_tokens=canvas,
+            max_denoising_steps=steps,
+            stability_threshold=max(steps, HISTORY),
+        )
+
+    return run
+
+
+def decoder(model, cache, batch: int, context: int, compiled: bool) -> Callable[[int], object]:
+    """A call that decodes n tokens one by one with the encoder's causal pass, greedily."""
+    encoder = model.model.encoder
+    forward = torch.compile(encoder, mode="reduce-overhead", fullgraph=True) if compiled else encoder
+    device, softcap = model.device, model.config.text_config.final_logit_softcapping
+    position = context
+
+    @torch.no_grad()
+    def run(tokens: int):
+        nonlocal position
+        token = torch.full((batch, 1), 5, device=device)
+        for _ in range(tokens):
+            positions = torch.full((batch, 1), position, device=device, dtype=torch.int32)
+            masks = encoder.create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.empty(batch, 1, 0, dtype=model.dtype, device=device),
+                attention_mask=torch.ones(batch, position + 1, dtype=torch.bool, device=device),
+                past_key_values=cache,
+                position_ids=positions,
+            )
+            hidden = forward(
+                input_ids=token, attention_mask=masks, past_key_values=cache, position_ids=positions
+            ).last_hidden_state
+            logits = softcap * torch.tanh(model.lm_head(hidden[:, -1]).float() / softcap)
+            token = logits.argmax(-1, keepdim=True)
+            position += 1
+        return token
+
+    return run
