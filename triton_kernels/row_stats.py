@@ -341,9 +341,10 @@ def row_stats(
     config = configs.select("row_stats", capability(logits), bytes=logits.element_size())
     rows_per_program, span, tiles = tiling(rows, vocab, config)
     two = stats_temperature is not None
-    partial = logits.new_empty((5 if two else 4, rows, tiles), dtype=torch.float32)
-    partial_argmax = logits.new_empty((rows, tiles), dtype=torch.int32)
-    partials = (*partial[:4], partial[4] if two else partial[2], partial_argmax)
+    partial = logits.new_empty((4 if two else 3, rows, tiles), dtype=torch.float32)
+    largest, z, s = partial[:3]
+    # Second largest and position are looked up by the merge; the largest stands where nothing is left or read.
+    partials = (largest, largest, z, s, partial[3] if two else z, largest)
 
     t, t_pointer, t_stride = by_value(temperature)
     ts, ts_pointer, ts_stride = by_value(stats_temperature, 1.0)

@@ -1,4 +1,4 @@
-// Statistics of a set of logits, and how those of two sets become those of their union.
+// Statistics of a set of logits, and what those of a whole row say.
 //
 // With x the logits after softcap: max = max x, second = the second largest x (equal to max on a tie),
 // z = sum e^d and s = sum d e^d with d = (x - max) / stats_temperature, and mass = sum e^((x - max) / temperature).
@@ -39,26 +39,6 @@ DGEMMA_HD float exp_of_difference(float d) { return d < kLowestExponent ? 0.0f :
 
 DGEMMA_HD float larger(float a, float b) { return a > b ? a : b; }
 DGEMMA_HD float smaller(float a, float b) { return a > b ? b : a; }
-
-// The statistics of the union. `exponential` is e^d for d <= 0 of the host or of the device; the sampling mass is merged
-// only if it differs from z (`two_temperatures`), and is 0 otherwise.
-template <class Exponential>
-DGEMMA_HD TileStatistics merge(const TileStatistics& a, const TileStatistics& b, float inverse_stats,
-                               float inverse_sampling, bool two_temperatures, Exponential exponential) {
-  TileStatistics result;
-  result.max = larger(a.max, b.max);
-  result.second = larger(smaller(a.max, b.max), larger(a.second, b.second));
-  const float da = scaled_difference(a.max, result.max, inverse_stats);
-  const float db = scaled_difference(b.max, result.max, inverse_stats);
-  const float fa = exponential(da), fb = exponential(db);
-  result.z = a.z * fa + b.z * fb;
-  result.s = (a.s + a.z * da) * fa + (b.s + b.z * db) * fb;
-  result.mass = 0;
-  if (two_temperatures)
-    result.mass = a.mass * exponential(scaled_difference(a.max, result.max, inverse_sampling)) +
-                  b.mass * exponential(scaled_difference(b.max, result.max, inverse_sampling));
-  return result;
-}
 
 struct RowResult {
   float entropy, logsumexp, top1_prob, top2_prob;
