@@ -51,7 +51,9 @@ test-wheel: wheel
 	@$(RUN) tools/test_wheel.py
 
 lint: prepare
+	@$(RUN) -m pip install --quiet --disable-pip-version-check ruff
 	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
 
 clean:
 	rm -rf build dist *.egg-info dgemma_accel/_C*.so

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dgemma_accel.hf.naming import cache_argument
+
 from . import step_model
 
 # Length of the canvases' history in every run: long enough never to be complete.
@@ -65,10 +67,10 @@ def denoiser(model, cache, batch: int) -> Callable[[int], object]:
         # so runs of all lengths have the same.
         return model.generate(
             prompt,
-            past_key_values=cache,
             max_new_tokens=canvas,
             max_denoising_steps=steps,
             stability_threshold=max(steps, HISTORY),
+            **{cache_argument(): cache},
         )
 
     return run
@@ -91,11 +93,11 @@ def decoder(model, cache, batch: int, context: int, compiled: bool) -> Callable[
                 config=model.config,
                 inputs_embeds=torch.empty(batch, 1, 0, dtype=model.dtype, device=device),
                 attention_mask=torch.ones(batch, position + 1, dtype=torch.bool, device=device),
-                past_key_values=cache,
                 position_ids=positions,
+                **{cache_argument(): cache},
             )
             hidden = forward(
-                input_ids=token, attention_mask=masks, past_key_values=cache, position_ids=positions
+                input_ids=token, attention_mask=masks, position_ids=positions, **{cache_argument(): cache}
             ).last_hidden_state
             logits = softcap * torch.tanh(model.lm_head(hidden[:, -1]).float() / softcap)
             token = logits.argmax(-1, keepdim=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dgemma_accel.hf import call
+from dgemma_accel.hf.naming import cache_argument
 from dgemma_accel.reference.philox import below, random_words, uniform_from_word
 from dgemma_accel.reference.row_stats import invert_cdf
 
@@ -112,7 +113,14 @@ def same_noise(base=1):
         yield noise
 
 
-def generate(model, ids, mask=None, base=1, **options):
+def as_argument(cache):
+    """`cache` under the name that the transformers installed gives it."""
+    return {cache_argument(): cache}
+
+
+def generate(model, ids, mask=None, base=1, cache=None, **options):
+    if cache is not None:
+        options.update(as_argument(cache))
     if mask is not None:
         options["attention_mask"] = mask
     with same_noise(base):

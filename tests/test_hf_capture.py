@@ -257,7 +257,7 @@ class TestGenerate:
             between()
             turn = torch.cat([first.sequences[:, -CANVAS:], more], -1)
             return first, generate(
-                model, turn, past_key_values=first.past_key_values, base=2, max_denoising_steps=2,
+                model, turn, cache=first.past_key_values, base=2, max_denoising_steps=2,
             )  # fmt: skip
 
         expected = talk(lambda: None)

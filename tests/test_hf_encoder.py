@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, generate, prompt, tiny_model
+from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, as_argument, generate, prompt, tiny_model
 
 import dgemma_accel
 from dgemma_accel.hf import attention
@@ -52,11 +52,11 @@ def encode_in_turns(model, ids, turns, mask=None):
                 config=model.config,
                 inputs_embeds=torch.empty(*part.shape, 0),
                 attention_mask=mask[:, :done].bool(),
-                past_key_values=cache,
                 position_ids=positions,
+                **as_argument(cache),
             )
             output = encoder(
-                input_ids=part, attention_mask=masks, past_key_values=cache, position_ids=positions
+                input_ids=part, attention_mask=masks, position_ids=positions, **as_argument(cache)
             )
             states.append(output.last_hidden_state)
     return cache, states
@@ -181,6 +181,6 @@ def test_a_fully_bidirectional_encoder(calls):
     with dgemma_accel.accelerated(model):
         masks = model.model.encoder.create_masks_for_generate(
             config=model.config, inputs_embeds=torch.empty(1, 6, 0), attention_mask=torch.ones(1, 6).bool(),
-            past_key_values=None, position_ids=torch.arange(6)[None],
+            position_ids=torch.arange(6)[None], **as_argument(None),
         )  # fmt: skip
     assert not any(isinstance(mask, attention.CausalRange) for mask in masks.values()) and not calls

@@ -14,6 +14,7 @@ from hf_models import (
     generate,
     generation,
     prompt,
+    same_noise,
     tiny_model,
     transformers,
 )
@@ -226,13 +227,26 @@ class TestWhatMustKeepWorking:
             first = generate(model, ids, max_new_tokens=2 * CANVAS)
             # The last canvas is not in the cache yet.
             turn = torch.cat([first.sequences[:, -CANVAS:], more], -1)
-            second = generate(model, turn, past_key_values=first.past_key_values, base=2)
+            second = generate(model, turn, cache=first.past_key_values, base=2)
             return first.sequences, second.sequences
 
         expected = talk()
         with dgemma_accel.accelerated(model):
             result = talk()
         assert all(torch.equal(a, b) for a, b in zip(expected, result))
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_the_cache_under_either_name(self, model, name):
+        ids, _ = prompt(2, 11)
+        with dgemma_accel.accelerated(model):
+            cache = generate(model, ids).past_key_values
+            held = cache.get_seq_length()
+            turn, _ = prompt(2, CANVAS + 7, seed=5)
+            expected = generate(model, turn, cache=copy.deepcopy(cache), base=2)
+            with same_noise(2):
+                result = model.generate(turn, **{name: cache})
+        assert result.past_key_values is cache and cache.get_seq_length() > held
+        assert torch.equal(result.sequences, expected.sequences)
 
     def test_starting_canvas_and_self_conditioning_logits(self, model):
         ids, _ = prompt(2, 13)

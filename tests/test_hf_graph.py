@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model, transformers
+from hf_models import CANVAS, WINDOW, as_argument, generate, generation, prompt, tiny_model, transformers
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,7 +178,7 @@ class TestWhereItDoesNotRun:
         with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
             for _ in range(2):
                 given = cache()
-                result = generate(model, ids, past_key_values=given)
+                result = generate(model, ids, cache=given)
                 assert result.past_key_values is given
             assert not patches.acceleration_of(model).compiled
         assert len(self.lines(caplog)) == 1 and "DynamicCache" in self.lines(caplog)[0]
@@ -229,7 +229,7 @@ def test_one_graph_for_steps_canvases_prompts_and_calls(model):
         long, _ = prompt(2, 300)
         length = 2 * bank.SMALLEST
         cache = PreallocatedCache(model.config, length)
-        result = generate(model, long, max_new_tokens=2 * CANVAS, past_key_values=cache)
+        result = generate(model, long, max_new_tokens=2 * CANVAS, cache=cache)
         assert torch.equal(result.sequences, generate(model, long, max_new_tokens=2 * CANVAS).sequences)
         assert len(state.compiled) == 1 and counters["stats"]["unique_graphs"] == 1
         generate(model, prompt(1, 5)[0], max_denoising_steps=2, **options)
@@ -244,8 +244,8 @@ def test_decode_is_the_model_s_forward(model):
     decoder = model.model.decoder
     logits = torch.randn(2, CANVAS, 83) * 3
     with torch.no_grad():
-        model.model.encoder(input_ids=ids, past_key_values=cache)
-        expected = decoder(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=logits)
+        model.model.encoder(input_ids=ids, **as_argument(cache))
+        expected = decoder(decoder_input_ids=canvas, **as_argument(cache), self_conditioning_logits=logits)
         soft = logits.softmax(-1) @ decoder.embed_tokens.weight * decoder.embed_tokens.embed_scale
 
         class View:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import CANVAS, VOCAB, WINDOW, generate, prompt, tiny_model
+from hf_models import CANVAS, VOCAB, WINDOW, as_argument, generate, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
@@ -106,9 +106,9 @@ def test_a_second_turn(model):
     more, _ = prompt(2, 7, seed=5)
 
     def talk(cache=None):
-        first = generate(model, ids, max_new_tokens=2 * CANVAS, past_key_values=cache)
+        first = generate(model, ids, max_new_tokens=2 * CANVAS, cache=cache)
         turn = torch.cat([first.sequences[:, -CANVAS:], more], -1)
-        second = generate(model, turn, past_key_values=first.past_key_values, base=2)
+        second = generate(model, turn, cache=first.past_key_values, base=2)
         return first.sequences, second.sequences
 
     expected = talk()
@@ -119,7 +119,7 @@ def test_a_second_turn(model):
 
 def test_without_acceleration_it_is_a_cache_like_any_other(model):
     ids, mask = prompt(2, 20, left_padding=(0, 6))
-    result = generate(model, ids, mask, past_key_values=preallocated.PreallocatedCache(model.config, 60))
+    result = generate(model, ids, mask, cache=preallocated.PreallocatedCache(model.config, 60))
     assert_same(result, generate(model, ids, mask))
 
 
@@ -133,11 +133,11 @@ def test_a_static_cache_of_transformers(model, caplog):
     def cache():
         return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
 
-    expected = generate(model, ids, past_key_values=cache(), disable_compile=True)
+    expected = generate(model, ids, cache=cache(), disable_compile=True)
     before = dict(vars(model))
     with dgemma_accel.accelerated(model):
         for _ in range(2):
-            result = generate(model, ids, past_key_values=cache())
+            result = generate(model, ids, cache=cache())
     assert_same(result, expected)
     assert vars(model).keys() == before.keys(), "something compiled was left on the model"
     lines = [r.getMessage() for r in caplog.records if "static cache" in r.getMessage()]
@@ -157,9 +157,9 @@ def test_layers_of_another_kind_are_left_to_the_original(model, caplog):
         return made
 
     ids, _ = prompt(2, 20)
-    expected = generate(model, ids, past_key_values=cache())
+    expected = generate(model, ids, cache=cache())
     with dgemma_accel.accelerated(model):
-        result = generate(model, ids, past_key_values=cache())
+        result = generate(model, ids, cache=cache())
     assert_same(result, expected)
     assert any("cannot be read in place" in record.getMessage() for record in caplog.records)
 
@@ -168,7 +168,7 @@ def test_too_small(model):
     ids, _ = prompt(2, 11)
     cache = preallocated.PreallocatedCache(model.config, 15)
     with pytest.raises(ValueError, match="room for 15 tokens, holds 11 and got 12 more"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2 * CANVAS)
+        model.generate(ids, **as_argument(cache), max_new_tokens=2 * CANVAS)
 
 
 @pytest.mark.parametrize("length, error", [(0, ValueError), (2.5, TypeError), (True, TypeError)])
@@ -273,7 +273,7 @@ def test_no_allocation_of_a_step_grows_with_the_context():
         with torch.no_grad():
             cache = model.model.encoder(input_ids=ids).past_key_values
             with LargestOutput() as mode:
-                model(decoder_input_ids=ids[:, :1].expand(-1, CANVAS), past_key_values=cache)
+                model(decoder_input_ids=ids[:, :1].expand(-1, CANVAS), **as_argument(cache))
         return mode.elements
 
     assert original(250) > original(8)

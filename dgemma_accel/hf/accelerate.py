@@ -15,6 +15,7 @@ from .denoising import denoising_step
 from .experts import experts_forward
 from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
+from .naming import cache_argument
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 MINIMUM_TRANSFORMERS = (5, 17)
@@ -61,7 +62,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         raise TypeError(f"graph: a bool or None expected, got {type(graph).__name__}")
     _check_model(model)
     restore(model)
-    acceleration = Acceleration(backend, exact, graph)
+    acceleration = Acceleration(backend, exact, graph, cache_argument())
     encoder, decoder = model.model.encoder, model.model.decoder
     for layer in encoder.language_model.layers:
         acceleration.replace(layer.self_attn, "forward", encoder_attention_forward)

@@ -9,15 +9,17 @@ from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
 from .cache import readable
 from .masks import CausalRange, PrefixRange, reference_mask
+from .naming import takes_cache
 from .patches import Patch
 
 
+@takes_cache
 def decoder_attention_forward(
     patch: Patch,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | PrefixRange | None = None,
-    past_key_values=None,
+    cache=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """`DiffusionGemmaDecoderTextAttention.forward` without cache concatenation and without repeated heads.
@@ -27,28 +29,29 @@ def decoder_attention_forward(
         position_embeddings: (cos, sin), each [1 or B, C, D].
         attention_mask: None (the whole prefix is visible), a `PrefixRange`, or a mask of the original model, which the
             original attention serves.
-        past_key_values: the encoder's cache; not written.
+        cache: the encoder's; not written.
 
     Returns:
         ([B, C, E], None); attention weights are only made by the original attention.
     """
     module = patch.owner
-    reason = _reason_for_reference(module, hidden_states, attention_mask, past_key_values, kwargs)
+    reason = _reason_for_reference(module, hidden_states, attention_mask, cache, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
             patch.acceleration.say("attention", reason)
-        return _original(patch, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+        return _original(patch, hidden_states, position_embeddings, attention_mask, cache, kwargs)
     query, key, value = project(module, hidden_states, position_embeddings)
-    layer = past_key_values.layers[module.layer_idx]
+    layer = cache.layers[module.layer_idx]
     return _attend(patch, query, key, value, layer, attention_mask, causal=False), None
 
 
+@takes_cache
 def encoder_attention_forward(
     patch: Patch,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | CausalRange | None = None,
-    past_key_values=None,
+    cache=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """`DiffusionGemmaEncoderTextAttention.forward` through `block_attention` where the mask is a `CausalRange`.
@@ -57,7 +60,6 @@ def encoder_attention_forward(
     any other mask is served by the original without a word: images are its job.
     """
     module = patch.owner
-    cache = past_key_values
     if not isinstance(attention_mask, CausalRange) or _needs_original(
         module, hidden_states, cache.layers[module.layer_idx], kwargs
     ):
@@ -75,7 +77,7 @@ def _original(patch: Patch, hidden_states, position_embeddings, mask, cache, kwa
         hidden_states=hidden_states,
         position_embeddings=position_embeddings,
         attention_mask=reference_mask(mask, patch.owner.layer_type),
-        past_key_values=cache,
+        **patch.acceleration.as_argument(cache),
         **kwargs,
     )
 

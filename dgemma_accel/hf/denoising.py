@@ -15,10 +15,12 @@ from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
 from .head import logits_and_stats
 from .lookout import Lookout
+from .naming import takes_cache
 from .patches import Acceleration, Patch
 from .statistics import as_given
 
 
+@takes_cache
 def denoising_step(
     patch: Patch,
     *,
@@ -29,7 +31,7 @@ def denoising_step(
     decoder_position_ids: Tensor,
     self_conditioning_logits: Tensor | StepCarry | None,
     mask_mapping: dict,
-    past_key_values,
+    cache,
     finished_denoising: Tensor,
     cur_step: int,
     sampler,
@@ -60,17 +62,17 @@ def denoising_step(
             decoder_position_ids=decoder_position_ids,
             self_conditioning_logits=self_conditioning_logits,
             mask_mapping=mask_mapping,
-            past_key_values=past_key_values,
             finished_denoising=finished_denoising,
             cur_step=cur_step,
             sampler=sampler,
             logits_processor=logits_processor,
             diffusion_stopping_criteria=diffusion_stopping_criteria,
+            **acceleration.as_argument(cache),
             **model_kwargs,
         )
 
     denoiser = Denoiser(
-        model, acceleration, call or Call(), decoder_position_ids, mask_mapping, past_key_values, model_kwargs,
+        model, acceleration, call or Call(), decoder_position_ids, mask_mapping, cache, model_kwargs,
         sampler, logits_processor, diffusion_stopping_criteria,
     )  # fmt: skip
     carry = self_conditioning_logits
@@ -161,8 +163,8 @@ class Denoiser:
                 decoder_input_ids=canvas,
                 self_conditioning_logits=None,
                 decoder_attention_mask=self.masks,
-                past_key_values=self.cache,
                 decoder_position_ids=self.position_ids,
+                **self.acceleration.as_argument(self.cache),
                 **self.model_kwargs,
             )
         return output.last_hidden_state

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from ..ops import checks
 from .call import Call, active_call, calling
+from .naming import takes_cache
 from .patches import Patch
 
 
+@takes_cache
 def generate(
     patch: Patch,
     input_ids: Tensor | None = None,
-    past_key_values=None,
+    cache=None,
     streamer=None,
     generation_config=None,
     logits_processor=None,
@@ -67,11 +69,11 @@ def generate(
     with calling(call):
         output = patch.original()(
             input_ids=input_ids,
-            past_key_values=past_key_values,
             streamer=streamer,
             generation_config=generation_config,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
+            **patch.acceleration.as_argument(cache),
             **kwargs,
         )
     if not (call.with_confidence or call.with_steps):

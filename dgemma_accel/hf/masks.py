@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import readable
+from .naming import takes_cache
 from .patches import Patch
 
 
@@ -61,7 +62,8 @@ def contiguous_range(visible: Tensor) -> tuple[Tensor, Tensor] | None:
     return start.int(), end.int()
 
 
-def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, decoder_attention_mask=None):
+@takes_cache
+def create_decoder_masks(patch: Patch, config, inputs_embeds, cache, decoder_attention_mask=None):
     """`DiffusionGemmaDecoderModel.create_diffusion_decoder_attention_mask` with ranges instead of 4-D masks.
 
     Called once per canvas. A 2-D mask [B, past + C] of which each row is one run of True over the past and all True
@@ -74,14 +76,14 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
         return patch.original()(
             config=config,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             decoder_attention_mask=decoder_attention_mask,
+            **patch.acceleration.as_argument(cache),
         )
 
     mask = decoder_attention_mask
-    if past_key_values is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+    if cache is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return original()
-    if past_key_values.is_compileable:
+    if cache.is_compileable:
         return original()
 
     visible = mask.bool()
@@ -90,10 +92,10 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
 
     ranges = {}
     for kind, index in _first_layers(config).items():
-        layer = past_key_values.layers[index]
-        if not readable(past_key_values, layer):
+        layer = cache.layers[index]
+        if not readable(cache, layer):
             return original()
-        held, seen = layer.keys.shape[-2], past_key_values.get_seq_length(index)
+        held, seen = layer.keys.shape[-2], cache.get_seq_length(index)
         span = _row_range(visible, seen - held, seen, inputs_embeds.shape[:2])
         if span is None:
             patch.acceleration.say("attention", "the attention mask has holes or hides canvas positions")
@@ -102,8 +104,9 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, past_key_values, d
     return ranges
 
 
+@takes_cache
 def create_encoder_masks(
-    patch: Patch, config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids=None
+    patch: Patch, config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids=None
 ):
     """`DiffusionGemmaEncoderModel.create_masks_for_generate` with ranges where the mask is plainly causal.
 
@@ -117,12 +120,12 @@ def create_encoder_masks(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
             mm_token_type_ids=mm_token_type_ids,
+            **patch.acceleration.as_argument(cache),
         )
 
-    text, cache = config.get_text_config(), past_key_values
+    text = config.get_text_config()
     if mm_token_type_ids is not None or cache is None or text.use_bidirectional_attention == "all":
         return original()
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] == 0):

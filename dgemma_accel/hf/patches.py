@@ -64,11 +64,15 @@ class Patch:
 @dataclass(eq=False)
 class Acceleration:
     """The replacements on one model, the options of `accelerate`, what has been said about fallbacks, the buffers that
-    calls share, compiled steps by shape and captured ones."""
+    calls share, compiled steps by shape and captured ones.
+
+    cache_argument: what the model's own methods call the cache.
+    """
 
     backend: str = "auto"
     exact: bool = False
     graph: bool | None = None
+    cache_argument: str = "cache"
     patches: list[Patch] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     bank: CacheBank = field(default_factory=CacheBank)
@@ -90,6 +94,10 @@ class Acceleration:
         for patch in reversed(self.patches):
             patch.undo()
         self.patches.clear()
+
+    def as_argument(self, cache) -> dict:
+        """`cache` as a keyword argument of the model's own methods."""
+        return {self.cache_argument: cache}
 
     def backend_of(self, op: str) -> str:
         """The backend for an op: the one asked for, or `auto` where the op has no such implementation at all."""

@@ -97,7 +97,7 @@ class PreallocatedLayer(_Buffers, DynamicLayer):
         if held + new > self.capacity:
             if not self.growing:
                 raise ValueError(
-                    f"past_key_values: the cache has room for {self.capacity} tokens, holds {held} and got {new} more"
+                    f"cache: there is room for {self.capacity} tokens, holds {held} and got {new} more"
                 )
             self.capacity = rounded_up(held + new)
         self._allocate_for(key_states, value_states)

@@ -38,6 +38,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
+from dgemma_accel.hf.naming import cache_argument
+
 CANVAS = 32
 HIDDEN = 96
 SLIDING_HEAD_DIM, GLOBAL_HEAD_DIM = 32, 64
@@ -191,9 +193,9 @@ def diffusion_loss(
 
     # The encoder runs once; both decoder passes read its cache.
     cache = DynamicCache(config=model.config.text_config)
-    model.model.encoder(input_ids=batch.prefix, attention_mask=batch.prefix_mask, past_key_values=cache)
+    model.model.encoder(input_ids=batch.prefix, attention_mask=batch.prefix_mask, **{cache_argument(): cache})
     context = {
-        "past_key_values": cache,
+        cache_argument(): cache,
         "decoder_attention_mask": F.pad(batch.prefix_mask, (0, CANVAS), value=True),
     }
     previous = None
