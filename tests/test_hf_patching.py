@@ -220,6 +220,39 @@ class TestBadInput:
             dgemma_accel.accelerate(model)
         assert patches.acceleration_of(model) is None
 
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (
+                lambda self, hidden_states, index, weights: None,
+                "takes index, weights and no longer takes top_k_index",
+            ),
+            (lambda self, hidden_states, top_k_index, top_k_weights, scale: None, "forward takes scale"),
+            (lambda self, hidden_states, top_k_index: None, "forward no longer takes top_k_weights"),
+            (None, "forward is gone"),
+        ],
+    )
+    def test_a_later_transformers_with_other_arguments(self, model, monkeypatch, change, message):
+        experts = type(model.model.decoder.layers[0].experts)
+        if change is None:
+            monkeypatch.setattr(experts, "forward", None)
+        else:
+            change.__module__ = experts.__module__
+            monkeypatch.setattr(experts, "forward", change)
+        with pytest.raises(ImportError, match=f"is newer than .*DiffusionGemmaTextExperts.*{message}"):
+            dgemma_accel.accelerate(model)
+        assert patches.acceleration_of(model) is None
+        assert "forward" not in model.model.decoder.layers[0].experts.__dict__
+
+    def test_arguments_of_the_caller_s_own_class(self, model, monkeypatch):
+        class Own(type(model.model.decoder.layers[0].experts)):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs)
+
+        model.model.decoder.layers[0].experts.__class__ = Own
+        with dgemma_accel.accelerated(model):
+            pass
+
     def test_without_transformers(self, model, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         with pytest.raises(ImportError, match=r"dgemma-accel\[hf\]"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -15,7 +15,7 @@ from .denoising import denoising_step
 from .experts import experts_forward
 from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
-from .naming import cache_argument
+from .naming import cache_argument, unknown_names
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 MINIMUM_TRANSFORMERS = (5, 17)
@@ -51,7 +51,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
 
     Raises:
         TypeError: a model of another class, an `exact` that is no bool, a `graph` that is neither a bool nor None.
-        ImportError: transformers is missing or older than 5.17.
+        ImportError: transformers is missing, older than 5.17, or a later one whose methods are not known here.
         ValueError: an unknown backend.
         backends.BackendError: the backend cannot run on this machine.
     """
@@ -63,23 +63,10 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     _check_model(model)
     restore(model)
     acceleration = Acceleration(backend, exact, graph, cache_argument())
-    encoder, decoder = model.model.encoder, model.model.decoder
-    for layer in encoder.language_model.layers:
-        acceleration.replace(layer.self_attn, "forward", encoder_attention_forward)
-    acceleration.replace(encoder, "create_masks_for_generate", create_encoder_masks)
-    for layer in decoder.layers:
-        acceleration.replace(layer.self_attn, "forward", decoder_attention_forward)
-    for layer in (*encoder.language_model.layers, *decoder.layers):
-        acceleration.replace(layer.experts, "forward", experts_forward)
-    acceleration.replace(decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks)
-    acceleration.replace(decoder.self_conditioning, "forward", self_conditioning_forward)
-    acceleration.replace(model, "_denoising_step", denoising_step)
-    acceleration.replace(model, "_prepare_cache_for_generation", prepare_cache)
-    acceleration.replace(model, "_prepare_static_cache", prepare_static_cache)
-    acceleration.replace(model, "_compile_functions", leave_uncompiled)
-    acceleration.replace(model, "_prepare_denoiser_inputs", prepare_denoiser_inputs)
-    acceleration.replace(model, "_compute_tokens_per_forward", compute_tokens_per_forward)
-    acceleration.replace(model, "generate", generate)
+    replacements = list(_replacements(model))
+    _check_methods(replacements)
+    for owner, name, function in replacements:
+        acceleration.replace(owner, name, function)
     model.__dict__[ATTRIBUTE] = acceleration
     return model
 
@@ -115,6 +102,49 @@ def accelerated(model, *, backend: str = "auto", exact: bool = False, graph: boo
         restore(model)
         if earlier is not None:
             accelerate(model, **earlier)
+
+
+def _replacements(model) -> Iterator[tuple[nn.Module, str, Callable]]:
+    """(module, name of its method, what stands in front of it)."""
+    encoder, decoder = model.model.encoder, model.model.decoder
+    for layer in encoder.language_model.layers:
+        yield layer.self_attn, "forward", encoder_attention_forward
+    yield encoder, "create_masks_for_generate", create_encoder_masks
+    for layer in decoder.layers:
+        yield layer.self_attn, "forward", decoder_attention_forward
+    for layer in (*encoder.language_model.layers, *decoder.layers):
+        yield layer.experts, "forward", experts_forward
+    yield decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks
+    yield decoder.self_conditioning, "forward", self_conditioning_forward
+    yield model, "_denoising_step", denoising_step
+    yield model, "_prepare_cache_for_generation", prepare_cache
+    yield model, "_prepare_static_cache", prepare_static_cache
+    yield model, "_compile_functions", leave_uncompiled
+    yield model, "_prepare_denoiser_inputs", prepare_denoiser_inputs
+    yield model, "_compute_tokens_per_forward", compute_tokens_per_forward
+    yield model, "generate", generate
+
+
+def _check_methods(replacements: list[tuple[nn.Module, str, Callable]]) -> None:
+    """Refuse a transformers whose methods are not those that the replacements stand for."""
+    import transformers
+
+    problems = {}
+    for kind, name, function in {
+        (type(owner), name, function): None for owner, name, function in replacements
+    }:
+        original = getattr(kind, name, None)
+        # A class of the caller's own may name its arguments as it likes: the original serves it.
+        if not getattr(original, "__module__", "transformers.").startswith("transformers."):
+            continue
+        reason = "is gone" if original is None else unknown_names(original, function)
+        if reason is not None:
+            problems[f"{kind.__name__}.{name}"] = reason
+    if problems:
+        raise ImportError(
+            f"transformers {transformers.__version__} is newer than this release of dgemma-accel knows: "
+            + "; ".join(f"{method} {reason}" for method, reason in problems.items())
+        )
 
 
 def _check_backend(backend: str) -> None:

@@ -89,10 +89,10 @@ def given_soft_embeddings(soft: Tensor | None):
         _soft_embeddings.reset(token)
 
 
-def self_conditioning_forward(patch: Patch, inputs_embeds: Tensor, soft_embeddings: Tensor, *args, **kwargs):
+def self_conditioning_forward(patch: Patch, inputs_embeds: Tensor, self_conditioning_signal: Tensor):
     """`DiffusionGemmaSelfConditioning.forward` with the soft embeddings of the denoising step, if there are any."""
     # Compiled forwards come from the original loop, which conditions by logits.
     given = None if torch.compiler.is_compiling() else _soft_embeddings.get()
     if given is not None:
-        soft_embeddings = given.to(inputs_embeds.device)
-    return patch.original()(inputs_embeds, soft_embeddings, *args, **kwargs)
+        self_conditioning_signal = given.to(inputs_embeds.device)
+    return patch.original()(inputs_embeds, self_conditioning_signal)
