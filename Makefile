@@ -1,8 +1,9 @@
 # Every target prepares what it needs: a virtual environment, PyTorch, the compiled extension.
-#   make demo | test | bench | gpu | sanitize | report | wheel | test-wheel
+#   make demo | test | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
 # Variables:
 #   TRANSFORMERS=5.17.0   a transformers release instead of the newest (its own environment)
 #   TESTS="tests/..."     what `make test` runs;  PYTEST_ARGS="-k ..."  passed on
+#   CAPABILITY=9.0        what `make compile-tests` compiles the Triton tests' launches for
 #   GPU_MINUTES=9  PARTS="test attention"   time and parts of `make gpu`
 
 PYTHON ?= python3
@@ -11,13 +12,14 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 GPU_MINUTES ?= 9
 PARTS ?=
+CAPABILITY ?= 9.0
 VENV ?= .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 RUN = $(VENV)/bin/python
 
-.PHONY: help prepare demo test bench gpu sanitize report wheel test-wheel lint clean
+.PHONY: help prepare demo test bench gpu sanitize report wheel test-wheel compile-tests lint clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 prepare:
 	@$(PYTHON) tools/prepare.py --venv $(VENV) $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
@@ -49,6 +51,9 @@ wheel: prepare
 
 test-wheel: wheel
 	@$(RUN) tools/test_wheel.py
+
+compile-tests: prepare
+	@OMP_NUM_THREADS=1 $(RUN) -W ignore tools/compile_tests.py $(CAPABILITY)
 
 lint: prepare
 	@$(RUN) -m pip install --quiet --disable-pip-version-check ruff

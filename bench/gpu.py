@@ -7,6 +7,7 @@ theirs. Time that a part leaves over goes to those after it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -55,6 +56,17 @@ def device_facts() -> dict | None:
     return {"name": torch.cuda.get_device_name(0), "capability": torch.cuda.get_device_capability(0)}
 
 
+def side_by_side(cores: int | None = None, installed: bool | None = None) -> tuple[str, ...]:
+    """pytest's options for tests in several processes, where pytest-xdist is installed.
+
+    A test spends its time in the compiler (hundreds of variants of the Triton kernels), not on the GPU.
+    """
+    if installed is None:
+        installed = importlib.util.find_spec("xdist") is not None
+    workers = min(8, (os.cpu_count() or 1 if cores is None else cores) // 2)
+    return ("-n", str(workers), "--dist", "worksteal") if installed and workers > 1 else ()
+
+
 def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executable) -> list[Part]:
     """Every part in order. The results of op and step parts go to files under `out`."""
     major, minor = capability
@@ -66,7 +78,7 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
         # Without nvcc the host part is built and Triton's kernels are measured; doctor then says what is missing.
         Part("build", build, 3.0, (("DGEMMA_ACCEL_CUDA", "auto"), ("DGEMMA_ACCEL_CUDA_ARCHS", architecture))),
         Part("doctor", (python, "-m", "dgemma_accel", "doctor"), 0.2),
-        Part("test", (python, "-m", "pytest", "-m", "gpu", "-q", "--maxfail", "20"), 2.0),
+        Part("test", (python, "-m", "pytest", "-m", "gpu", "-q", "--maxfail", "20", *side_by_side()), 2.0),
     ]
     for op in OPS:
         command = (python, "-m", "bench", op, "--device", "cuda", "--json", str(out / f"{op}.json"))

@@ -49,6 +49,12 @@ def test_parts_in_order_with_the_architecture_of_the_gpu():
     assert "--no-build-isolation" in PARTS[0].command
 
 
+def test_gpu_tests_run_in_several_processes_where_that_is_possible():
+    assert gpu.side_by_side(16, True) == ("-n", "8", "--dist", "worksteal")
+    assert gpu.side_by_side(5, True) == ("-n", "2", "--dist", "worksteal")
+    assert gpu.side_by_side(16, False) == () and gpu.side_by_side(2, True) == ()
+
+
 def test_choosing_parts():
     chosen, problems = gpu.choose(PARTS, ["attention", "test"])
     assert [part.name for part in chosen] == ["test", "block_attention"] and not problems
