@@ -4,9 +4,10 @@ import pytest
 import torch
 from hf_models import CANVAS, generate, generation, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import dgemma_accel
-from dgemma_accel.hf import denoising, lookout
+from dgemma_accel.hf import denoising, graph, lookout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +111,68 @@ def test_pinned_positions_do_not_wait_either(model, monkeypatch):
     with dgemma_accel.accelerated(model):
         model.generate(ids, decoder_input_ids=canvas, pinned=[1, 2], max_new_tokens=CANVAS)
     assert traces == [[]]
+
+
+class Crossings(TorchDispatchMode):
+    """Operations other than this package's that see both the host and the device, which "meta" stands for.
+
+    A copy from the host inside a step could not be captured in a CUDA graph. Our own kernels take 0-d tensors of the
+    host by value.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.operations = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        tensors = [tensor for tensor in tree_iter((args, kwargs, result)) if isinstance(tensor, torch.Tensor)]
+        host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        ours = func.namespace == "dgemma" and all(tensor.ndim == 0 for tensor in host)
+        if host and len(host) < len(tensors) and not ours:
+            self.seen.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("pinned, depth", [(False, 1), (True, 1), (False, None)])
+def test_a_step_copies_nothing_from_the_host(pinned, depth):
+    model, batch = tiny_model(torch.bfloat16).to("meta"), 2
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    canvas = [empty(batch, CANVAS, dtype=torch.int64) for _ in range(2)]
+    state = graph.State(
+        *canvas,
+        history=empty(depth or 0, batch, CANVAS, dtype=torch.int64),
+        finished=empty(batch, dtype=torch.bool),
+        soft=empty(batch, CANVAS, 64),
+        confidence=empty(batch, CANVAS, dtype=torch.float32),
+        entropy=empty(batch, CANVAS, dtype=torch.float32),
+        steps=empty(batch, dtype=torch.int64),
+    )
+    buffers, prefixes = [], {}
+    for layer in model.model.decoder.layers:
+        attention = layer.self_attn
+        buffers.append(
+            empty(batch, attention.k_proj.out_features // attention.head_dim, 40, attention.head_dim)
+        )
+        rotary = [empty(1, CANVAS, attention.head_dim) for _ in range(2)]
+        bounds = [empty(batch, dtype=torch.int32) for _ in range(2)]
+        prefixes[attention.layer_type] = graph.Prefix(*bounds, *rotary)
+    whole, fraction = empty(dtype=torch.int64), empty(dtype=torch.float32)
+    numbers = graph.Numbers(whole, whole, fraction, fraction, fraction)
+    given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None
+    settings = graph.Settings(30.0, model.config.text_config.vocab_size, depth, False, ("auto",) * 4)
+    with torch.no_grad(), Crossings() as crossings:
+        after = graph.take_step(model, state, buffers, buffers, prefixes, numbers, given, settings)
+    assert crossings.seen == [] and crossings.operations > 100
+    assert all(tensor.is_meta for tensor in after)
+    with Crossings() as crossings:
+        torch.tensor(0.5).to("meta")
+        whole + torch.tensor(1)
+    assert crossings.seen == ["_to_copy", "add"]
 
 
 def test_the_original_s_step_waits(model):
