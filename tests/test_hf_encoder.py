@@ -87,17 +87,19 @@ def test_cache_and_hidden_states(model, calls, turns):
         assert torch.allclose(a.values, b.values, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_in_the_cache_but_not_in_the_block(model, calls):
-    """A padded prompt is prefilled by the original; its canvases then go through block_attention."""
+def test_a_padded_batch(model, calls):
+    """Its prompt and its canvases."""
     ids, mask = prompt(3, 6, left_padding=(0, 2, 5))
     expected = generate(model, ids, mask, max_new_tokens=3 * CANVAS)
     with dgemma_accel.accelerated(model):
         result = generate(model, ids, mask, max_new_tokens=3 * CANVAS)
     assert torch.equal(result.sequences, expected.sequences)
     held = WINDOW - 1
-    assert calls == [(False, 6, CANVAS)] * 2 + [(True, 6, CANVAS)] + [(False, held, CANVAS)] * 2 + [
-        (True, 6 + CANVAS, CANVAS)
-    ]
+    assert calls == [
+        *[(False, 0, 6)] * 2, (True, 0, 6),
+        *[(False, 6, CANVAS)] * 2, (True, 6, CANVAS),
+        *[(False, held, CANVAS)] * 2, (True, 6 + CANVAS, CANVAS),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("padding", [(0, 3, WINDOW + 2), (0, 1, 0), (WINDOW, WINDOW + 9, 2)])
@@ -108,7 +110,7 @@ def test_padded_batches_past_the_window(model, calls, padding, turns):
     cache, states = encode_in_turns(model, ids, turns, mask)
     with dgemma_accel.accelerated(model):
         fast_cache, fast_states = encode_in_turns(model, ids, turns, mask)
-    assert len(calls) == 3 * (len(turns) - 1), "all but the padded prompt itself"
+    assert len(calls) == 3 * len(turns)
     real = mask.bool().split(turns, 1)
     for a, b, shown in zip(fast_states, states, real):
         assert torch.allclose(a[shown], b[shown], rtol=1e-4, atol=1e-4)
@@ -116,6 +118,31 @@ def test_padded_batches_past_the_window(model, calls, padding, turns):
         shown = mask.bool()[:, -a.keys.shape[2] :]
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
             assert torch.allclose(x.transpose(1, 2)[shown], y.transpose(1, 2)[shown], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_that_is_not_turned_away_shows(model, monkeypatch):
+    ids, mask = prompt(3, 6, left_padding=(0, 2, 5))
+    _, states = encode_in_turns(model, ids, (6,), mask)
+    monkeypatch.setattr(attention, "_turned", lambda x, by: x)
+    with dgemma_accel.accelerated(model):
+        _, fast = encode_in_turns(model, ids, (6,), mask)
+    assert torch.allclose(fast[0][0], states[0][0], rtol=1e-4, atol=1e-4), "a row without padding"
+    for row, padding in ((1, 2), (2, 5)):
+        assert not torch.allclose(fast[0][row, padding:], states[0][row, padding:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("hidden", [slice(4, 6), slice(2, 4), slice(0, 6)], ids=["right", "hole", "all"])
+def test_other_masks_of_a_prompt(model, calls, hidden):
+    """Padding on the right and holes are the original's; a row of padding alone does no harm to the others."""
+    ids, mask = prompt(2, 6)
+    mask[1, hidden] = 0
+    _, states = encode_in_turns(model, ids, (6,), mask)
+    with dgemma_accel.accelerated(model):
+        _, fast = encode_in_turns(model, ids, (6,), mask)
+    assert len(calls) == (3 if hidden == slice(0, 6) else 0)
+    shown = mask.bool()
+    assert torch.allclose(fast[0][shown], states[0][shown], rtol=1e-4, atol=1e-4)
+    assert fast[0].isfinite().all()
 
 
 def test_slots_hidden_at_the_end_of_the_cache(model, calls):

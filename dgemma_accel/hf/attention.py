@@ -84,10 +84,14 @@ def _original(patch: Patch, hidden_states, position_embeddings, mask, cache, kwa
 
 def _attend(patch: Patch, query, key, value, layer, mask: PrefixRange | None, *, causal: bool) -> Tensor:
     """[B, C, E]: attention over what `layer` holds and over the block, then the output projection."""
-    start = end = None
+    start = end = padding = None
     held = bool(layer.is_initialized) and layer.keys.shape[-2] > 0
     if mask is not None and held:
         start, end = mask.on(query.device)
+    if isinstance(mask, CausalRange) and mask.padding is not None:
+        # To the end of the block, where causality hides it.
+        padding = mask.padding.to(query.device)
+        query, key, value = (_turned(x, padding) for x in (query, key, value))
     output = block_attention(
         query,
         key,
@@ -101,7 +105,17 @@ def _attend(patch: Patch, query, key, value, layer, mask: PrefixRange | None, *,
         window=mask.window if isinstance(mask, CausalRange) else None,
         backend=patch.acceleration.backend_of("block_attention"),
     )
+    if padding is not None:
+        output = _turned(output, -padding)
     return patch.owner.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def _turned(x: Tensor, by: Tensor) -> Tensor:
+    """x [B, heads, C, D] with the positions of row b turned left by by[b]: position by[b] comes to the front."""
+    batch, _, length, _ = x.shape
+    places = (torch.arange(length, device=x.device) + by[:, None]) % length
+    rows = torch.arange(batch, device=x.device)[:, None]
+    return x.transpose(1, 2)[rows, places].transpose(1, 2)
 
 
 def project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:

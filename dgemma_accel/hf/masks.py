@@ -38,9 +38,12 @@ class CausalRange(PrefixRange):
     """The encoder's: row b sees cache slots [start_b, end_b), and inside the block its own past.
 
     window: a query sees no key at this distance or farther (the sliding layers), or None.
+    padding: [B] int64, how many tokens at the beginning of the row's block nobody sees, or None for none. Only where
+        nothing is in the cache yet: the prompt of a padded batch.
     """
 
     window: int | None = None
+    padding: Tensor | None = None
 
 
 def reference_mask(mask, layer_type: str):
@@ -110,8 +113,8 @@ def create_encoder_masks(
 ):
     """`DiffusionGemmaEncoderModel.create_masks_for_generate` with ranges where the mask is plainly causal.
 
-    That is text, whose rows hide nothing but a first part of the cache. Images and padding inside the block are the
-    original's business.
+    That is text, whose rows hide nothing but a first part of the cache, or of the prompt where the cache is empty.
+    Images and other masks are the original's business.
     """
 
     @functools.cache
@@ -145,8 +148,12 @@ def create_encoder_masks(
         # Where everything fits into one window, it is no limit.
         window = text.sliding_window if sliding and seen + new > text.sliding_window else None
         held = layer.keys.shape[-2] if seen else 0
-        span = (None, None)
-        if visible is not None:
+        span, padding = (None, None), None
+        if visible is not None and not seen:
+            padding = _left_padding(visible, inputs_embeds.shape[:2])
+            if padding is None:
+                return original()
+        elif visible is not None:
             span = _row_range(visible, seen - held, seen, inputs_embeds.shape[:2])
             if span is None:
                 return original()
@@ -154,7 +161,7 @@ def create_encoder_masks(
             # The window counts from the last slot that is seen; hidden slots behind it would move it.
             if window is not None and not bool(((end == held) | (start == end)).all()):
                 return original()
-        masks[kind] = CausalRange(*span, reference_masks=original, window=window)
+        masks[kind] = CausalRange(*span, reference_masks=original, window=window, padding=padding)
     return masks
 
 
@@ -177,3 +184,10 @@ def _row_range(visible: Tensor, first: int, seen: int, shape) -> tuple[Tensor, T
     if not bool(visible[:, seen : seen + canvas_length].all()):
         return None
     return contiguous_range(visible[:, first:seen])
+
+
+def _left_padding(visible: Tensor, shape) -> Tensor | None:
+    """[B] int64: how many tokens of a prompt [B, L] are hidden, if these are the first ones of every row; else None."""
+    if tuple(visible.shape) != tuple(shape) or not bool((visible[:, 1:] >= visible[:, :-1]).all()):
+        return None
+    return shape[1] - visible.sum(-1)
