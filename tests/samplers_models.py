@@ -1,6 +1,7 @@
-"""Stand-ins with the forward signatures of published masked-diffusion models, small enough to run thousands of times.
+"""Stand-ins that are called as published masked-diffusion models are, small enough to run thousands of times.
 
-Two layers of attention, so that a stale cache shows. Positions are absolute.
+Two layers of attention, so that a stale cache shows. Positions are absolute. Parameters that nothing here passes are
+left out; test_samplers_generate.py has the whole lists and says where they are from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ VOCAB, MASK = 23, 22
 
 class Attention(torch.nn.Module):
     """Core shared by the stand-ins: tokens at positions, optional past keys and values, optional mask."""
+
+    # Keys and values in a cache are [B, H, L, D] (H is 1 here), or [B, L, D].
+    heads = True
 
     def __init__(self, seed=0, width=16, sharpness=6.0):
         super().__init__()
@@ -30,30 +34,31 @@ class Attention(torch.nn.Module):
         bias[MASK] = -30
         self.register_buffer("bias", bias)
         self.calls = []
+        self.requires_grad_(False)  # so that a cache can be written in place
 
     @property
     def device(self):
         return self.embedding.device
 
     def core(self, tokens, positions, past=None, replace=None, mask=None):
-        """(logits, new cache): layers of (key, value) [B, 1, L, D], as published code lays them out."""
+        """(logits, new cache): layers of (key, value). With `replace` [B, N] the past is written in place."""
         self.calls.append(tuple(tokens.shape))
         h = self.embedding[tokens] + self.place[positions]
         cache = []
         for number, layer in enumerate(self.layers):
             q, k, v, gate = (h @ layer).chunk(4, -1)
-            k, v = k[:, None], v[:, None]
-            if past is not None:
-                old_k, old_v = past[number]
-                if replace is not None:
-                    old_k, old_v = old_k.clone(), old_v.clone()
+            if self.heads:
+                k, v = k[:, None], v[:, None]
+            if past is not None and replace is None:
+                k, v = (torch.cat([old, new], -2) for old, new in zip(past[number], (k, v)))
+            elif past is not None:
+                for old, new in zip(past[number], (k, v)):
                     for row in range(tokens.shape[0]):
-                        old_k[row, :, replace[row]] = k[row]
-                        old_v[row, :, replace[row]] = v[row]
-                    k, v = old_k, old_v
-                else:
-                    k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+                        old[row][..., replace[row], :] = new[row]
+                k, v = past[number]
             cache.append((k, v))
+            if not self.heads:
+                k, v = k[:, None], v[:, None]
             scores = q[:, None] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             if mask is not None:
                 scores = scores.masked_fill(~mask, -1e9)
@@ -62,25 +67,29 @@ class Attention(torch.nn.Module):
 
 
 class LLaDA(Attention):
-    """LLaDAModelLM: model(input_ids, attention_mask=None).logits; the caches are those of Fast-dLLM's copy of it."""
+    """LLaDAModelLM: model(input_ids, attention_mask=None).logits, without a cache."""
 
-    def forward(
-        self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, replace_position=None
-    ):
-        length = input_ids.shape[1]
-        mask = None
+    def forward(self, input_ids, attention_mask=None):
+        mask, positions = None, torch.arange(input_ids.shape[1])
         if attention_mask is not None:
             # Absolute places would tell a padded row from the same row alone; rotary ones do not.
             positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
             mask = attention_mask.bool()[:, None, None, :]
-        elif replace_position is not None:
-            positions = replace_position[0].nonzero()[:, 0]
-        elif past_key_values is not None:
-            first = past_key_values[0][0].shape[2]
-            positions = torch.arange(first, first + length)
+        return SimpleNamespace(logits=self.core(input_ids, positions, mask=mask)[0])
+
+
+class FastLLaDA(Attention):
+    """LLaDAModelLM of Fast-dLLM: with caches, and attention_mask has no effect."""
+
+    def forward(
+        self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, replace_position=None
+    ):
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[-2]
+        if replace_position is None:
+            positions = torch.arange(past, past + input_ids.shape[1])
         else:
-            positions = torch.arange(length)
-        logits, cache = self.core(input_ids, positions, past_key_values, replace_position, mask)
+            positions = replace_position[0].nonzero()[:, 0]
+        logits, cache = self.core(input_ids, positions, past_key_values, replace_position)
         return SimpleNamespace(logits=logits, past_key_values=cache if use_cache else None)
 
 
@@ -96,6 +105,32 @@ class Dream(Attention):
         return SimpleNamespace(logits=logits)
 
 
+class FastDream(Attention):
+    """DreamModel of Fast-dLLM: a cache [B, L, D], and replace_position counts with dual_cache only."""
+
+    heads = False
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        dual_cache=False,
+        replace_position=None,
+    ):
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
+        end = past + input_ids.shape[1]
+        if dual_cache:
+            end = int(replace_position.nonzero()[:, 1].max()) + 1
+        else:
+            replace_position = None
+        positions = torch.arange(end - input_ids.shape[1], end)
+        logits, cache = self.core(input_ids, positions, past_key_values, replace_position)
+        return SimpleNamespace(logits=logits, past_key_values=cache if use_cache else None)
+
+
 class Store:
     """What SDAR's model needs of a DynamicCache."""
 
@@ -107,7 +142,7 @@ class Store:
 
 
 class SDAR(Attention):
-    """SDARForCausalLM: past_key_values is read always and grows only with store_kv=True."""
+    """SDARForCausalLM: past_key_values is read always and grows only with store_kv=True; a mask [1, L, past + L]."""
 
     def forward(
         self,
@@ -119,6 +154,7 @@ class SDAR(Attention):
         store_kv=False,
     ):
         mask = attention_mask.bool()
+        assert mask.ndim == 3
         assert mask.shape[-1] == input_ids.shape[1] + past_key_values.get_seq_length()
         logits, cache = self.core(input_ids, position_ids, past_key_values.layers, mask=mask)
         if store_kv:

@@ -2,13 +2,14 @@
 
 import inspect
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from samplers_literal import by_rank, transfer_counts
-from samplers_models import MASK, SDAR, VOCAB, Dream, LLaDA, Store
+from samplers_models import MASK, SDAR, VOCAB, Dream, FastDream, FastLLaDA, LLaDA, Store
 
 from dgemma_accel.samplers import (
     DREAM,
@@ -53,42 +54,52 @@ def transfer(x, logits, masked, k=None, tau=None):
         x[b, taken] = x0[b, taken]
 
 
-def fast_dllm(model, prompt, new, block, steps, tau=None, cache=None, cfg=0.0):
-    """LLaDA's generate (cache None) and Fast-dLLM's with a prefix or dual cache. Returns (tokens, model calls)."""
+def fast_dllm(model, prompt, new, block, steps, tau=None, cache=None, cfg=0.0, shift=False):
+    """LLaDA's generate (cache None) and Fast-dLLM's with a prefix or dual cache. Returns (tokens, model calls).
+
+    shift: the calls of Fast-dLLM's Dream, with logits shifted right. Its own loop feeds the block alone and commits
+    the block's first position at the first evaluation whatever its confidence; here one position more is fed.
+    """
     batch, length = prompt.shape
     x = torch.full((batch, length + new), MASK)
     x[:, :length] = prompt
     calls = 0
+    dual = {"dual_cache": True} if shift else {}
     for start in range(length, length + new, block):
-        end = start + block
+        end, first = start + block, start - shift
         counts = [transfer_counts(block, steps) for _ in range(batch)]
         past, step = None, 0
         while bool((x[:, start:end] == MASK).any()):
-            if cache is None or past is None:
+            if past is None:
+                place, fed = 0, x
                 if cfg:
                     hidden = x.clone()
                     hidden[:, :length] = MASK
-                    both = model(torch.cat([x, hidden])).logits
-                    conditional, unconditional = both.chunk(2)
+                    conditional, unconditional = model(torch.cat([x, hidden])).logits.chunk(2)
                     logits = unconditional + (cfg + 1) * (conditional - unconditional)
+                elif cache is None:
+                    logits = model(x).logits
                 else:
-                    output = model(x, use_cache=cache is not None)
+                    output = model(x, use_cache=True)
                     logits, past = output.logits, output.past_key_values
-                first, fed = 0, x
                 if cache == "prefix":
-                    past = [(k[:, :, :start], v[:, :, :start]) for k, v in past]
+                    past = [(k[..., :first, :], v[..., :first, :]) for k, v in past]
             elif cache == "prefix":
-                first, fed = start, x[:, start:]
+                place, fed = first, x[:, first:]
                 logits = model(fed, past_key_values=past, use_cache=True).logits
             else:
-                first, fed = start, x[:, start:end]
-                place = torch.zeros_like(x, dtype=torch.bool)
-                place[:, start:end] = True
-                logits = model(fed, past_key_values=past, use_cache=True, replace_position=place).logits
+                place, fed = first, x[:, first:end]
+                replaced = torch.zeros_like(x, dtype=torch.bool)
+                replaced[:, first:end] = True
+                logits = model(
+                    fed, past_key_values=past, use_cache=True, replace_position=replaced, **dual
+                ).logits
+            if shift:
+                logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
             calls += 1
-            masked = (fed == MASK) & (torch.arange(fed.shape[1]) + first < end)
+            masked = (fed == MASK) & (torch.arange(fed.shape[1]) + place < end)
             k = None if tau is not None else [counts[b][step] for b in range(batch)]
-            transfer(x[:, first : first + fed.shape[1]], logits, masked, k, tau)
+            transfer(x[:, place : place + fed.shape[1]], logits, masked, k, tau)
             step += 1
     return x, calls
 
@@ -98,18 +109,20 @@ INTERFACES = {None: FullSequence(), "prefix": PrefixCache(), "dual": DualCache()
 
 @pytest.mark.parametrize("cache", INTERFACES)
 @pytest.mark.parametrize("tau", [None, 0.5])
-def test_llada_and_fast_dllm(cache, tau):
+@pytest.mark.parametrize("shift", [False, True], ids=["llada", "dream"])
+def test_llada_and_fast_dllm(shift, cache, tau):
+    kind = FastDream if shift else LLaDA if cache is None else FastLLaDA
     for seed in SEEDS:
         prompt = prompts(3, 5, seed)
-        expected, calls = fast_dllm(LLaDA(seed), prompt, 16, 8, 4, tau, cache)
+        expected, calls = fast_dllm(kind(seed), prompt, 16, 8, 4, tau, cache, shift=shift)
         sampler = MaskedDiffusionSampler.for_llada(
             LowConfidence() if tau is None else Threshold(tau),
             mask_id=MASK,
             block_length=8,
             steps=4 if tau is None else None,
-            interface=INTERFACES[cache],
+            interface=replace(INTERFACES[cache], shift_logits=shift),
         )
-        model = LLaDA(seed)
+        model = kind(seed)
         result = sampler.generate(model, prompt, 16)
         assert torch.equal(result.sequences, expected)
         assert result.calls == calls == len(model.calls)
@@ -123,7 +136,7 @@ def test_caches_are_used():
     prompt = prompts(2, 5, 0)
     fed = {}
     for cache in ("prefix", "dual"):
-        model = LLaDA(0)
+        model = FastLLaDA(0)
         numbers = {"mask_id": MASK, "block_length": 4, "interface": INTERFACES[cache]}
         MaskedDiffusionSampler(LowConfidence(), **numbers).generate(model, prompt, 8)
         fed[cache] = [length for _, length in model.calls]
@@ -196,15 +209,13 @@ def sdar_generate(model, prompt, new, block, steps, strategy, tau=0.85):
     blocks = -(-(length + new) // block)
     x = torch.full((1, blocks * block), MASK)
     x[:, :length] = prompt
-    visible = (
-        torch.ones(blocks, blocks).tril().repeat_interleave(block, 0).repeat_interleave(block, 1)[None, None]
-    )
+    visible = torch.ones(blocks, blocks).tril().repeat_interleave(block, 0).repeat_interleave(block, 1)[None]
     places = torch.arange(blocks * block)[None]
     cache, whole = Store(), length // block * block
     if whole:
         model(
             x[:, :whole],
-            attention_mask=visible[..., :whole, :whole],
+            attention_mask=visible[:, :whole, :whole],
             position_ids=places[:, :whole],
             past_key_values=cache,
             use_cache=True,
@@ -214,7 +225,7 @@ def sdar_generate(model, prompt, new, block, steps, strategy, tau=0.85):
     for start in range(whole, blocks * block, block):
         end = start + block
         options = dict(
-            attention_mask=visible[..., start:end, :end],
+            attention_mask=visible[:, start:end, :end],
             position_ids=places[:, start:end],
             past_key_values=cache,
             use_cache=True,
@@ -296,47 +307,150 @@ def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_la
     return x
 
 
-# Parameters of the published models' forward.
+# Parameters of the published models' forward, in their order.
 FORWARDS = {
+    # GSAI-ML/LLaDA-8B-Instruct, modeling_llada.py: not found at its own place, so from the copies in
+    # monash-yann/dllm-research (models/LLaDA-8B-Instruct) and therkels/LLaDAText2SQL.
     "LLaDAModelLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
     "output_attentions output_hidden_states return_dict cache_position",
+    # NVlabs/Fast-dLLM, llada/model/modeling_llada.py: not found at its own place, so from the forks
+    # hills-code/Fast-dLLM and seungkyun-dan/Fast-dLLM, under the same path.
     "LLaDAModelLM of Fast-dLLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels "
-    "use_cache output_attentions output_hidden_states return_dict cache_position replace_position",
+    "use_cache output_attentions output_hidden_states return_dict replace_position",
+    # Dream-org/Dream-v0-Instruct-7B, modeling_dream.py: not found at its own place, so from the copy in zhaoyMa/Saber
+    # (Dream/modeling_dream.py).
     "DreamModel": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
-    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep",
-    "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache store_kv "
-    "cache_position logits_to_keep",
+    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep **loss_kwargs",
+    # NVlabs/Fast-dLLM, dream/model/modeling_dream.py.
+    "DreamModel of Fast-dLLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep dual_cache "
+    "replace_position **loss_kwargs",
+    # JetAstra/SDAR, training/model/SDAR-4B-Chat/modeling_sdar.py.
+    "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states cache_position logits_to_keep **kwargs",
 }
+# SDARForCausalLM hands its other arguments to SDARModel, which has this parameter.
+HANDED_ON = {"SDARForCausalLM": {"store_kv"}}
 
 
-@pytest.mark.parametrize(
-    "forward, stand_in, options",
-    [
-        ("LLaDAModelLM", LLaDA, {"interface": FullSequence()}),
-        ("LLaDAModelLM of Fast-dLLM", LLaDA, {"interface": PrefixCache()}),
-        ("LLaDAModelLM of Fast-dLLM", LLaDA, {"interface": DualCache()}),
-        ("DreamModel", Dream, {"interface": DREAM}),
-        ("SDARForCausalLM", SDAR, {"interface": BlockCache(new_cache=Store)}),
-    ],
-)
-def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in, options):
-    published = inspect.Signature(
+def signature_of(forward):
+    kinds = inspect.Parameter
+    return inspect.Signature(
         [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            kinds(name.lstrip("*"), kinds.VAR_KEYWORD if name[0] == "*" else kinds.POSITIONAL_OR_KEYWORD)
             for name in FORWARDS[forward].split()
         ]
     )
+
+
+SHIFTED = {cache: replace(INTERFACES[cache], shift_logits=True) for cache in ("prefix", "dual")}
+
+
+@pytest.mark.parametrize(
+    "forward, stand_in, interface, names",
+    [
+        ("LLaDAModelLM", LLaDA, FullSequence(), "attention_mask"),
+        ("LLaDAModelLM of Fast-dLLM", FastLLaDA, PrefixCache(), "past_key_values use_cache"),
+        ("LLaDAModelLM of Fast-dLLM", FastLLaDA, DualCache(), "past_key_values use_cache replace_position"),
+        ("DreamModel", Dream, DREAM, "attention_mask position_ids"),
+        ("DreamModel of Fast-dLLM", FastDream, SHIFTED["prefix"], "past_key_values use_cache"),
+        (
+            "DreamModel of Fast-dLLM",
+            FastDream,
+            SHIFTED["dual"],
+            "past_key_values use_cache replace_position dual_cache",
+        ),
+        (
+            "SDARForCausalLM",
+            SDAR,
+            BlockCache(new_cache=Store),
+            "attention_mask position_ids past_key_values use_cache store_kv",
+        ),
+    ],
+)
+def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in, interface, names):
+    published = signature_of(forward)
+    rest = next((p.name for p in published.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     model, seen = stand_in(1), set()
 
     def call(*args, **kwargs):
         bound = published.bind_partial(*args, **kwargs).arguments
-        seen.update(bound)
-        return model(**bound)
+        handed_on = bound.pop(rest, {})
+        assert set(handed_on) <= HANDED_ON.get(forward, set())
+        seen.update(bound, handed_on)
+        return model(**bound, **handed_on)
 
-    sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, **options)
+    call.__signature__ = published
+    sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, interface=interface)
     result = sampler.generate(call, [[1, 2, 3], [4, 5, 6, 7, 8]], 8)
     assert not (result.new_tokens == MASK).any()
-    assert "input_ids" in seen and len(seen) > 1
+    assert seen == {"input_ids", *names.split()}
+
+
+class TransformersOutput(FastLLaDA):
+    """Published code that returns its cache in an output of transformers, which renames it since 5.24."""
+
+    def forward(self, *args, **kwargs):
+        outputs = pytest.importorskip("transformers").modeling_outputs
+        output = super().forward(*args, **kwargs)
+        return outputs.CausalLMOutputWithPast(logits=output.logits, past_key_values=output.past_key_values)
+
+    forward.__signature__ = inspect.signature(FastLLaDA.forward)
+
+
+@pytest.mark.parametrize("interface", [PrefixCache(), DualCache()], ids=("prefix", "dual"))
+def test_published_code_with_an_output_of_transformers(interface):
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=interface)
+    results = [sampler.generate(kind(2), prompts(3, 5, 2), 8) for kind in (FastLLaDA, TransformersOutput)]
+    assert torch.equal(results[0].sequences, results[1].sequences)
+
+
+@pytest.mark.filterwarnings("error:.*deprecated:FutureWarning")
+def test_prefix_cache_of_a_model_of_transformers(monkeypatch):
+    """The cache goes in and comes out under the name of the release, and is cut without a length."""
+    transformers = pytest.importorskip("transformers")
+    said = []
+    # Outputs say it through their logger, arguments by a FutureWarning.
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", said.append)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    # A causal model's prefix does not change while a block is decided, so the cache changes nothing.
+    full, cached = (
+        MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=interface).generate(
+            model, prompts(2, 5, 0), 12
+        )
+        for interface in (FullSequence(shift_logits=True), PrefixCache(shift_logits=True))
+    )
+    assert torch.equal(full.sequences, cached.sequences)
+    assert not [text for text in said if "deprecated" in text]
+
+
+def test_a_compiled_model_is_called_as_what_it_wraps():
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=SHIFTED["dual"])
+    plain = sampler.generate(FastDream(4), prompts(2, 5, 4), 8)
+    compiled = sampler.generate(torch.compile(FastDream(4), backend="eager"), prompts(2, 5, 4), 8)
+    assert torch.equal(plain.sequences, compiled.sequences)
+
+
+def test_a_model_that_ignores_its_mask_gets_batches_of_one_length():
+    rows = [[1], [2, 3, 4, 5, 6, 7], [8, 9, 1]]
+    sampler = MaskedDiffusionSampler(
+        LowConfidence(), mask_id=MASK, block_length=4, interface=FullSequence(attention_mask=None)
+    )
+    together = sampler.generate(FastLLaDA(5), rows, 8)
+    for number, row in enumerate(rows):
+        assert torch.equal(
+            together.new_tokens[number], sampler.generate(FastLLaDA(5), [row], 8).new_tokens[0]
+        )
 
 
 @pytest.mark.parametrize("penalty_lambda", [0.0, 2.0])
@@ -378,8 +492,8 @@ class DroppingStore(Store):
     "interface, model",
     [
         (FullSequence(), LLaDA),
-        (PrefixCache(), LLaDA),
-        (DualCache(), LLaDA),
+        (PrefixCache(), FastLLaDA),
+        (DualCache(), FastLLaDA),
         (BlockCache(new_cache=DroppingStore), SDAR),
     ],
     ids=("full", "prefix", "dual", "block"),
@@ -507,7 +621,7 @@ def test_generation_stops_when_all_rows_ended():
 def test_the_last_block_may_be_short():
     for cached in (FullSequence(), PrefixCache(), DualCache()):
         sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=cached)
-        result = sampler.generate(LLaDA(2), prompts(2, 3, 2), 6)
+        result = sampler.generate(FastLLaDA(2), prompts(2, 3, 2), 6)
         assert result.sequences.shape == (2, 9)
         assert not (result.sequences == MASK).any()
 
@@ -701,11 +815,13 @@ def test_shifted_logits_with_caches():
         # One block, one step: what the caches answer at the first evaluation is the whole sequence's.
         full = MaskedDiffusionSampler(
             LowConfidence(), mask_id=MASK, block_length=8, steps=1, interface=FullSequence(shift_logits=True)
-        ).generate(LLaDA(seed), prompt, 8)
+        ).generate(FastDream(seed), prompt, 8)
         for cached in (PrefixCache(shift_logits=True), DualCache(shift_logits=True)):
             numbers = {"mask_id": MASK, "block_length": 8, "interface": cached}
-            one = MaskedDiffusionSampler(LowConfidence(), steps=1, **numbers).generate(LLaDA(seed), prompt, 8)
+            one = MaskedDiffusionSampler(LowConfidence(), steps=1, **numbers).generate(
+                FastDream(seed), prompt, 8
+            )
             assert torch.equal(one.sequences, full.sequences)
-            model = LLaDA(seed)
+            model = FastDream(seed)
             MaskedDiffusionSampler(LowConfidence(), steps=2, **numbers).generate(model, prompt, 8)
             assert model.calls == [(2, 12), (2, 9)]

@@ -5,13 +5,14 @@ themselves stay as they are published:
 
 - `FullSequence`: the whole sequence at every evaluation. LLaDA, BERT-like models of transformers, and Dream
   (`DREAM`: logits shifted right by one position, 4-d attention mask and position ids for padded batches).
-- `PrefixCache`, `DualCache`: Fast-dLLM's caches, for models that return and accept `past_key_values` (and, for the
-  dual cache, `replace_position`).
-- `BlockCache`: SDAR's block diffusion, for models that accept `past_key_values` and `store_kv`.
+- `PrefixCache`, `DualCache`: Fast-dLLM's caches, for its LLaDA and (with `shift_logits=True`) its Dream; the prefix
+  cache also for models of transformers that return a cache.
+- `BlockCache`: SDAR's block diffusion, for models that accept a cache and `store_kv`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +39,28 @@ def logits_of(output: Any) -> Tensor:
 
 
 def past_of(output: Any) -> Any:
-    past = getattr(output, "past_key_values", None)
-    if past is None and isinstance(output, dict):
-        past = output.get("past_key_values")
-    if past is None:
-        raise TypeError(
-            f"model: must return past_key_values for this cache, got {type(output).__name__} without it; "
-            "FullSequence() needs no cache"
-        )
-    return past
+    """The cache in what a model returned, under either name that transformers has given it."""
+    # In this order: outputs of transformers 5.24 and later warn when they are asked for the earlier name.
+    for name in ("cache", "past_key_values"):
+        past = getattr(output, name, None)
+        if past is None and isinstance(output, dict):
+            past = output.get(name)
+        if past is not None:
+            return past
+    raise TypeError(
+        f"model: must return past_key_values or cache for this interface, got {type(output).__name__} without it; "
+        "FullSequence() needs no cache"
+    )
+
+
+def _parameters_of(model: Callable) -> frozenset[str]:
+    """Names of the parameters that a model's `forward`, or a plain callable, declares."""
+    # A module that torch.compile wraps declares (*args, **kwargs).
+    model = getattr(model, "_orig_mod", model)
+    try:
+        return frozenset(inspect.signature(getattr(model, "forward", model)).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return frozenset()
 
 
 class Session:
@@ -63,6 +77,10 @@ class Session:
         self.model = model
         self.valid = self._valid_of_all = valid
         self.calls = self.rows_fed = 0
+        self.parameters = _parameters_of(model)
+        # Asked of the model, not of transformers: published code keeps the earlier name under every release.
+        renamed = "cache" in self.parameters and "past_key_values" not in self.parameters
+        self.cache_name = "cache" if renamed else "past_key_values"
 
     def select(self, rows: Tensor) -> bool:
         """From now on the tokens fed are those of the batch's `rows` [R] int64, rising; False where that cannot be."""
@@ -139,7 +157,8 @@ class FullSequence(Interface):
     """model(tokens [B, N]) at every evaluation; where a batch is padded (on the left), with its mask.
 
     attention_mask: "2d" passes attention_mask [B, N] int64; "4d" [B, 1, N, N] bool; None passes none, and
-        batches of different lengths are split instead.
+        batches of different lengths are split instead, as a model needs it that ignores its mask (Fast-dLLM's
+        LLaDA, and early revisions of LLaDA's own modeling_llada.py).
     position_ids: pass position_ids [B, N] that count from each row's first token.
     """
 
@@ -169,11 +188,17 @@ class FullSequence(Interface):
 
 
 def _cropped(past: Any, length: int) -> Any:
-    """The first `length` slots of a cache: one with `crop`, or layers of (key, value) [B, H, L, D]."""
-    if hasattr(past, "crop"):
-        past.crop(length)
-        return past
-    return [tuple(tensor[:, :, :length] for tensor in layer) for layer in past]
+    """The first `length` slots of a cache: one with `crop`, or layers of (key, value).
+
+    Keys and values are [B, H, L, D] in Fast-dLLM's LLaDA and [B, L, H * D] in its Dream.
+    """
+    if not hasattr(past, "crop"):
+        return [tuple(tensor[..., :length, :] for tensor in layer) for layer in past]
+    surplus = past.get_seq_length() - length
+    if surplus > 0:
+        # The number to remove: transformers 5.24 takes no length any more, and earlier releases take both.
+        past.crop(-surplus)
+    return past
 
 
 class _PrefixSession(Session):
@@ -190,7 +215,7 @@ class _PrefixSession(Session):
             return self.block_of(logits, start, end)
         self.past = _cropped(self.past, first)
         fed = tokens[:, first:]
-        logits = self.checked(self.call(fed, past_key_values=self.past, use_cache=True), fed)
+        logits = self.checked(self.call(fed, use_cache=True, **{self.cache_name: self.past}), fed)
         return self.block_of(logits, start - first, end - first)
 
 
@@ -199,7 +224,12 @@ class PrefixCache(Interface):
     """Fast-dLLM's prefix cache: keys and values of all that stands before a block are those of its first evaluation.
 
     The first evaluation of a block is model(tokens, use_cache=True), whose past_key_values are cut at the
-    block's start; the others are model(tokens from the block on, past_key_values=..., use_cache=True).
+    block's start; the others are model(tokens from the block on, past_key_values=..., use_cache=True), with logits for
+    what is fed. The cache is called `cache` where the model's forward calls it so (transformers since 5.24).
+
+    shift_logits: also feeds the position before the block, whose logits predict the block's first one.
+
+    Source: NVlabs/Fast-dLLM, llada/generate.py and dream/model/generation_utils_block.py.
     """
 
     session = _PrefixSession
@@ -213,7 +243,11 @@ class _DualSession(_PrefixSession):
         replaced = torch.zeros_like(tokens, dtype=torch.bool)
         replaced[:, first:end] = True
         fed = tokens[:, first:end]
-        output = self.call(fed, past_key_values=self.past, use_cache=True, replace_position=replaced)
+        # Fast-dLLM's Dream takes replace_position into account only with this flag, which its LLaDA does not have.
+        flag = {"dual_cache": True} if "dual_cache" in self.parameters else {}
+        output = self.call(
+            fed, use_cache=True, replace_position=replaced, **flag, **{self.cache_name: self.past}
+        )
         return self.block_of(self.checked(output, fed), start - first, end - first)
 
 
@@ -222,7 +256,8 @@ class DualCache(Interface):
     """Fast-dLLM's dual cache: what stands before and after a block is cached, only the block is evaluated.
 
     As `PrefixCache`, and after a block's first evaluation model(block, past_key_values=..., use_cache=True,
-    replace_position=[B, N] bool), which puts the block's keys and values in their place of the cache.
+    replace_position=[B, N] bool), which writes the block's keys and values into their place of the cache; with
+    dual_cache=True where the model's forward has that parameter (Dream).
     """
 
     session = _DualSession
@@ -245,7 +280,7 @@ class _BlockSession(Session):
         size = self.interface.block_length
         block = torch.arange(length, device=tokens.device) // size
         visible = (block[:, None] >= block[None]).to(torch.get_default_dtype())
-        self._run(tokens, 0, length, visible[None, None], store=True)
+        self._run(tokens, 0, length, visible[None], store=True)
 
     def _run(self, tokens: Tensor, start: int, end: int, mask: Tensor, store: bool) -> Any:
         positions = torch.arange(start, end, device=tokens.device)[None]
@@ -253,13 +288,13 @@ class _BlockSession(Session):
             tokens[:, start:end],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.past,
             use_cache=True,
             store_kv=store,
+            **{self.cache_name: self.past},
         )
 
     def _sees_all(self, tokens: Tensor, start: int, end: int) -> Tensor:
-        return torch.ones(1, 1, end - start, end, device=tokens.device)
+        return torch.ones(1, end - start, end, device=tokens.device)
 
     def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
         output = self._run(tokens, start, end, self._sees_all(tokens, start, end), store=False)
@@ -279,11 +314,13 @@ def _dynamic_cache():
 class BlockCache(Interface):
     """SDAR's block diffusion: blocks see themselves and those before, whose keys and values are stored when done.
 
-    model(block, attention_mask=[1, 1, C, end] of ones, position_ids=[1, C], past_key_values=cache, use_cache=True,
+    model(block, attention_mask=[1, C, end] of ones, position_ids=[1, C], past_key_values=cache, use_cache=True,
     store_kv=...): True for the prompt's whole blocks, which go first under a block-causal mask, and once
     for each finished block; False while a block is denoised. Blocks begin at multiples of the block length.
 
     new_cache: makes the cache; transformers' DynamicCache by default.
+
+    Source: JetAstra/SDAR, generate.py.
     """
 
     new_cache: Callable[[], Any] = _dynamic_cache
@@ -296,4 +333,5 @@ class BlockCache(Interface):
             raise ValueError("shift_logits: BlockCache has no shifted form")
 
 
+# As Dream's generation_utils.py calls it; padding has the position 1 there and 0 here, and nothing attends to it.
 DREAM = FullSequence(shift_logits=True, attention_mask="4d", position_ids=True)
