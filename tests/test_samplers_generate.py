@@ -132,6 +132,18 @@ def test_llada_and_fast_dllm(shift, cache, tau):
         assert not result.stuck.any()
 
 
+def test_llada_that_ignores_its_mask_gives_each_row_what_it_gives_it_alone():
+    rows = [prompts(1, length, length)[0] for length in (3, 7, 3, 5)]
+    sampler = MaskedDiffusionSampler.for_llada(mask_id=MASK, block_length=8, steps=4)
+    model = FastLLaDA(0)
+    together = sampler.generate(model, rows, 8).new_tokens
+    alone = [sampler.generate(FastLLaDA(0), row[None], 8).new_tokens[0] for row in rows]
+    assert torch.equal(together, torch.stack(alone))
+    assert {length for _, length in model.calls} == {11, 15, 13}
+    padded = MaskedDiffusionSampler.for_llada(mask_id=MASK, block_length=8, steps=4, interface=FullSequence())
+    assert not torch.equal(padded.generate(FastLLaDA(0), rows, 8).new_tokens, together)
+
+
 def test_caches_are_used():
     prompt = prompts(2, 5, 0)
     fed = {}

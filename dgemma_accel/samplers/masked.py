@@ -103,8 +103,13 @@ class MaskedDiffusionSampler:
 
     @classmethod
     def for_llada(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
-        """LLaDA's numbers: mask 126336, low confidence unless another strategy is given."""
-        return cls(strategy or LowConfidence(), **{"mask_id": 126336, **options})
+        """LLaDA's numbers: mask 126336, low confidence unless another strategy is given.
+
+        Prompts of different lengths run as one group per length, since some revisions of the published model ignore
+        their attention mask; `interface=FullSequence()` pads them, for a model that does not.
+        """
+        numbers = {"mask_id": 126336, "interface": FullSequence(attention_mask=None)}
+        return cls(strategy or LowConfidence(), **{**numbers, **options})
 
     @classmethod
     def for_dream(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
