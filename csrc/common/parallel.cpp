@@ -35,28 +35,31 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (started_ < helpers) {
-        std::thread(&Pool::wait_for_loops, this, started_).detach();
+        std::thread(&Pool::wait_for_loops, this).detach();
         ++started_;
       }
       loop_ = &loop;
       wanted_ = helpers;
-      running_ = helpers;
-      ++generation_;
     }
-    wake_.notify_all();
+    if (helpers == 1)
+      wake_.notify_one();
+    else
+      wake_.notify_all();
     loop.work();
+    // Nothing is left to hand out. Helpers that have not woken up by now never see the loop: on a busy machine
+    // waiting for them can take longer than the loop itself.
     std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
  private:
-  void wait_for_loops(int index) {
-    uint64_t seen = 0;
+  void wait_for_loops() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (index >= wanted_) continue;
+      wake_.wait(lock, [this] { return wanted_ > 0; });
+      --wanted_;
+      ++running_;
       Loop* loop = loop_;
       lock.unlock();
       loop->work();
@@ -69,7 +72,6 @@ class Pool {
   std::condition_variable wake_, done_;
   Loop* loop_ = nullptr;
   int started_ = 0, wanted_ = 0, running_ = 0;
-  uint64_t generation_ = 0;
 };
 
 // A forked child has none of its parent's threads, so it gets a pool of its own.

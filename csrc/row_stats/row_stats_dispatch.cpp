@@ -11,6 +11,8 @@
 namespace dgemma {
 namespace {
 
+constexpr int64_t kLeastLogits = 16384;
+
 struct InstructionSet {
   const char* name;
   const RowStatsHost* table;
@@ -67,7 +69,10 @@ void row_stats_host(const RowStatsParams& params, int threads, const std::string
   std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(rows)]);
   for (int64_t row = 0; row < rows; ++row) left[row].store(segments, std::memory_order_relaxed);
   // A hand-out is long enough to cost nothing beside its work, and short enough that the threads end together.
-  const int64_t grain = std::clamp<int64_t>(rows * segments / (int64_t{threads} * 32 + 1), 1, 8);
+  const int64_t even = std::clamp<int64_t>(rows * segments / (int64_t{threads} * 32 + 1), 1, 8);
+  // Fewer logits than this are done sooner than another thread wakes up.
+  const int64_t least = kLeastLogits * segments / std::max<int64_t>(params.vocab, 1);
+  const int64_t grain = std::max(even, least);
   parallel_for(rows * segments, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / segments;
