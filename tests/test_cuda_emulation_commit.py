@@ -8,22 +8,18 @@ import torch
 from emulated_kernels import build, planted, read_tensor, run, run_clean, skip_without_compiler, write_case
 
 from dgemma_accel.reference.budget import check_commit
+from dgemma_accel.reference.commit import CommitCall
 from dgemma_accel.samplers import rules as r
 
 pytestmark = skip_without_compiler()
 
 PROGRAM = "commit_emulated"
-NAMES = (
-    "tokens", "argmax", "sample", "entropy", "sample_prob", "top1_prob", "top2_prob", "candidates", "measure",
-    "select", "flags", "k", "value", "value2", "mask_id", "write", "write_argument", "seed", "offset", "draft",
-    "history", "finished", "confidence",
-)  # fmt: skip
 PER_ROW = {"k": torch.int64, "value": torch.float32, "value2": torch.float32, "seed": torch.int64,
            "offset": torch.int64, "confidence": torch.float32}  # fmt: skip
 
 
-def arguments_of(rule, write, batch, length, *, levels=20, candidates=None, stop=None, agree=False, seed=3):
-    """Arguments of `reference.commit`; few `levels` make many ties."""
+def call_of(rule, write, batch, length, *, levels=20, candidates=None, stop=None, agree=False, seed=3):
+    """A `CommitCall`; few `levels` make many ties."""
 
     def number():
         return (torch.randint(0, levels, (batch, length)) / levels).float()
@@ -44,7 +40,7 @@ def arguments_of(rule, write, batch, length, *, levels=20, candidates=None, stop
     def tensor(value, dtype):
         return torch.as_tensor(value).to(dtype)
 
-    return (
+    return CommitCall(
         tokens, argmax, sample, entropy, sample_prob, number(), number(),
         None if candidates is None else torch.rand(batch, length) < candidates,
         int(encoded.measure), int(encoded.select), int(encoded.flags), tensor(encoded.k, torch.int64),
@@ -53,16 +49,15 @@ def arguments_of(rule, write, batch, length, *, levels=20, candidates=None, stop
     )  # fmt: skip
 
 
-def case(folder, arguments):
-    named = dict(zip(NAMES, arguments))
-    batch, length = named["tokens"].shape
+def case(folder, call):
+    batch, length = call.tokens.shape
     numbers = {
         "batch": batch,
         "length": length,
-        "depth": 0 if named["history"] is None else len(named["history"]),
+        "depth": 0 if call.history is None else len(call.history),
     }
     tensors = {}
-    for name, value in named.items():
+    for name, value in call._asdict().items():
         if name in PER_ROW and value is not None:
             numbers[name], tensors[name] = value.ndim > 0, value.to(PER_ROW[name])
         elif isinstance(value, torch.Tensor):
@@ -72,15 +67,14 @@ def case(folder, arguments):
     return write_case(folder, numbers, tensors)
 
 
-def result(folder, arguments):
-    named = dict(zip(NAMES, arguments))
-    shape = named["tokens"].shape
+def result(folder, call):
+    shape = call.tokens.shape
     out = [
         read_tensor(folder, "new_tokens", torch.int64, shape),
         read_tensor(folder, "committed", torch.bool, shape),
         read_tensor(folder, "num_committed", torch.int64, shape[:1]),
     ]
-    if named["finished"] is None:
+    if call.finished is None:
         return (
             *out,
             torch.empty(0, dtype=torch.int64),
@@ -90,7 +84,7 @@ def result(folder, arguments):
     return (
         *out,
         read_tensor(folder, "new_draft", torch.int64, shape),
-        read_tensor(folder, "new_history", torch.int64, named["history"].shape),
+        read_tensor(folder, "new_history", torch.int64, call.history.shape),
         read_tensor(folder, "new_finished", torch.bool, shape[:1]),
     )
 
@@ -121,14 +115,14 @@ def test_equals_reference(program, tmp_path, batch, length):
     for rule in rules(batch, length):
         for candidates in (None, 0.7) if length < 256 else (0.9,):
             stop = random.choice([None, r.StableAndConfident(0, 0.5), r.StableAndConfident(3, 0.6)])
-            arguments = arguments_of(
+            call = call_of(
                 rule, random.choice(WRITES), batch, length, levels=random.choice([3, 20, 10**6]),
                 candidates=candidates, stop=stop, agree=random.random() < 0.7,
             )  # fmt: skip
-            cases.append((tmp_path / str(len(cases)), rule, arguments))
-    run_clean(program, [case(folder, arguments) for folder, _, arguments in cases])
-    for folder, rule, arguments in cases:
-        assert not check_commit(result(folder, arguments), *arguments), rule
+            cases.append((tmp_path / str(len(cases)), rule, call))
+    run_clean(program, [case(folder, call) for folder, _, call in cases])
+    for folder, rule, call in cases:
+        assert not check_commit(result(folder, call), call), rule
 
 
 # What a race is reported as depends on which thread comes first.
@@ -165,10 +159,10 @@ def test_planted_bugs_are_caught(tmp_path, bug):
     passage, replacement, rule, report = BUGS[bug]
     addresses = report == "heap-buffer-overflow"
     program = planted(PROGRAM, tmp_path, "commit/kernel.cuh", passage, replacement, sanitize=addresses)
-    arguments = arguments_of(rule, r.Keep(), 1, 100, levels=50, candidates=0.6)
-    folder = case(tmp_path / "case", arguments)
+    call = call_of(rule, r.Keep(), 1, 100, levels=50, candidates=0.6)
+    folder = case(tmp_path / "case", call)
     done = run(program, [folder])
     if report is None:
-        assert done.returncode != 0 or check_commit(result(folder, arguments), *arguments)
+        assert done.returncode != 0 or check_commit(result(folder, call), call)
     else:
         assert done.returncode != 0 and re.search(report, done.stderr), done.stderr

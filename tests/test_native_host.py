@@ -12,9 +12,10 @@ import torch
 import dgemma_accel
 from dgemma_accel.backends import BackendError
 from dgemma_accel.native import row_stats_cpp
-from dgemma_accel.native.params import CapabilityAtLeast, extension, missing_extension
+from dgemma_accel.native.params import CapabilityAtLeast, check_parameter, extension, missing_extension
 from dgemma_accel.native.row_stats_params import outputs, row_stats_params
 from dgemma_accel.reference.budget import check_row_stats
+from dgemma_accel.reference.commit import CommitCall
 from dgemma_accel.samplers import Keep, TopK
 
 pytestmark = pytest.mark.skipif(missing_extension() is not None, reason=str(missing_extension()))
@@ -284,3 +285,31 @@ def test_without_statistics_the_op_is_still_a_torch_op(name):
         dgemma_accel.row_stats(logits, statistics="no", backend=name)
     with pytest.raises(ValueError, match="check: needs statistics=True"):
         dgemma_accel.row_stats(logits, statistics=False, check=True, backend=name)
+
+
+def test_the_struct_of_commit_takes_a_call_as_it_is():
+    fields = extension().CommitParams.FIELDS
+    assert fields[2 : 2 + len(CommitCall._fields)] == CommitCall._fields
+    with pytest.raises(TypeError, match=f"{len(fields)} values expected"):
+        extension().CommitParams(1)
+
+
+def test_structs_take_tensors_for_addresses_and_values():
+    params = extension().RowStatsParams()
+    rows, number = torch.tensor([0.5, 1.0]), torch.tensor(0.25)
+    params.temperature, params.stats_temperature, params.uniform = number, rows, rows
+    assert params.temperature == (0, 0, 0.25)
+    assert params.stats_temperature == (rows.data_ptr(), 1, 0.0) and params.uniform == rows.data_ptr()
+    params.uniform = None
+    assert params.uniform == 0
+    with pytest.raises(AttributeError, match="data_ptr"):
+        params.uniform = "here"
+
+
+def test_parameters_that_a_kernel_could_not_read_are_refused():
+    cpu, number, rows = torch.device("cpu"), torch.tensor(1.0), torch.ones(3)
+    for value, device in ((None, "cuda"), (number, "cuda"), (rows, "cpu"), (number.to("meta"), "meta")):
+        check_parameter(value, torch.device(device))
+    for value, device in ((rows, torch.device("meta")), (number.to("meta"), cpu), (rows.to("meta"), cpu)):
+        with pytest.raises(ValueError, match="a parameter per row must be on"):
+            check_parameter(value, device)

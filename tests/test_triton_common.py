@@ -107,9 +107,9 @@ def stats(t, seed, offset, softcap, rows):
 
 def decide(k, value, value2, seed, mask, batch):
     tokens, field = empty(batch, 64, dtype=torch.int64), empty(batch, 64)
-    commit.commit(tokens, tokens, tokens, field, field, field, field, None, 0, 1, 0, torch.tensor(k),
-        torch.tensor(value), torch.tensor(value2), mask, 0, mask, torch.tensor(seed), torch.tensor(0),
-        None, None, None, None)
+    commit.commit(commit.CommitCall(tokens, tokens, tokens, field, field, field, field, None, 0, 1, 0,
+        torch.tensor(k), torch.tensor(value), torch.tensor(value2), mask, 0, mask, torch.tensor(seed), torch.tensor(0),
+        None, None, None, None))
 
 def attend(length, scale, softcap, splits, causal=False, window=None):
     query, prefix = empty(1, 2, 32, 64, dtype=torch.bfloat16), empty(1, 2, length, 64, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..reference.commit import CommitCall
 from ..samplers.rules import Flag, Measure, Select, Write
 from .common import (
     CAPABILITIES,
@@ -263,70 +264,44 @@ def commit_kernel(
         tl.store(new_finished + i_b, now_finished)
 
 
-def commit(
-    tokens: Tensor,
-    argmax: Tensor,
-    sample: Tensor,
-    entropy: Tensor,
-    sample_prob: Tensor,
-    top1_prob: Tensor,
-    top2_prob: Tensor,
-    candidates: Tensor | None,
-    measure: int,
-    select: int,
-    flags: int,
-    k: Tensor,
-    value: Tensor,
-    value2: Tensor,
-    mask_id: int,
-    write: int,
-    write_argument: int,
-    seed: Tensor,
-    offset: Tensor,
-    draft: Tensor | None,
-    history: Tensor | None,
-    finished: Tensor | None,
-    confidence: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def commit(call: CommitCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments, results and arithmetic: `reference.commit`. One launch; canvases of up to 1024 tokens."""
+    call = call.contiguous()
+    tokens, flags, state = call.tokens, call.flags, call.finished is not None
     batch, length = tokens.shape
-    inputs = (tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob)
-    inputs = [tensor.contiguous() for tensor in inputs]
-    candidates = None if candidates is None else candidates.contiguous()
-    state = finished is not None
-    draft, history, finished = (t.contiguous() for t in (draft, history, finished)) if state else (None,) * 3
-
-    new_tokens = torch.empty_like(inputs[0])
-    committed = new_tokens.new_empty(new_tokens.shape, dtype=torch.bool)
+    new_tokens = torch.empty_like(tokens)
+    committed = tokens.new_empty(tokens.shape, dtype=torch.bool)
     num_committed = tokens.new_empty(batch)
     if state:
-        new_state = tuple(torch.empty_like(tensor) for tensor in (draft, history, finished))
+        new_state = tuple(torch.empty_like(tensor) for tensor in (call.draft, call.history, call.finished))
     else:
         new_state = (tokens.new_empty(0), tokens.new_empty(0), tokens.new_empty(0, dtype=torch.bool))
     if batch == 0 or length == 0:
         num_committed.zero_()
         return new_tokens, committed, num_committed, *new_state
 
-    k, k_value, k_stride = int_by_value(k)
-    value_value, value_pointer, value_stride = by_value(value)
-    value2_value, value2_pointer, value2_stride = by_value(value2)
-    seed, seed_value, _ = int_by_value(seed)
-    offset, offset_value, _ = int_by_value(offset)
-    confidence_value, confidence_pointer, _ = by_value(confidence, 0.0)
+    k, k_value, k_stride = int_by_value(call.k)
+    value_value, value_pointer, value_stride = by_value(call.value)
+    value2_value, value2_pointer, value2_stride = by_value(call.value2)
+    seed, seed_value, _ = int_by_value(call.seed)
+    offset, offset_value, _ = int_by_value(call.offset)
+    confidence_value, confidence_pointer, _ = by_value(call.confidence, 0.0)
     block = next_power_of_2(length)
     config = configs.select("commit", capability(tokens), block=block)
     with on_device(tokens):
         commit_kernel[(batch,)](
-            *inputs, candidates, draft, history, finished, new_tokens, committed, num_committed, *new_state,
-            k, k_value, value_value, value2_value, mask_id, write_argument, seed, seed_value, offset, offset_value,
-            confidence_value,
-            k_stride, value_stride, value2_stride, batch, history.shape[0] if state else 0,
-            MEASURE=measure, SELECT=select, WRITE=write,
+            tokens, call.argmax, call.sample, call.entropy, call.sample_prob, call.top1_prob, call.top2_prob,
+            call.candidates, call.draft, call.history, call.finished,
+            new_tokens, committed, num_committed, *new_state,
+            k, k_value, value_value, value2_value, call.mask_id, call.write_argument, seed, seed_value,
+            offset, offset_value, confidence_value,
+            k_stride, value_stride, value2_stride, batch, call.history.shape[0] if state else 0,
+            MEASURE=call.measure, SELECT=call.select, WRITE=call.write,
             STRICT=bool(flags & Flag.STRICT), RELATIVE=bool(flags & Flag.RELATIVE),
             INCLUSIVE=bool(flags & Flag.INCLUSIVE), LAST_RANK_QUIRK=bool(flags & Flag.LAST_RANK_QUIRK),
             GUMBEL=bool(flags & Flag.GUMBEL),
             VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer, CONFIDENCE_POINTER=confidence_pointer,
-            CANDIDATES=candidates is not None, STATE=state, STOP=confidence is not None,
+            CANDIDATES=call.candidates is not None, STATE=state, STOP=call.confidence is not None,
             LENGTH=length, BLOCK=block, LOG2=block.bit_length() - 1,
             num_warps=config["num_warps"],
         )  # fmt: skip

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from .. import configs
+from ..reference.commit import CommitCall
 from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
@@ -61,12 +62,13 @@ def _commit(when: dict) -> Callable[[], object]:
         tokens = _empty(1, length, dtype=torch.int64)
         stats = _empty(1, length)
         number = torch.tensor(0.0)
-        return commit(
+        call = CommitCall(
             tokens, tokens, tokens, stats, stats, stats, stats, None,
             int(rule.measure), int(rule.select), int(rule.flags), torch.tensor(0), number, number, -1,
             int(write.kind), write.argument, torch.tensor(1), torch.tensor(0),
             tokens, _empty(1, 1, length, dtype=torch.int64), _empty(1, dtype=torch.bool), number,
         )  # fmt: skip
+        return commit(call)
 
     return launch
 

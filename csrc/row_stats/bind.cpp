@@ -9,29 +9,30 @@ namespace dgemma {
 void register_row_stats(pybind11::module_& m) {
   using P = RowStatsParams;
   pybind11::class_<P> params(m, "RowStatsParams", "Arguments of row_stats; the fields are documented in params.h.");
-  params.def(pybind11::init<>());
-  pointer_field(params, "logits", &P::logits);
-  enum_field(params, "dtype", &P::dtype);
-  params.def_readwrite("rows0", &P::rows0);
-  params.def_readwrite("rows1", &P::rows1);
-  params.def_readwrite("vocab", &P::vocab);
-  params.def_readwrite("stride0", &P::stride0);
-  params.def_readwrite("stride1", &P::stride1);
-  row_parameter_field(params, "temperature", &P::temperature);
-  row_parameter_field(params, "stats_temperature", &P::stats_temperature);
-  params.def_readwrite("has_stats_temperature", &P::has_stats_temperature);
-  params.def_readwrite("softcap", &P::softcap);
-  pointer_field(params, "uniform", &P::uniform);
-  row_parameter_field(params, "seed", &P::seed);
-  row_parameter_field(params, "offset", &P::offset);
-  pointer_field(params, "argmax", &P::argmax);
-  pointer_field(params, "sample", &P::sample);
-  pointer_field(params, "entropy", &P::entropy);
-  pointer_field(params, "logsumexp", &P::logsumexp);
-  pointer_field(params, "top1_prob", &P::top1_prob);
-  pointer_field(params, "top2_prob", &P::top2_prob);
-  pointer_field(params, "sample_prob", &P::sample_prob);
-  pointer_field(params, "workspace", &P::workspace);
+  made_of_fields<P>(params, {
+      pointer_field(params, "logits", &P::logits),
+      enum_field(params, "dtype", &P::dtype),
+      number_field(params, "rows0", &P::rows0),
+      number_field(params, "rows1", &P::rows1),
+      number_field(params, "vocab", &P::vocab),
+      number_field(params, "stride0", &P::stride0),
+      number_field(params, "stride1", &P::stride1),
+      row_parameter_field(params, "temperature", &P::temperature),
+      row_parameter_field(params, "stats_temperature", &P::stats_temperature),
+      number_field(params, "has_stats_temperature", &P::has_stats_temperature),
+      number_field(params, "softcap", &P::softcap),
+      pointer_field(params, "uniform", &P::uniform),
+      row_parameter_field(params, "seed", &P::seed),
+      row_parameter_field(params, "offset", &P::offset),
+      pointer_field(params, "argmax", &P::argmax),
+      pointer_field(params, "sample", &P::sample),
+      pointer_field(params, "entropy", &P::entropy),
+      pointer_field(params, "logsumexp", &P::logsumexp),
+      pointer_field(params, "top1_prob", &P::top1_prob),
+      pointer_field(params, "top2_prob", &P::top2_prob),
+      pointer_field(params, "sample_prob", &P::sample_prob),
+      pointer_field(params, "workspace", &P::workspace),
+  });
 
   m.def("row_stats_host_workspace", &row_stats_host_workspace, pybind11::arg("params"), "Bytes of workspace.");
   m.def("row_stats_host", &row_stats_host, pybind11::arg("params"), pybind11::arg("threads"),

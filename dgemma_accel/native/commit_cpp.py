@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.commit import CommitCall
 from .commit_params import prepare
 from .params import extension, missing_extension
 
@@ -13,9 +14,9 @@ FEATURES = {"device": {"cpu"}}
 unavailable = missing_extension
 
 
-def commit(*arguments) -> tuple[Tensor, ...]:
-    """As `reference.commit`, with its arguments."""
-    params, result, alive = prepare(*arguments)
+def commit(call: CommitCall) -> tuple[Tensor, ...]:
+    """As `reference.commit`."""
+    params, result, alive = prepare(call)
     if result[2].numel() == 0:
         return result
     extension().commit_host(params, torch.get_num_threads())

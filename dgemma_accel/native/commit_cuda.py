@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.commit import CommitCall
 from .commit_params import prepare
 from .params import AtMost, CapabilityAtLeast, extension, missing_cuda
 
@@ -14,11 +15,11 @@ FEATURES = {"device": {"cuda"}, "canvas_length": AtMost(1024), "compute_capabili
 unavailable = missing_cuda
 
 
-def commit(*arguments) -> tuple[Tensor, ...]:
-    """As `reference.commit`, with its arguments, on the current stream of the tokens' device; waits for nothing."""
-    device = arguments[0].device
+def commit(call: CommitCall) -> tuple[Tensor, ...]:
+    """As `reference.commit`, on the current stream of the tokens' device; waits for nothing."""
+    device = call.tokens.device
     with torch.cuda.device(device):
-        params, result, alive = prepare(*arguments)
+        params, result, alive = prepare(call)
         if result[2].numel() == 0:
             return result
         extension().commit_cuda(params, torch.cuda.current_stream(device).cuda_stream)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+@functools.cache
 def extension():
     """The compiled module; ImportError where it was not built."""
     from dgemma_accel import _C
@@ -62,17 +65,15 @@ class AtMost:
         return f"up to {self.limit}"
 
 
-def row_parameter(value: Tensor, device: torch.device) -> tuple[int, int, float | int]:
-    """(address, stride, value) of a 0-d or [R] parameter.
+def check_parameter(value: Tensor | None, device: torch.device) -> None:
+    """Raise ValueError where a kernel on `device` could not read a 0-d or [R] parameter.
 
-    A scalar on the CPU goes by value, so a launch waits for nothing; one on the device is read there, so a
-    captured CUDA graph sees a new value at each replay.
+    A struct takes a 0-d tensor on the CPU by value, so a launch waits for nothing; one on the device by address, so
+    a captured CUDA graph sees a new value at each replay.
     """
-    if value.ndim == 0 and value.device.type == "cpu":
-        return 0, 0, value.item()
-    if value.device != device:
-        raise ValueError(f"a parameter per row must be on {device}, got {value.device}")
-    return value.data_ptr(), value.ndim, 0
+    if value is None or (value.is_cpu and value.ndim == 0) or value.device == device:
+        return
+    raise ValueError(f"a parameter per row must be on {device}, got {value.device}")
 
 
 def address(tensor: Tensor | None) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .params import DTYPES, address, extension, row_parameter
+from .params import DTYPES, check_parameter, extension
 
 
 def outputs(logits: Tensor) -> tuple[Tensor, ...]:
     """(argmax, sample) int64 and five fp32 tensors, all [N0, N1], not yet written."""
-    shape = logits.shape[:-1]
-    integers = [torch.empty(shape, dtype=torch.int64, device=logits.device) for _ in range(2)]
-    floats = [torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(5)]
-    return (*integers, *floats)
+    argmax = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    entropy = torch.empty_like(argmax, dtype=torch.float32)
+    return (argmax, torch.empty_like(argmax), entropy, *(torch.empty_like(entropy) for _ in range(4)))
 
 
 def row_stats_params(
@@ -28,21 +27,14 @@ def row_stats_params(
 ):
     """The struct for these arguments, which have to stay alive while it is used."""
     device = logits.device
-    params = extension().RowStatsParams()
-    params.logits = logits.data_ptr()
-    params.dtype = DTYPES[logits.dtype]
-    params.rows0, params.rows1, params.vocab = logits.shape
-    params.stride0, params.stride1 = logits.stride(0), logits.stride(1)
-    params.temperature = row_parameter(temperature, device)
-    if stats_temperature is not None:
-        params.has_stats_temperature = True
-        params.stats_temperature = row_parameter(stats_temperature, device)
-    params.softcap = 0.0 if softcap is None else softcap
-    params.uniform = address(uniform)
-    if uniform is None:
-        params.seed = row_parameter(seed, device)
-        params.offset = row_parameter(offset, device)
-    names = ("argmax", "sample", "entropy", "logsumexp", "top1_prob", "top2_prob", "sample_prob")
-    for name, tensor in zip(names, out):
-        setattr(params, name, tensor.data_ptr())
-    return params
+    if uniform is not None:
+        seed = offset = None
+    for parameter in (temperature, stats_temperature, seed, offset):
+        check_parameter(parameter, device)
+    rows0, rows1, vocab = logits.shape
+    stride0, stride1, _ = logits.stride()
+    # `RowStatsParams.FIELDS` names them; the workspace comes later, its size depends on the others.
+    return extension().RowStatsParams(
+        logits, DTYPES[logits.dtype], rows0, rows1, vocab, stride0, stride1, temperature, stats_temperature,
+        stats_temperature is not None, 0.0 if softcap is None else softcap, uniform, seed, offset, *out, None,
+    )  # fmt: skip

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..backends import compute_capability, pick
 from . import checks
+from .registration import operator
 
 
-@torch.library.custom_op("dgemma::block_attention", mutates_args=())
+@operator("block_attention")
 def _block_attention(
     query: Tensor,
     key: Tensor,
@@ -181,7 +182,7 @@ def block_attention(
 
     _check_window(window, causal)
 
-    output, lse = torch.ops.dgemma.block_attention(
+    output, lse = _block_attention(
         _unit_last_stride(query),
         _unit_last_stride(key),
         _unit_last_stride(value),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -35,6 +36,22 @@ def on_device(name: str, tensor: Tensor, device: torch.device, of: str) -> None:
         raise ValueError(f"{name}: must be on {device} like {of}, got {tensor.device}")
 
 
+def may_keep_numbers(tensor: Tensor) -> bool:
+    """Whether a call on `tensor` may get its numbers from `constant`: where a graph is traced they belong to it."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+@functools.lru_cache(maxsize=4096)
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-d CPU tensor, the same one for every call: only for ops, which write to no argument."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _number(value: float, dtype: torch.dtype, keep: bool) -> Tensor:
+    return constant(value, dtype) if keep else torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def number_or_rows(
     name: str,
     value: float | Tensor,
@@ -45,6 +62,7 @@ def number_or_rows(
     low: float = 0.0,
     low_open: bool = False,
     high: float = math.inf,
+    keep: bool = False,
 ) -> Tensor:
     """A parameter that is a number, a 0-d tensor or one value per row, as a 0-d or flat tensor.
 
@@ -53,6 +71,7 @@ def number_or_rows(
 
     Args:
         rows: the shape that stands for "one value per row".
+        keep: take the tensor of a number from `constant`, where `may_keep_numbers` allows it.
     """
     integer = not dtype.is_floating_point
     if isinstance(value, Tensor):
@@ -75,7 +94,7 @@ def number_or_rows(
     if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}: must be finite and in {bracket}{low}, {high}], got {value}")
-    return torch.tensor(value, dtype=dtype)
+    return _number(value, dtype, keep)
 
 
 def softcap_value(softcap: float | None) -> float | None:
@@ -89,12 +108,15 @@ def softcap_value(softcap: float | None) -> float | None:
 
 
 def seed_and_offset(
-    seed: int | Tensor | None, offset: int | Tensor, device: torch.device
+    seed: int | Tensor | None, offset: int | Tensor, device: torch.device, *, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Both as 0-d int64 tensors; a seed that is not given is drawn from torch's default generator."""
+    """Both as 0-d int64 tensors; a seed that is not given is drawn from torch's default generator.
+
+    keep: as in `number_or_rows`.
+    """
     if seed is None:
         seed = torch.randint(INT64_MAX, (), dtype=torch.int64)
-    return _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
+    return _int64_scalar("seed", seed, device, keep), _int64_scalar("offset", offset, device, keep)
 
 
 def uniform_or_seed(
@@ -103,18 +125,20 @@ def uniform_or_seed(
     offset: int | Tensor,
     shape: tuple[int, ...],
     device: torch.device,
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The uniforms given, flat; or seed and offset to draw them from."""
+    """The uniforms given, flat; or seed and offset to draw them from. keep: as in `number_or_rows`."""
     if uniform is None:
-        return (None, *seed_and_offset(seed, offset, device))
+        return (None, *seed_and_offset(seed, offset, device, keep=keep))
     is_tensor("uniform", uniform)
     has_dtype("uniform", uniform, (torch.float32,))
     has_shape("uniform", uniform, shape, "one value per row")
     on_device("uniform", uniform, device, "the input")
-    return uniform.reshape(-1).contiguous(), None, torch.tensor(0)
+    return uniform.reshape(-1).contiguous(), None, _number(0, torch.int64, keep)
 
 
-def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bool) -> Tensor:
     if isinstance(value, Tensor):
         has_dtype(name, value, (torch.int64,))
         has_shape(name, value, (), "a 0-d tensor")
@@ -125,7 +149,7 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tenso
         raise TypeError(f"{name}: an int or a 0-d int64 tensor expected, got {type(value).__name__}")
     if not 0 <= value <= INT64_MAX:
         raise ValueError(f"{name}: must be in [0, 2**63), got {value}")
-    return torch.tensor(value, dtype=torch.int64)
+    return _number(value, torch.int64, keep)
 
 
 def values_in(

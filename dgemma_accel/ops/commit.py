@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..backends import compute_capability, pick
-from ..samplers.rules import CanvasState, EncodedRule, Flag, Measure, Rule, Select, StableAndConfident, Write
+from ..reference.commit import CommitCall
+from ..samplers.rules import CanvasState, Flag, Measure, Rule, Select, StableAndConfident, Write
 from . import checks
+from .registration import operator
 from .row_stats import RowStats
+
+_GUMBEL = int(Flag.GUMBEL)
+_STATS_DTYPES = tuple(
+    torch.int64 if name in ("argmax", "sample") else torch.float32 for name in RowStats._fields
+)
 
 
 @dataclass(frozen=True)
@@ -27,94 +36,21 @@ class CommitResult:
     state: CanvasState | None = None
 
 
-@torch.library.custom_op("dgemma::commit", mutates_args=())
-def _commit(
-    tokens: Tensor,
-    argmax: Tensor,
-    sample: Tensor,
-    entropy: Tensor,
-    sample_prob: Tensor,
-    top1_prob: Tensor,
-    top2_prob: Tensor,
-    candidates: Tensor | None,
-    measure: int,
-    select: int,
-    flags: int,
-    k: Tensor,
-    value: Tensor,
-    value2: Tensor,
-    mask_id: int,
-    write: int,
-    write_argument: int,
-    seed: Tensor,
-    offset: Tensor,
-    draft: Tensor | None,
-    history: Tensor | None,
-    finished: Tensor | None,
-    confidence: Tensor | None,
-    check: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.values_in("k", k, 0, checks.INT64_MAX, force=check)
-    checks.values_in("value", value, 0.0, float("inf"), force=check)
-    low_open = bool(flags & Flag.GUMBEL)
-    checks.values_in("value2", value2, 0.0, float("inf"), low_open=low_open, force=check)
-    run = pick("commit", backend, _requirements(tokens))
-    return run(
-        tokens,
-        argmax,
-        sample,
-        entropy,
-        sample_prob,
-        top1_prob,
-        top2_prob,
-        candidates,
-        measure,
-        select,
-        flags,
-        k,
-        value,
-        value2,
-        mask_id,
-        write,
-        write_argument,
-        seed,
-        offset,
-        draft,
-        history,
-        finished,
-        confidence,
-    )
+@operator("commit", {**get_type_hints(CommitCall), "check": bool, "backend": str})
+def _commit(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call, check, backend = CommitCall(*arguments[:-2]), arguments[-2], arguments[-1]
+    checks.values_in("k", call.k, 0, checks.INT64_MAX, force=check)
+    checks.values_in("value", call.value, 0.0, math.inf, force=check)
+    low_open = bool(call.flags & _GUMBEL)
+    checks.values_in("value2", call.value2, 0.0, math.inf, low_open=low_open, force=check)
+    return pick("commit", backend, _requirements(call.tokens))(call)
 
 
 @_commit.register_fake
-def _(
-    tokens,
-    argmax,
-    sample,
-    entropy,
-    sample_prob,
-    top1_prob,
-    top2_prob,
-    candidates,
-    measure,
-    select,
-    flags,
-    k,
-    value,
-    value2,
-    mask_id,
-    write,
-    write_argument,
-    seed,
-    offset,
-    draft,
-    history,
-    finished,
-    confidence,
-    check,
-    backend,
-):
+def _(*arguments):
+    call = CommitCall(*arguments[:-2])
+    tokens, finished = call.tokens, call.finished
+
     def like(tensor):
         return tokens.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
@@ -122,8 +58,8 @@ def _(
         tokens.new_empty(tokens.shape),
         tokens.new_empty(tokens.shape, dtype=torch.bool),
         tokens.new_empty(tokens.shape[:1]),
-        like(draft),
-        like(history),
+        like(call.draft),
+        like(call.history),
         tokens.new_empty(0, dtype=torch.bool) if finished is None else finished.new_empty(finished.shape),
     )
 
@@ -206,9 +142,8 @@ def commit(
         raise TypeError(f"rule: a samplers.Rule such as TopK(k) expected, got {type(rule).__name__}")
     if not isinstance(getattr(write, "kind", None), Write):
         raise TypeError(f"write: Remask, Renoise or Keep expected, got {type(write).__name__}")
-    shape, device = tuple(tokens.shape), tokens.device
-    for name, field in zip(stats._fields, stats):
-        dtype = torch.int64 if name in ("argmax", "sample") else torch.float32
+    shape, device = tokens.shape, tokens.device
+    for name, field, dtype in zip(RowStats._fields, stats, _STATS_DTYPES):
         if (
             isinstance(field, Tensor)
             and field.dtype == dtype
@@ -230,64 +165,46 @@ def commit(
     elif stop is not None:
         raise ValueError("stop: needs a state; CanvasState.start(tokens, stop) makes the first one")
 
-    encoded = _encode(rule, shape, device)
-    seed, offset = _draws(encoded, write, seed, offset, device)
-    confidence = None
-    if stop is not None:
-        confidence = checks.number_or_rows("stop.confidence", stop.confidence, (), device, low_open=True)
-    tokens_out, committed, count, draft, history, finished = torch.ops.dgemma.commit(
-        tokens,
-        stats.argmax,
-        stats.sample,
-        stats.entropy,
-        stats.sample_prob,
-        stats.top1_prob,
-        stats.top2_prob,
-        candidates,
-        int(encoded.measure),
-        int(encoded.select),
-        int(encoded.flags),
-        encoded.k,
-        encoded.value,
-        encoded.value2,
-        encoded.mask_id,
-        int(write.kind),
-        write.argument,
-        seed,
-        offset,
-        None if state is None else state.draft,
-        None if state is None else state.history,
-        None if state is None else state.finished,
-        confidence,
-        check,
-        backend,
-    )
-    next_state = None if state is None else CanvasState(draft, history, finished)
-    return CommitResult(tokens_out, committed, count, next_state)
-
-
-def _encode(rule: Rule, shape: tuple[int, int], device: torch.device) -> EncodedRule:
-    """The rule with its numbers as tensors that a kernel can read."""
-    encoded = rule.encode()
-    rows = shape[:1]
-    measure, select = encoded.measure, encoded.select
+    encoded, rows, keep = rule.encode(), shape[:1], checks.may_keep_numbers(tokens)
+    measure, select, flags = encoded.measure, encoded.select, int(encoded.flags)
     if not torch.compiler.is_compiling():
         # Checks what a rule of the caller says; torch 2.11's compiler cannot trace the making of an enum member.
-        measure, select = Measure(measure), Select(select)
-    return EncodedRule(
-        measure,
-        select,
-        encoded.flags,
-        checks.number_or_rows("rule.k", encoded.k, rows, device, dtype=torch.int64),
-        checks.number_or_rows("rule.value", encoded.value, rows, device),
-        checks.number_or_rows("rule.value2", encoded.value2, rows, device),
-        encoded.mask_id,
-    )
-
-
-def _draws(encoded: EncodedRule, write, seed, offset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seed and offset; a call that draws nothing leaves torch's generator alone."""
-    random = encoded.measure == Measure.RANDOM or encoded.flags & Flag.GUMBEL or write.kind == Write.RENOISE
-    if seed is None and not random:
+        measure = measure if isinstance(measure, Measure) else Measure(measure)
+        select = select if isinstance(select, Select) else Select(select)
+    if seed is None and not (measure == Measure.RANDOM or flags & _GUMBEL or write.kind == Write.RENOISE):
+        # A call that draws nothing leaves torch's generator alone.
         seed = 0
-    return checks.seed_and_offset(seed, offset, device)
+    seed, offset = checks.seed_and_offset(seed, offset, device, keep=keep)
+    confidence = None
+    if stop is not None:
+        confidence = checks.number_or_rows(
+            "stop.confidence", stop.confidence, (), device, low_open=True, keep=keep
+        )
+    call = CommitCall(
+        tokens=tokens,
+        argmax=stats.argmax,
+        sample=stats.sample,
+        entropy=stats.entropy,
+        sample_prob=stats.sample_prob,
+        top1_prob=stats.top1_prob,
+        top2_prob=stats.top2_prob,
+        candidates=candidates,
+        measure=int(measure),
+        select=int(select),
+        flags=flags,
+        k=checks.number_or_rows("rule.k", encoded.k, rows, device, dtype=torch.int64, keep=keep),
+        value=checks.number_or_rows("rule.value", encoded.value, rows, device, keep=keep),
+        value2=checks.number_or_rows("rule.value2", encoded.value2, rows, device, keep=keep),
+        mask_id=encoded.mask_id,
+        write=int(write.kind),
+        write_argument=write.argument,
+        seed=seed,
+        offset=offset,
+        draft=None if state is None else state.draft,
+        history=None if state is None else state.history,
+        finished=None if state is None else state.finished,
+        confidence=confidence,
+    )
+    new_tokens, committed, count, draft, history, finished = _commit(*call, check, backend)
+    next_state = None if state is None else CanvasState(draft, history, finished)
+    return CommitResult(new_tokens, committed, count, next_state)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..backends import choose, compute_capability, pick
 from . import checks
+from .registration import operator
 from .row_stats import RowStats, raise_for_rows_without_a_distribution
 
 
-@torch.library.custom_op("dgemma::head_stats", mutates_args=())
+@operator("head_stats")
 def _head_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -135,7 +136,7 @@ def head_stats(
     softcap = checks.softcap_value(softcap)
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
     rows = hidden.reshape(1, -1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
-    logits, *fields = torch.ops.dgemma.head_stats(
+    logits, *fields = _head_stats(
         rows,
         weight,
         temperature,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import compute_capability, pick
 from . import checks
+from .registration import operator
 
 
 class RowStats(NamedTuple):
@@ -30,7 +31,7 @@ class RowStats(NamedTuple):
     sample_prob: Tensor
 
 
-@torch.library.custom_op("dgemma::row_stats", mutates_args=())
+@operator("row_stats")
 def _row_stats(
     logits: Tensor,
     temperature: Tensor,
@@ -173,7 +174,7 @@ def row_stats(
         raise ValueError("check: needs statistics=True, since they say which rows have no distribution")
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
 
-    out = torch.ops.dgemma.row_stats(
+    out = _row_stats(
         rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend,
         statistics,
     )  # fmt: skip

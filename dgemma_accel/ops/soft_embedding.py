@@ -10,10 +10,11 @@ from torch import Tensor
 from ..backends import compute_capability, pick
 from . import checks
 from .head_stats import check_weight
+from .registration import operator
 from .row_stats import RowStats, rows_view
 
 
-@torch.library.custom_op("dgemma::soft_embedding", mutates_args=())
+@operator("soft_embedding")
 def _soft_embedding(
     logits: Tensor,
     logsumexp: Tensor,
@@ -100,7 +101,7 @@ def soft_embedding(
     if not 0.0 <= tolerance <= 1.0:
         raise ValueError(f"tolerance: must be in [0, 1], got {tolerance}")
     rows = rows_view(logits)
-    result = torch.ops.dgemma.soft_embedding(
+    result = _soft_embedding(
         rows,
         stats.logsumexp.reshape(rows.shape[:-1]),
         weight,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,40 @@ from .philox import (
 )
 
 
+class CommitCall(NamedTuple):
+    """The arguments of `commit`: of this function, of every backend's, and (with `check` and `backend`) of the op."""
+
+    tokens: Tensor  # [B, C] int64
+    argmax: Tensor  # [B, C] int64
+    sample: Tensor  # [B, C] int64
+    entropy: Tensor  # [B, C] fp32, nats
+    sample_prob: Tensor  # [B, C] fp32
+    top1_prob: Tensor  # [B, C] fp32
+    top2_prob: Tensor  # [B, C] fp32
+    candidates: Tensor | None  # [B, C] bool, None for all
+    measure: int  # a `samplers.rules.Measure`
+    select: int  # a `samplers.rules.Select`
+    flags: int  # `samplers.rules.Flag`s
+    k: Tensor  # 0-d or [B] int64
+    value: Tensor  # 0-d or [B] fp32
+    value2: Tensor  # 0-d or [B] fp32
+    mask_id: int  # for Select.EDIT
+    write: int  # a `samplers.rules.Write`
+    write_argument: int  # the mask token or the vocabulary size
+    seed: Tensor  # 0-d int64
+    offset: Tensor  # 0-d int64
+    draft: Tensor | None  # [B, C] int64; draft, history and finished: all or none
+    history: Tensor | None  # [S, B, C] int64
+    finished: Tensor | None  # [B] bool
+    confidence: Tensor | None  # 0-d fp32, None: rows never finish
+
+    def contiguous(self) -> CommitCall:
+        """The call with a copy of every tensor that has gaps."""
+        if all(not isinstance(field, Tensor) or field.is_contiguous() for field in self):
+            return self
+        return CommitCall(*(field.contiguous() if isinstance(field, Tensor) else field for field in self))
+
+
 def _per_row(value: Tensor, device, dtype) -> Tensor:
     """A 0-d or [B] parameter as something that broadcasts against [B, C]."""
     value = value.to(device, dtype)
@@ -28,22 +64,20 @@ def _gumbel(word: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _score(
-    measure: int, sample_prob: Tensor, top1_prob: Tensor, top2_prob: Tensor, entropy: Tensor, draw: Tensor
-):
-    if measure == Measure.SAMPLE_PROB:
-        return sample_prob
-    if measure == Measure.TOP1_PROB:
-        return top1_prob
-    if measure == Measure.ENTROPY:
-        return -entropy
-    if measure == Measure.MARGIN:
-        return top1_prob - top2_prob
-    if measure == Measure.RANDOM:
+def _score(call: CommitCall, draw: Tensor) -> Tensor:
+    if call.measure == Measure.SAMPLE_PROB:
+        return call.sample_prob
+    if call.measure == Measure.TOP1_PROB:
+        return call.top1_prob
+    if call.measure == Measure.ENTROPY:
+        return -call.entropy
+    if call.measure == Measure.MARGIN:
+        return call.top1_prob - call.top2_prob
+    if call.measure == Measure.RANDOM:
         return draw
-    if measure == Measure.POSITION:
+    if call.measure == Measure.POSITION:
         return -torch.arange(draw.shape[1], device=draw.device, dtype=torch.float32).expand_as(draw)
-    raise ValueError(f"measure: unknown value {measure}")
+    raise ValueError(f"measure: unknown value {call.measure}")
 
 
 def _best_of_run(score: Tensor, eligible: Tensor) -> Tensor:
@@ -63,8 +97,12 @@ def _best_of_run(score: Tensor, eligible: Tensor) -> Tensor:
     return best
 
 
-def _selected(score, eligible, select, flags, k, value, value2, entropy, draw) -> Tensor:
+def _selected(call: CommitCall, score: Tensor, eligible: Tensor, draw: Tensor) -> Tensor:
     """Which eligible positions the selection takes, [B, C] bool."""
+    select, flags = call.select, call.flags
+    k = _per_row(call.k, score.device, torch.int64)
+    value = _per_row(call.value, score.device, torch.float32)
+    value2 = _per_row(call.value2, score.device, torch.float32)
     if select == Select.BERNOULLI:
         return eligible & (draw < value)
 
@@ -97,7 +135,7 @@ def _selected(score, eligible, select, flags, k, value, value2, entropy, draw) -
         taken = rank <= length
     elif select == Select.ENTROPY_BOUND:
         # fp64 sums: any order of addition on any device gives the same decision.
-        sorted_entropy = entropy.gather(1, order).double()
+        sorted_entropy = call.entropy.gather(1, order).double()
         inclusive = sorted_entropy.cumsum(-1)
         if flags & Flag.INCLUSIVE:
             holds = (inclusive < value) | (ranks == 1)
@@ -110,31 +148,7 @@ def _selected(score, eligible, select, flags, k, value, value2, entropy, draw) -
     return eligible & taken
 
 
-def commit(
-    tokens: Tensor,
-    argmax: Tensor,
-    sample: Tensor,
-    entropy: Tensor,
-    sample_prob: Tensor,
-    top1_prob: Tensor,
-    top2_prob: Tensor,
-    candidates: Tensor | None,
-    measure: int,
-    select: int,
-    flags: int,
-    k: Tensor,
-    value: Tensor,
-    value2: Tensor,
-    mask_id: int,
-    write: int,
-    write_argument: int,
-    seed: Tensor,
-    offset: Tensor,
-    draft: Tensor | None,
-    history: Tensor | None,
-    finished: Tensor | None,
-    confidence: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def commit(call: CommitCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One decision over a canvas.
 
     Every candidate proposes `sample`. Candidates are ranked by `measure` (highest first, ties to the lower
@@ -146,17 +160,6 @@ def commit(
     of the others becomes `argmax`; and with `confidence` a row becomes finished when its new draft equals
     every canvas in `history` and its mean entropy is below `confidence`; then the draft is pushed to `history`.
 
-    Args:
-        tokens, argmax, sample: [B, C] int64.
-        entropy, sample_prob, top1_prob, top2_prob: [B, C] fp32.
-        candidates: [B, C] bool, or None for all.
-        measure, select, flags, mask_id: see `samplers.rules`.
-        k: 0-d or [B] int64. value, value2: 0-d or [B] fp32.
-        write, write_argument: a `Write` and its mask token or vocabulary size.
-        seed, offset: 0-d int64.
-        draft: [B, C] int64, history: [S, B, C] int64, finished: [B] bool; all or none.
-        confidence: 0-d fp32, or None: rows never finish.
-
     Returns:
         (tokens [B, C] int64, committed [B, C] bool, num_committed [B] int64, draft, history, finished);
         the last three are empty tensors when no state came in.
@@ -164,47 +167,47 @@ def commit(
     Source: EntropyBoundSampler, StableAndConfidentStoppingCriteria and `_denoising_step` of transformers'
     generation_diffusion_gemma.py; the rules as cited in `samplers.rules`.
     """
+    tokens, finished = call.tokens, call.finished
     batch, length = tokens.shape
     device = tokens.device
-    k = _per_row(k, device, torch.int64)
-    value = _per_row(value, device, torch.float32)
-    value2 = _per_row(value2, device, torch.float32)
     rows = torch.arange(batch * length, device=device).view(batch, length)
-    words = random_words(seed, offset, rows)
+    words = random_words(call.seed, call.offset, rows)
     draw = uniform_from_word(words[WORD_SELECT])
 
-    eligible = torch.ones_like(tokens, dtype=torch.bool) if candidates is None else candidates
+    eligible = torch.ones_like(tokens, dtype=torch.bool) if call.candidates is None else call.candidates
     if finished is not None:
         eligible = eligible & ~finished[:, None]
 
-    score = _score(measure, sample_prob, top1_prob, top2_prob, entropy, draw)
-    if flags & Flag.GUMBEL:
+    score = _score(call, draw)
+    value2 = _per_row(call.value2, device, torch.float32)
+    if call.flags & Flag.GUMBEL:
         score = score / value2 + _gumbel(words[WORD_SELECT])
-    ranked = eligible & (tokens == mask_id) if select == Select.EDIT else eligible
-    committed = _selected(score, ranked, select, flags, k, value, value2, entropy, draw)
-    if select == Select.EDIT:
-        committed |= eligible & ~ranked & (sample != tokens) & (score > value2)
+    ranked = eligible & (tokens == call.mask_id) if call.select == Select.EDIT else eligible
+    committed = _selected(call, score, ranked, draw)
+    if call.select == Select.EDIT:
+        committed |= eligible & ~ranked & (call.sample != tokens) & (score > value2)
 
-    if write == Write.REMASK:
-        rest = torch.full_like(tokens, write_argument)
-    elif write == Write.RENOISE:
-        rest = below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], write_argument)
-    elif write == Write.KEEP:
+    if call.write == Write.REMASK:
+        rest = torch.full_like(tokens, call.write_argument)
+    elif call.write == Write.RENOISE:
+        rest = below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], call.write_argument)
+    elif call.write == Write.KEEP:
         rest = tokens
     else:
-        raise ValueError(f"write: unknown value {write}")
-    new_tokens = torch.where(committed, sample, torch.where(eligible, rest, tokens))
+        raise ValueError(f"write: unknown value {call.write}")
+    new_tokens = torch.where(committed, call.sample, torch.where(eligible, rest, tokens))
     num_committed = committed.sum(-1)
 
     if finished is None:
         nothing = tokens.new_empty(0)
         return new_tokens, committed, num_committed, nothing, nothing.clone(), nothing.bool()
 
-    new_draft = torch.where(finished[:, None], draft, argmax)
+    history = call.history
+    new_draft = torch.where(finished[:, None], call.draft, call.argmax)
     new_finished = finished.clone()
-    if confidence is not None:
+    if call.confidence is not None:
         stable = (history == new_draft).all(-1).all(0)
-        confident = entropy.double().mean(-1) < confidence.to(device, torch.float32)
+        confident = call.entropy.double().mean(-1) < call.confidence.to(device, torch.float32)
         new_finished |= stable & confident
     new_history = torch.cat([history[1:], new_draft[None]]) if history.shape[0] else history.clone()
     return new_tokens, committed, num_committed, new_draft, new_history, new_finished
