@@ -189,11 +189,20 @@ def auto_order(op: str, requirements: Mapping[str, object]) -> tuple[tuple[str, 
 _logged: set[tuple[str, str, str]] = set()
 
 
+@functools.lru_cache(maxsize=1024)
+def _chosen(op: str, backend: str, names: tuple[str, ...], values: tuple) -> Choice:
+    return choose(op, backend, dict(zip(names, values)))
+
+
 def pick(op: str, backend: str, requirements: Mapping[str, object]) -> Callable:
-    """`choose`, saying once per op and device what `auto` took and why."""
-    choice = choose(op, backend, requirements)
+    """`choose`, remembered for the next call alike, saying once per op and device what `auto` took and why."""
+    # The environment is asked at every call.
+    name = requested(backend)
+    choice = _chosen(op, name, tuple(requirements), tuple(requirements.values()))
+    if backend != "auto":
+        return choice.implementation.run
     key = (op, str(requirements["device"]), choice.implementation.backend)
-    if backend == "auto" and key not in _logged:
+    if key not in _logged:
         _logged.add(key)
         fell_back = choice.implementation.backend == "reference"
         logger.log(
@@ -207,6 +216,14 @@ def pick(op: str, backend: str, requirements: Mapping[str, object]) -> Callable:
     return choice.implementation.run
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """(major, minor) of a CUDA device, None for others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    # Without an index it is the current device, which may change.
+    return torch.cuda.get_device_capability(device) if device.index is None else _capability(device)

@@ -158,3 +158,46 @@ def test_a_named_backend_says_what_is_required_supported_and_missing(monkeypatch
     assert (
         backends.choose("row_stats", "cpp", {"device": "cpu", "dtype": torch.bfloat16}).reason == "asked for"
     )
+
+
+def test_ops_are_not_differentiable_and_say_so():
+    logits = torch.randn(2, 5, requires_grad=True)
+    stats = dgemma_accel.row_stats(logits, seed=0)
+    assert stats.entropy.requires_grad and not stats.argmax.requires_grad
+    with pytest.raises(RuntimeError, match="dgemma::row_stats is not differentiable"):
+        stats.entropy.sum().backward()
+    with torch.no_grad():
+        assert not dgemma_accel.row_stats(logits, seed=0).entropy.requires_grad
+
+
+def test_numbers_are_kept_between_calls_but_not_in_a_traced_graph():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dgemma_accel.ops import checks
+
+    logits = torch.randn(2, 5)
+    with torch.inference_mode():
+        first = dgemma_accel.row_stats(logits, temperature=0.123, seed=3)
+    assert not checks.constant(0.123, torch.float32).is_inference()
+    again = dgemma_accel.row_stats(logits, temperature=0.123, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    with FakeTensorMode():
+        stats = dgemma_accel.row_stats(torch.empty(2, 5), temperature=0.123, seed=3)
+    assert type(stats.entropy) is not torch.Tensor
+
+
+def test_the_backend_named_by_the_environment_may_change_between_calls(monkeypatch):
+    taken = []
+    run = backends.pick
+
+    def pick(*arguments):
+        taken.append(run(*arguments).__module__.rsplit(".", 1)[-1])
+        return run(*arguments)
+
+    monkeypatch.setattr("dgemma_accel.ops.row_stats.pick", pick)
+    for name in ("reference", "cpp", "reference"):
+        if backends.load("row_stats", name)[0] is None:
+            continue
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+        dgemma_accel.row_stats(torch.randn(2, 5), seed=0)
+    assert taken in (["row_stats", "row_stats_cpp", "row_stats"], ["row_stats", "row_stats"])
