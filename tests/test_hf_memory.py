@@ -14,6 +14,7 @@ from dgemma_accel.triton_kernels.row_stats import row_stats  # noqa: E402
 from dgemma_accel.triton_kernels.soft_embedding import soft_embedding  # noqa: E402
 
 from dgemma_accel.native.soft_embedding_chunked import soft_embedding as chunked_soft_embedding  # noqa: E402
+from dgemma_accel.reference.commit import CommitCall  # noqa: E402
 from dgemma_accel.samplers import EntropyBound, Renoise  # noqa: E402
 
 VOCAB, CANVAS, EMBEDDING, SOFTCAP = 262_144, 256, 2816, 30.0
@@ -41,12 +42,12 @@ def sample(batch, fields):
     argmax, drawn, entropy, _, top1, top2, probability = fields
     rule, write = EntropyBound(0.1).encode(), Renoise(VOCAB)
     tokens, number, zero = empty(batch, CANVAS, dtype=torch.int64), torch.tensor(0.0), torch.tensor(0)
-    return commit(
-        tokens, drawn, argmax, entropy, top1, top2, probability, None,
+    return commit(CommitCall(
+        tokens, argmax, drawn, entropy, probability, top1, top2, None,
         int(rule.measure), int(rule.select), int(rule.flags), zero, number, number, -1,
         int(write.kind), write.argument, zero, zero,
         tokens, empty(1, batch, CANVAS, dtype=torch.int64), empty(batch, dtype=torch.bool), number,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def step(batch, head, conditioning, exact=False):
