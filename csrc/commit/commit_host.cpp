@@ -9,21 +9,59 @@
 namespace dgemma {
 namespace {
 
-void mark_best_of_runs(const std::vector<Candidate>& row, const std::vector<int64_t>& rank,
-                       std::vector<char>& best_of_run) {
-  const size_t length = row.size();
-  for (size_t start = 0; start < length; ++start) {
-    if (!row[start].ranked) continue;
-    size_t best = start, end = start;
-    for (; end < length && row[end].ranked; ++end)
-      if (rank[end] < rank[best]) best = end;
-    best_of_run[best] = 1;
-    start = end - 1;
+// Keys of the ranked positions of a row, in the order of the positions or of the ranks.
+using Keys = std::vector<uint64_t>;
+
+// Below this many keys a comparison sort is the faster one.
+constexpr size_t kLeastForRadix = 64;
+
+// Ascending. The keys come in the order of their positions and a pass over 8 bits keeps the order of equals, so the
+// bits of the score are all that has to be looked at.
+void sort_by_rank(Keys& keys) {
+  if (keys.size() < kLeastForRadix) {
+    std::sort(keys.begin(), keys.end());
+    return;
+  }
+  constexpr int kPasses = 4, kFirstBit = 31;
+  uint32_t counts[kPasses][256] = {};
+  for (const uint64_t key : keys)
+    for (int pass = 0; pass < kPasses; ++pass) ++counts[pass][(key >> (kFirstBit + 8 * pass)) & 255];
+  Keys other(keys.size());
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int shift = kFirstBit + 8 * pass;
+    if (counts[pass][(keys[0] >> shift) & 255] == keys.size()) continue;
+    uint32_t start = 0;
+    for (uint32_t& count : counts[pass]) {
+      const uint32_t end = start + count;
+      count = start;
+      start = end;
+    }
+    for (const uint64_t key : keys) other[counts[pass][(key >> shift) & 255]++] = key;
+    keys.swap(other);
   }
 }
 
+// Whether any word of a position is read.
+bool draws(const CommitParams& params) {
+  return params.measure == Measure::kRandom || params.select == Select::kBernoulli || (params.flags & kGumbel) ||
+         params.write == Write::kRenoise;
+}
+
+// Of the highest score among each run of adjacent ranked positions.
+void mark_best_of_runs(const Keys& keys, std::vector<char>& best_of_run) {
+  for (size_t start = 0; start < keys.size();) {
+    size_t best = start, end = start;
+    for (; end < keys.size() && position_of(keys[end]) == position_of(keys[start]) + (end - start); ++end)
+      if (keys[end] < keys[best]) best = end;
+    best_of_run[position_of(keys[best])] = 1;
+    start = end;
+  }
+}
+
+// kFactor and kEntropyBound; the keys in the order of the ranks.
 int64_t taken_ranks(const CommitParams& params, const RowRule& rule, const std::vector<Candidate>& row,
-                    const std::vector<uint64_t>& keys, int64_t count) {
+                    const Keys& keys) {
+  const int64_t count = int64_t(keys.size());
   int64_t taken = 0;
   if (params.select == Select::kFactor) {
     while (taken < count && factor_holds(row[position_of(keys[taken])].score, taken + 1, rule.value)) ++taken;
@@ -62,25 +100,34 @@ void update_state(const CommitParams& params, int64_t b, const std::vector<Candi
 void commit_row(const CommitParams& params, int64_t b) {
   const int64_t length = params.length;
   const RowRule rule = row_rule(params, b);
+  const bool random = draws(params);
+  const int64_t seed = of_row(params.seed, 0), offset = of_row(params.offset, 0);
   std::vector<Candidate> row(length);
-  std::vector<uint64_t> keys(length);
-  int64_t count = 0;
+  Keys keys;
+  keys.reserve(length);
   for (int64_t i = 0; i < length; ++i) {
-    row[i] = read_candidate(params, rule, b, i);
-    keys[i] = ranking_key(row[i].ranked, row[i].score, uint32_t(i));
-    count += row[i].ranked;
+    const PhiloxWords words = random ? random_words(seed, offset, b * length + i) : PhiloxWords{};
+    row[i] = read_candidate(params, rule, b, i, words);
+    if (row[i].ranked) keys.push_back(ranking_key(true, row[i].score, uint32_t(i)));
   }
 
-  std::vector<int64_t> rank(length, 0);
+  // Ranks are exact where the selection goes through them in order; for the others it is enough which are among the k
+  // best, and those have the ranks 1 to k in any order.
+  std::vector<int64_t> rank(length, length + 1);
   std::vector<char> best_of_run(length, 0);
   Ranking ranking{0, 0};
-  if (params.select != Select::kBernoulli) {
-    std::sort(keys.begin(), keys.end());
-    for (int64_t r = 0; r < length; ++r) rank[position_of(keys[r])] = r + 1;
-    if (count > 0) ranking.best = row[position_of(keys[0])].score;
-    if (params.select == Select::kFactor || params.select == Select::kEntropyBound)
-      ranking.taken_ranks = taken_ranks(params, rule, row, keys, count);
-    if (params.select == Select::kHierarchy) mark_best_of_runs(row, rank, best_of_run);
+  if (params.select != Select::kBernoulli && !keys.empty()) {
+    if (params.flags & kRelative) ranking.best = row[position_of(*std::min_element(keys.begin(), keys.end()))].score;
+    if (params.select == Select::kHierarchy) mark_best_of_runs(keys, best_of_run);
+    int64_t ranked = int64_t(keys.size());
+    if (params.select == Select::kFactor || params.select == Select::kEntropyBound) {
+      sort_by_rank(keys);
+      ranked = ranking.taken_ranks = taken_ranks(params, rule, row, keys);
+    } else if (rule.k < ranked) {
+      ranked = std::max<int64_t>(rule.k, 0);
+      if (ranked > 0) std::nth_element(keys.begin(), keys.begin() + (ranked - 1), keys.end());
+    }
+    for (int64_t r = 0; r < ranked; ++r) rank[position_of(keys[r])] = r + 1;
   }
 
   int64_t num_committed = 0;

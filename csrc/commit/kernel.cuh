@@ -167,7 +167,11 @@ DGEMMA_KERNEL commit_kernel(CommitParams params) {
   const RowRule rule = row_rule(params, b);
 
   Candidate c{};
-  if (inside) c = read_candidate(params, rule, b, thread);
+  if (inside) {
+    const int64_t row = b * params.length + thread;
+    const PhiloxWords words = random_words(of_row(params.seed, 0), of_row(params.offset, 0), row);
+    c = read_candidate(params, rule, b, thread, words);
+  }
   const int64_t count = hw::sync_count(c.ranked);
 
   Ranking ranking{0.0f, 0};

@@ -46,10 +46,12 @@ DGEMMA_HD float measured(const CommitParams& params, int64_t index, int64_t posi
   return 0;
 }
 
-DGEMMA_HD Candidate read_candidate(const CommitParams& params, const RowRule& rule, int64_t b, int64_t position) {
+// `words` are those of the position, whatever stands in them where the rule and the write draw nothing.
+DGEMMA_HD Candidate read_candidate(const CommitParams& params, const RowRule& rule, int64_t b, int64_t position,
+                                   const PhiloxWords& words) {
   const int64_t index = b * params.length + position;
   Candidate c;
-  c.words = random_words(of_row(params.seed, 0), of_row(params.offset, 0), index);
+  c.words = words;
   c.draw = uniform_from_word(c.words.word[kWordSelect]);
   c.token = params.tokens[index];
   c.sample = params.sample[index];
