@@ -265,6 +265,7 @@ class MaskedDiffusionSampler:
         state.step += 1
         state.offset += 1
         state.committed = result.committed
+        state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
         ended = state.active & decider.finished(step, result)
         if state.step >= state.most_steps:
             ended = state.active
@@ -272,8 +273,7 @@ class MaskedDiffusionSampler:
             # The same tokens would bring the same proposals again.
             ended = ended | state.active & (result.tokens == tokens).all(-1)
         if not decider.starts_from_noise:
-            masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
-            state.stuck = state.stuck | ended & masks_left
+            state.stuck = state.stuck | ended & state.masks_left
         state.active = state.active & ~ended
         return result.tokens
 

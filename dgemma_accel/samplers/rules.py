@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ class Write(enum.IntEnum):
     KEEP = 2
 
 
-@dataclass(frozen=True)
-class EncodedRule:
+class EncodedRule(NamedTuple):
+    """A rule as numbers: what `commit` runs."""
+
     measure: Measure
     select: Select
     flags: Flag = Flag.NONE

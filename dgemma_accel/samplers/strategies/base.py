@@ -30,7 +30,8 @@ def even_count(masked: Tensor, steps: int, step: int) -> Tensor:
     """
     if step >= steps:
         return torch.zeros_like(masked)
-    return masked // steps + (step < masked % steps).long()
+    # Adding S - 1 - s carries over to the next multiple of S exactly where s is below the remainder.
+    return (masked + (steps - 1 - step)) // steps
 
 
 @dataclass
@@ -48,6 +49,7 @@ class BlockState:
     seed, offset: the seed of the draws and the number of the next draw.
     memory: what the strategy itself remembers.
     tokens: [B, C], what the running step decides over; None before the first.
+    masks_left: [B] bool, rows with masks among their open positions after the last decision; None before the first.
     """
 
     open: Tensor
@@ -62,6 +64,7 @@ class BlockState:
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
     tokens: Tensor | None = None
+    masks_left: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Strategy:
 
     def finished(self, step: Step, result: CommitResult) -> Tensor:
         """[B] bool: rows with nothing left to decide after this step."""
-        return ~((result.tokens == step.mask_id) & step.state.open).any(-1)
+        return ~step.state.masks_left
 
     def final_tokens(self, tokens: Tensor, state: BlockState) -> Tensor:
         """The block's text when it ends."""
