@@ -227,3 +227,14 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
         return None
     # Without an index it is the current device, which may change.
     return torch.cuda.get_device_capability(device) if device.index is None else _capability(device)
+
+
+def requirements(tensor: torch.Tensor, **needs: object) -> dict[str, object]:
+    """What a call on the device of `tensor` needs there, with what else it needs."""
+    if tensor.is_cpu:
+        return {"device": "cpu", **needs}
+    device = tensor.device
+    capability = compute_capability(device)
+    if capability is not None:
+        needs["compute_capability"] = capability
+    return {"device": device.type, **needs}

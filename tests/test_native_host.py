@@ -12,7 +12,7 @@ import torch
 import dgemma_accel
 from dgemma_accel.backends import BackendError
 from dgemma_accel.native import row_stats_cpp
-from dgemma_accel.native.params import CapabilityAtLeast, check_parameter, extension, missing_extension
+from dgemma_accel.native.params import CapabilityAtLeast, extension, missing_extension, row_parameter
 from dgemma_accel.native.row_stats_params import outputs, row_stats_params
 from dgemma_accel.reference.budget import check_row_stats
 from dgemma_accel.reference.commit import CommitCall
@@ -294,22 +294,25 @@ def test_the_struct_of_commit_takes_a_call_as_it_is():
         extension().CommitParams(1)
 
 
-def test_structs_take_tensors_for_addresses_and_values():
+def test_structs_take_tensors_for_addresses():
     params = extension().RowStatsParams()
-    rows, number = torch.tensor([0.5, 1.0]), torch.tensor(0.25)
-    params.temperature, params.stats_temperature, params.uniform = number, rows, rows
+    rows = torch.tensor([0.5, 1.0])
+    params.temperature, params.stats_temperature, params.uniform = 0.25, rows, rows
     assert params.temperature == (0, 0, 0.25)
     assert params.stats_temperature == (rows.data_ptr(), 1, 0.0) and params.uniform == rows.data_ptr()
-    params.uniform = None
-    assert params.uniform == 0
+    params.temperature, params.uniform = rows[0], None
+    assert params.temperature == (rows.data_ptr(), 0, 0.0) and params.uniform == 0
     with pytest.raises(AttributeError, match="data_ptr"):
         params.uniform = "here"
 
 
-def test_parameters_that_a_kernel_could_not_read_are_refused():
-    cpu, number, rows = torch.device("cpu"), torch.tensor(1.0), torch.ones(3)
-    for value, device in ((None, "cuda"), (number, "cuda"), (rows, "cpu"), (number.to("meta"), "meta")):
-        check_parameter(value, torch.device(device))
-    for value, device in ((rows, torch.device("meta")), (number.to("meta"), cpu), (rows.to("meta"), cpu)):
+def test_parameters_go_by_value_from_the_cpu_and_by_address_from_the_device():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    number, rows = torch.tensor(0.25), torch.ones(3)
+    assert row_parameter(None, cpu) is None and row_parameter(number, meta) == 0.25
+    assert row_parameter(rows, cpu) is rows
+    there = number.to("meta")
+    assert row_parameter(there, meta) is there
+    for value, device in ((rows, meta), (there, cpu), (rows.to("meta"), cpu)):
         with pytest.raises(ValueError, match="a parameter per row must be on"):
-            check_parameter(value, device)
+            row_parameter(value, device)

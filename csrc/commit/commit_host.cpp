@@ -41,10 +41,9 @@ void sort_by_rank(Keys& keys) {
   }
 }
 
-// Whether any word of a position is read.
-bool draws(const CommitParams& params) {
-  return params.measure == Measure::kRandom || params.select == Select::kBernoulli || (params.flags & kGumbel) ||
-         params.write == Write::kRenoise;
+// Whether the rule reads words of every position; a write reads those of positions that are not committed.
+bool rule_draws(const CommitParams& params) {
+  return params.measure == Measure::kRandom || params.select == Select::kBernoulli || (params.flags & kGumbel);
 }
 
 // Of the highest score among each run of adjacent ranked positions.
@@ -100,14 +99,14 @@ void update_state(const CommitParams& params, int64_t b, const std::vector<Candi
 void commit_row(const CommitParams& params, int64_t b) {
   const int64_t length = params.length;
   const RowRule rule = row_rule(params, b);
-  const bool random = draws(params);
+  const bool drawn = rule_draws(params);
   const int64_t seed = of_row(params.seed, 0), offset = of_row(params.offset, 0);
+  const auto words_of = [=](int64_t i) { return random_words(seed, offset, b * length + i); };
   std::vector<Candidate> row(length);
   Keys keys;
   keys.reserve(length);
   for (int64_t i = 0; i < length; ++i) {
-    const PhiloxWords words = random ? random_words(seed, offset, b * length + i) : PhiloxWords{};
-    row[i] = read_candidate(params, rule, b, i, words);
+    row[i] = read_candidate(params, rule, b, i, drawn ? words_of(i) : PhiloxWords{});
     if (row[i].ranked) keys.push_back(ranking_key(true, row[i].score, uint32_t(i)));
   }
 
@@ -133,6 +132,7 @@ void commit_row(const CommitParams& params, int64_t b) {
   int64_t num_committed = 0;
   for (int64_t i = 0; i < length; ++i) {
     const bool committed = is_committed(params, rule, row[i], rank[i], ranking, best_of_run[i]);
+    if (!drawn && !committed && params.write == Write::kRenoise) row[i].words = words_of(i);
     params.committed[b * length + i] = committed;
     params.new_tokens[b * length + i] = written_token(params, row[i], committed);
     num_committed += committed;

@@ -1,5 +1,5 @@
-// Helpers for params structs as Python objects. A tensor stands for its address (it has to stay alive while the struct
-// is used), and a 0-d tensor on the CPU for its value, so that a launch waits for nothing.
+// Helpers for params structs as Python objects. A tensor stands for its address and has to stay alive while the struct
+// is used.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -31,26 +31,24 @@ inline uintptr_t address_of(pybind11::handle value) {
   return call_method(value, data_ptr).cast<uintptr_t>();
 }
 
-// Of (address, stride, value), where address 0 means the value; of a tensor, 0-d or contiguous; or of None.
+// Of a number; of a tensor, one value or a contiguous row of them; of (address, stride, value), where address 0 means
+// the value; or of None.
 template <class T>
 RowParameter<T> row_parameter_of(pybind11::handle value) {
   static PyObject* const dim = interned("dim");
-  static PyObject* const is_cpu = interned("is_cpu");
-  static PyObject* const item = interned("item");
   RowParameter<T> parameter;
   if (value.is_none()) return parameter;
-  if (PyTuple_Check(value.ptr())) {
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+    parameter.value = value.cast<T>();
+  } else if (PyTuple_Check(value.ptr())) {
     const auto parts = pybind11::reinterpret_borrow<pybind11::tuple>(value);
     parameter.pointer = reinterpret_cast<const T*>(parts[0].cast<uintptr_t>());
     parameter.stride = parts[1].cast<int64_t>();
     parameter.value = parts[2].cast<T>();
-    return parameter;
-  }
-  parameter.stride = call_method(value, dim).cast<int64_t>();
-  if (parameter.stride == 0 && value.attr(is_cpu).cast<bool>())
-    parameter.value = call_method(value, item).cast<T>();
-  else
+  } else {
     parameter.pointer = reinterpret_cast<const T*>(address_of(value));
+    parameter.stride = call_method(value, dim).cast<int64_t>();
+  }
   return parameter;
 }
 

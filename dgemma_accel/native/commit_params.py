@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference.commit import CommitCall
 from ..samplers.rules import Measure, Select, Write
-from .params import check_parameter, extension
+from .params import extension, row_parameter
 
 MEASURES, SELECTS, WRITES = frozenset(Measure), frozenset(Select), frozenset(Write)
 
@@ -16,16 +16,10 @@ def prepare(call: CommitCall) -> tuple[object, tuple[Tensor, ...], CommitCall]:
     """(struct, result of `commit` not yet written, the call: keep its tensors while the struct is used)."""
     call = call.contiguous()
     tokens, device = call.tokens, call.tokens.device
-    for name, value, known in (
-        ("measure", call.measure, MEASURES),
-        ("select", call.select, SELECTS),
-        ("write", call.write, WRITES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: unknown value {value}")
-    for parameter in (call.k, call.value, call.value2, call.seed, call.offset, call.confidence):
-        check_parameter(parameter, device)
-
+    if call.measure not in MEASURES or call.select not in SELECTS or call.write not in WRITES:
+        raise ValueError(
+            f"measure, select or write: unknown value among {call.measure}, {call.select}, {call.write}"
+        )
     batch, length = tokens.shape
     new_tokens = torch.empty_like(tokens)
     committed = torch.empty_like(tokens, dtype=torch.bool)
@@ -40,6 +34,14 @@ def prepare(call: CommitCall) -> tuple[object, tuple[Tensor, ...], CommitCall]:
         new_finished = torch.empty_like(call.finished)
     result = (new_tokens, committed, num_committed, new_draft, new_history, new_finished)
     has_confidence = call.confidence is not None
+    by_value = call._replace(
+        k=row_parameter(call.k, device),
+        value=row_parameter(call.value, device),
+        value2=row_parameter(call.value2, device),
+        seed=row_parameter(call.seed, device),
+        offset=row_parameter(call.offset, device),
+        confidence=row_parameter(call.confidence, device),
+    )
     # `CommitParams.FIELDS` names them.
-    params = extension().CommitParams(batch, length, *call, depth, has_confidence, *result)
+    params = extension().CommitParams(batch, length, *by_value, depth, has_confidence, *result)
     return params, result, call

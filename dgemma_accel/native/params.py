@@ -65,15 +65,19 @@ class AtMost:
         return f"up to {self.limit}"
 
 
-def check_parameter(value: Tensor | None, device: torch.device) -> None:
-    """Raise ValueError where a kernel on `device` could not read a 0-d or [R] parameter.
+def row_parameter(value: Tensor | None, device: torch.device) -> float | int | Tensor | None:
+    """A 0-d or [R] parameter as a struct takes it for a kernel on `device`: a number, or a tensor for its address.
 
-    A struct takes a 0-d tensor on the CPU by value, so a launch waits for nothing; one on the device by address, so
-    a captured CUDA graph sees a new value at each replay.
+    A scalar on the CPU goes by value, so a launch waits for nothing; one on the device is read there, so a
+    captured CUDA graph sees a new value at each replay.
     """
-    if value is None or (value.is_cpu and value.ndim == 0) or value.device == device:
-        return
-    raise ValueError(f"a parameter per row must be on {device}, got {value.device}")
+    if value is None:
+        return None
+    if value.is_cpu and value.ndim == 0:
+        return value.item()
+    if value.device != device:
+        raise ValueError(f"a parameter per row must be on {device}, got {value.device}")
+    return value
 
 
 def address(tensor: Tensor | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .params import DTYPES, check_parameter, extension
+from .params import DTYPES, extension, row_parameter
 
 
 def outputs(logits: Tensor) -> tuple[Tensor, ...]:
@@ -29,12 +29,11 @@ def row_stats_params(
     device = logits.device
     if uniform is not None:
         seed = offset = None
-    for parameter in (temperature, stats_temperature, seed, offset):
-        check_parameter(parameter, device)
     rows0, rows1, vocab = logits.shape
     stride0, stride1, _ = logits.stride()
     # `RowStatsParams.FIELDS` names them; the workspace comes later, its size depends on the others.
     return extension().RowStatsParams(
-        logits, DTYPES[logits.dtype], rows0, rows1, vocab, stride0, stride1, temperature, stats_temperature,
-        stats_temperature is not None, 0.0 if softcap is None else softcap, uniform, seed, offset, *out, None,
+        logits, DTYPES[logits.dtype], rows0, rows1, vocab, stride0, stride1, row_parameter(temperature, device),
+        row_parameter(stats_temperature, device), stats_temperature is not None, 0.0 if softcap is None else softcap,
+        uniform, row_parameter(seed, device), row_parameter(offset, device), *out, None,
     )  # fmt: skip

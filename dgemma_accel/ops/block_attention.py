@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import pick, requirements
 from . import checks
 from .registration import operator
 
@@ -31,7 +31,7 @@ def _block_attention(
     length = 0 if prefix_key is None else prefix_key.shape[2]
     checks.values_in("prefix_start", prefix_start, 0, length, force=check)
     checks.values_in("prefix_end", prefix_end, 0, length, force=check)
-    run = pick("block_attention", backend, _requirements(query))
+    run = pick("block_attention", backend, requirements(query, dtype=query.dtype, head_dim=query.shape[-1]))
     return run(
         query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window
     )
@@ -56,18 +56,6 @@ def _(
     batch, heads, length, head_dim = query.shape
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-def _requirements(query: Tensor) -> dict[str, object]:
-    needs: dict[str, object] = {
-        "device": query.device.type,
-        "dtype": query.dtype,
-        "head_dim": query.shape[-1],
-    }
-    capability = compute_capability(query.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
-    return needs
 
 
 def _check_heads(name: str, tensor: Tensor, query: Tensor, kv_heads: int, length: int | None) -> None:

@@ -31,6 +31,13 @@ def has_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name}: shape must be {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}")
 
 
+def fits(value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a value is a tensor of this dtype, shape and device, without building what an error would say."""
+    return (
+        isinstance(value, Tensor) and value.dtype == dtype and value.shape == shape and value.device == device
+    )
+
+
 def on_device(name: str, tensor: Tensor, device: torch.device, of: str) -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: must be on {device} like {of}, got {tensor.device}")
@@ -78,7 +85,7 @@ def number_or_rows(
         allowed = (torch.int64, torch.int32) if integer else (*FLOAT_DTYPES, torch.float64)
         has_dtype(name, value, allowed)
         if value.ndim == 0:
-            if value.device.type != "cpu":
+            if not value.is_cpu:
                 on_device(name, value, device, "the input")
             return value.to(dtype)
         if tuple(value.shape) != tuple(rows):
@@ -86,7 +93,9 @@ def number_or_rows(
                 f"{name}: a number, a 0-d tensor or shape {tuple(rows)} expected, got {tuple(value.shape)}"
             )
         on_device(name, value, device, "the input")
-        return value.to(dtype).reshape(-1).contiguous()
+        if value.dtype != dtype or value.ndim != 1:
+            value = value.to(dtype).reshape(-1)
+        return value.contiguous()
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(
             f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
@@ -142,7 +151,7 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bo
     if isinstance(value, Tensor):
         has_dtype(name, value, (torch.int64,))
         has_shape(name, value, (), "a 0-d tensor")
-        if value.device.type != "cpu":
+        if not value.is_cpu:
             on_device(name, value, device, "the input")
         return value
     if isinstance(value, bool) or not isinstance(value, int):
@@ -166,12 +175,17 @@ def values_in(
 
     Reads the tensor, so on a GPU it runs only with `force` (the op's `check=True`).
     """
-    if tensor is None or tensor.numel() == 0 or (tensor.device.type != "cpu" and not force):
+    if tensor is None:
         return
-    if tensor.ndim == 0 and tensor.device.type == "cpu":
-        # The usual case, a number: three operators on tensors would cost more than a small kernel.
-        came = tensor.item()
-        if (came > low if low_open else came >= low) and (came < high if high_open else came <= high):
+    if not tensor.is_cpu and not force:
+        return
+    count = tensor.numel()
+    if count == 0:
+        return
+    if tensor.is_cpu:
+        # As few operators as there can be: those below cost more than a small kernel. NaN is its row's extremes.
+        least, most = (tensor.item(),) * 2 if count == 1 else (end.item() for end in torch.aminmax(tensor))
+        if (least > low if low_open else least >= low) and (most < high if high_open else most <= high):
             return
     above = tensor > low if low_open else tensor >= low
     below = tensor < high if high_open else tensor <= high

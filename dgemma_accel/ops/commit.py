@@ -9,7 +9,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import pick, requirements
 from ..reference.commit import CommitCall
 from ..samplers.rules import CanvasState, Flag, Measure, Rule, Select, StableAndConfident, Write
 from . import checks
@@ -43,7 +43,7 @@ def _commit(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     checks.values_in("value", call.value, 0.0, math.inf, force=check)
     low_open = bool(call.flags & _GUMBEL)
     checks.values_in("value2", call.value2, 0.0, math.inf, low_open=low_open, force=check)
-    return pick("commit", backend, _requirements(call.tokens))(call)
+    return pick("commit", backend, requirements(call.tokens, canvas_length=call.tokens.shape[1]))(call)
 
 
 @_commit.register_fake
@@ -64,22 +64,17 @@ def _(*arguments):
     )
 
 
-def _requirements(tokens: Tensor) -> dict[str, object]:
-    needs: dict[str, object] = {"device": tokens.device.type, "canvas_length": tokens.shape[1]}
-    capability = compute_capability(tokens.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
-    return needs
-
-
 def _check_state(state: CanvasState, stop: StableAndConfident | None, tokens: Tensor) -> None:
     depth = 0 if stop is None else stop.stability
     for name, shape, dtype in (
-        ("draft", tuple(tokens.shape), torch.int64),
+        ("draft", tokens.shape, torch.int64),
         ("history", (depth, *tokens.shape), torch.int64),
-        ("finished", tuple(tokens.shape[:1]), torch.bool),
+        ("finished", tokens.shape[:1], torch.bool),
     ):
-        tensor = checks.is_tensor(f"state.{name}", getattr(state, name))
+        tensor = getattr(state, name)
+        if checks.fits(tensor, dtype, shape, tokens.device):
+            continue
+        checks.is_tensor(f"state.{name}", tensor)
         checks.has_dtype(f"state.{name}", tensor, (dtype,))
         checks.has_shape(f"state.{name}", tensor, shape, "as CanvasState.start(tokens, stop) makes it")
         checks.on_device(f"state.{name}", tensor, tokens.device, "tokens")
@@ -144,18 +139,13 @@ def commit(
         raise TypeError(f"write: Remask, Renoise or Keep expected, got {type(write).__name__}")
     shape, device = tokens.shape, tokens.device
     for name, field, dtype in zip(RowStats._fields, stats, _STATS_DTYPES):
-        if (
-            isinstance(field, Tensor)
-            and field.dtype == dtype
-            and field.shape == shape
-            and field.device == device
-        ):
+        if checks.fits(field, dtype, shape, device):
             continue
         checks.is_tensor(f"stats.{name}", field)
         checks.has_dtype(f"stats.{name}", field, (dtype,))
         checks.has_shape(f"stats.{name}", field, shape, "as tokens")
         checks.on_device(f"stats.{name}", field, device, "tokens")
-    if candidates is not None:
+    if candidates is not None and not checks.fits(candidates, torch.bool, shape, device):
         checks.is_tensor("candidates", candidates)
         checks.has_dtype("candidates", candidates, (torch.bool,))
         checks.has_shape("candidates", candidates, shape, "as tokens")

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import choose, compute_capability, pick
+from ..backends import choose, pick, requirements
 from . import checks
 from .registration import operator
-from .row_stats import RowStats, raise_for_rows_without_a_distribution
+from .row_stats import RowStats, fields_of_shape, raise_for_rows_without_a_distribution
 
 
 @operator("head_stats")
@@ -32,10 +32,7 @@ def _head_stats(
         "stats_temperature", stats_temperature, 0.0, math.inf, low_open=True, high_open=True, force=check
     )
     checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
-    needs: dict[str, object] = {"device": hidden.device.type, "dtype": weight.dtype, "vocab": weight.shape[0]}
-    capability = compute_capability(hidden.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
+    needs = requirements(hidden, dtype=weight.dtype, vocab=weight.shape[0])
     if not keep_logits:
         module = choose("head_stats", backend, needs).implementation.module
         alone = getattr(module, "head_stats_without_logits", None)
@@ -128,13 +125,14 @@ def head_stats(
             f"weight: shape must be [V, {hidden.shape[-1]}] like hidden, got {tuple(weight.shape)}"
         )
     shape, device = tuple(hidden.shape[:-1]), hidden.device
-    temperature = checks.number_or_rows("temperature", temperature, shape, device)
+    keep = checks.may_keep_numbers(hidden)
+    temperature = checks.number_or_rows("temperature", temperature, shape, device, keep=keep)
     if stats_temperature is not None:
         stats_temperature = checks.number_or_rows(
-            "stats_temperature", stats_temperature, shape, device, low_open=True
+            "stats_temperature", stats_temperature, shape, device, low_open=True, keep=keep
         )
     softcap = checks.softcap_value(softcap)
-    uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
+    uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device, keep=keep)
     rows = hidden.reshape(1, -1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
     logits, *fields = _head_stats(
         rows,
@@ -149,7 +147,7 @@ def head_stats(
         check,
         backend,
     )
-    stats = RowStats(*(field.reshape(shape) for field in fields))
+    stats = RowStats(*fields_of_shape(fields, shape))
     if check:
         raise_for_rows_without_a_distribution(stats)
     return (logits.reshape(*shape, weight.shape[0]) if keep_logits else None), stats

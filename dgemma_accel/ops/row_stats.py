@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import pick, requirements
 from . import checks
 from .registration import operator
 
@@ -49,7 +50,7 @@ def _row_stats(
         "stats_temperature", stats_temperature, 0.0, math.inf, low_open=True, high_open=True, force=check
     )
     checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
-    run = pick("row_stats", backend, _requirements(logits))
+    run = pick("row_stats", backend, requirements(logits, dtype=logits.dtype, vocab=logits.shape[-1]))
     arguments = (logits, temperature, stats_temperature, uniform, seed, offset, softcap)
     if statistics or not _may_leave_out_statistics(run):
         return run(*arguments)
@@ -71,18 +72,6 @@ def _(
     return (*integers, *floats)
 
 
-def _requirements(logits: Tensor) -> dict[str, object]:
-    needs: dict[str, object] = {
-        "device": logits.device.type,
-        "dtype": logits.dtype,
-        "vocab": logits.shape[-1],
-    }
-    capability = compute_capability(logits.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
-    return needs
-
-
 def rows_view(logits: Tensor) -> Tensor:
     """Logits of any rank as [N0, N1, V] with a unit last stride; copies only if the strides leave no choice."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -92,6 +81,16 @@ def rows_view(logits: Tensor) -> Tensor:
     if logits.ndim == 2:
         return logits[None]
     return logits if logits.ndim == 3 else logits.flatten(0, -3)
+
+
+def fields_of_shape(fields: Sequence[Tensor], shape: tuple[int, ...]) -> Sequence[Tensor]:
+    """Statistics [N0, N1] in the shape of the logits without the vocabulary, which they often have already."""
+    came = fields[0].shape
+    if came == shape:
+        return fields
+    if came == (1, *shape):
+        return [field.squeeze(0) for field in fields]
+    return [field.reshape(shape) for field in fields]
 
 
 def raise_for_rows_without_a_distribution(stats: RowStats) -> None:
@@ -162,23 +161,24 @@ def row_stats(
         raise ValueError(f"logits: the vocabulary must not be empty, got shape {tuple(logits.shape)}")
     shape = tuple(logits.shape[:-1])
     device = logits.device
-    temperature = checks.number_or_rows("temperature", temperature, shape, device)
+    keep = checks.may_keep_numbers(logits)
+    temperature = checks.number_or_rows("temperature", temperature, shape, device, keep=keep)
     if stats_temperature is not None:
         stats_temperature = checks.number_or_rows(
-            "stats_temperature", stats_temperature, shape, device, low_open=True
+            "stats_temperature", stats_temperature, shape, device, low_open=True, keep=keep
         )
     softcap = checks.softcap_value(softcap)
     if not isinstance(statistics, bool):
         raise TypeError(f"statistics: a bool expected, got {type(statistics).__name__}")
     if check and not statistics:
         raise ValueError("check: needs statistics=True, since they say which rows have no distribution")
-    uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device)
+    uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device, keep=keep)
 
     out = _row_stats(
         rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend,
         statistics,
     )  # fmt: skip
-    stats = RowStats(*(field.reshape(shape) for field in out))
+    stats = RowStats(*fields_of_shape(out, shape))
     if check:
         raise_for_rows_without_a_distribution(stats)
     return stats

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import pick, requirements
 from . import checks
 from .head_stats import check_weight
 from .registration import operator
@@ -27,11 +27,7 @@ def _soft_embedding(
     backend: str,
 ) -> Tensor:
     checks.values_in("temperature", temperature, 0.0, math.inf, low_open=True, high_open=True, force=check)
-    needs: dict[str, object] = {"device": logits.device.type, "dtype": weight.dtype}
-    capability = compute_capability(logits.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
-    run = pick("soft_embedding", backend, needs)
+    run = pick("soft_embedding", backend, requirements(logits, dtype=weight.dtype))
     return run(logits, logsumexp, weight, temperature, softcap, tolerance, exact)
 
 
@@ -95,7 +91,9 @@ def soft_embedding(
     checks.has_shape("stats.logsumexp", stats.logsumexp, shape, "one value per row of logits")
     checks.has_dtype("stats.logsumexp", stats.logsumexp, (torch.float32,))
     checks.on_device("stats.logsumexp", stats.logsumexp, device, "logits")
-    temperature = checks.number_or_rows("temperature", temperature, shape, device, low_open=True)
+    temperature = checks.number_or_rows(
+        "temperature", temperature, shape, device, low_open=True, keep=checks.may_keep_numbers(logits)
+    )
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance: a number expected, got {type(tolerance).__name__}")
     if not 0.0 <= tolerance <= 1.0:

@@ -47,9 +47,10 @@ class CommitCall(NamedTuple):
 
     def contiguous(self) -> CommitCall:
         """The call with a copy of every tensor that has gaps."""
-        if all(not isinstance(field, Tensor) or field.is_contiguous() for field in self):
-            return self
-        return CommitCall(*(field.contiguous() if isinstance(field, Tensor) else field for field in self))
+        for field in self:
+            if isinstance(field, Tensor) and not field.is_contiguous():
+                return CommitCall(*(f.contiguous() if isinstance(f, Tensor) else f for f in self))
+        return self
 
 
 def _per_row(value: Tensor, device, dtype) -> Tensor:
