@@ -308,6 +308,8 @@ def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
     pytest.importorskip("transformers")
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
+    from dgemma_accel.hf.naming import cache_argument
+
     rows, vocab = 4, 300
     logits = torch.randn(1, rows, vocab)
     sampler = generation.EntropyBoundSampler(generation.EntropyBoundSamplerConfig(0.1), rows, vocab, 4)
@@ -327,7 +329,7 @@ def test_the_chain_makes_the_same_passes_over_the_table_as_transformers():
             decoder_position_ids=None,
             self_conditioning_logits=logits,
             mask_mapping=None,
-            past_key_values=None,
+            **{cache_argument(): None},
             finished_denoising=torch.zeros(1, dtype=torch.bool),
             cur_step=2,
             sampler=sampler,

@@ -109,6 +109,8 @@ def test_damage_shows(model, tokenizer, pairs, monkeypatch):
     right = attention.block_attention
 
     def damaged(query, key, value, prefix_key, prefix_value, **options):
+        if prefix_key is None:  # the prompt's own pass
+            return right(query, key, value, prefix_key, prefix_value, **options)
         half = prefix_key.shape[2] // 2
         options.update(prefix_start=None, prefix_end=None)
         return right(query, key, value, prefix_key[:, :, :half], prefix_value[:, :, :half], **options)
