@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import compute_capability, pick
+from ..backends import pick, requirements
 from ..reference.experts import ACTIVATIONS
 from . import checks
+from .registration import operator
 
 
-@torch.library.custom_op("dgemma::experts", mutates_args=())
+@operator("experts")
 def _experts(
     hidden: Tensor,
     index: Tensor,
@@ -22,11 +23,8 @@ def _experts(
     backend: str,
 ) -> Tensor:
     checks.values_in("index", index, 0, down.shape[0], force=check)
-    needs: dict[str, object] = {"device": hidden.device.type, "dtype": hidden.dtype, "activation": activation}
-    capability = compute_capability(hidden.device)
-    if capability is not None:
-        needs["compute_capability"] = capability
-    return pick("experts", backend, needs)(hidden, index, weights, gate_up, down, activation)
+    run = pick("experts", backend, requirements(hidden, dtype=hidden.dtype, activation=activation))
+    return run(hidden, index, weights, gate_up, down, activation)
 
 
 @_experts.register_fake
@@ -94,4 +92,4 @@ def experts(
         checks.on_device(name, tensor, hidden.device, "hidden")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
-    return torch.ops.dgemma.experts(hidden, index, weights, gate_up, down, activation, check, backend)
+    return _experts(hidden, index, weights, gate_up, down, activation, check, backend)
