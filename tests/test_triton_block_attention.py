@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton_attention = pytest.importorskip("dgemma_accel.triton_kernels.block_attention")
 
+from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget import check_block_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +69,68 @@ def test_a_wide_cache_takes_64_bit_offsets():
     arguments = (query, key, value, wide, wide, None, None, 0.25, None, False)
     output, lse = triton_attention.block_attention(*arguments, splits=1)
     assert not check_block_attention(output, lse, *arguments)
+
+
+@pytest.fixture
+def shared_columns(monkeypatch):
+    """Several programs share the value columns of a row; fresh tensors hold NaN, so a column that none writes shows."""
+    select = configs.select
+
+    def share(block_e, **changes):
+        def changed(*arguments, **call):
+            return select(*arguments, **call) | {"block_e": block_e} | changes
+
+        monkeypatch.setattr(configs, "select", changed)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield share
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    "head_dim, block_e, causal, softcap, window",
+    # 70 columns in tiles of 32: the last one is partly empty, and a fourth would be wholly so.
+    [
+        (64, 32, False, None, None),
+        (70, 32, True, 15.0, None),
+        (96, 64, True, None, 30),
+        (64, 16, False, 9.0, None),
+    ],
+)
+def test_programs_that_share_the_columns(shared_columns, head_dim, block_e, causal, softcap, window, splits):
+    shared_columns(block_e, block_m=32, block_n=16)
+    case = make_case(2, 4, 2, 19, head_dim, 90, [(3, 90), (60, 60)])
+    arguments = (*case, 0.2, softcap, causal, window)
+    output, lse = triton_attention.block_attention(*arguments, splits=splits)
+    assert not check_block_attention(output, lse, *arguments)
+    # A program whose columns are left out has to show.
+    output[..., -(head_dim % block_e or block_e) :] = 0
+    assert check_block_attention(output, lse, *arguments)
+
+
+def test_shared_columns_at_full_width_in_bf16(shared_columns):
+    """The shape that `try` lists for sm_90, which is smaller in no direction but the context."""
+    shared_columns(256, block_m=128, block_n=32)
+    case = make_case(1, 8, 1, 17, 512, 70, [(2, 69)], torch.bfloat16)
+    for causal, window in ((False, None), (True, 21)):
+        arguments = (*case, 1.0, None, causal, window)
+        output, lse = triton_attention.block_attention(*arguments, splits=2)
+        assert not check_block_attention(output, lse, *arguments)
+        _, whole_lse = triton_attention.block_attention(*arguments, splits=1)
+        assert torch.allclose(lse, whole_lse, atol=1e-5)
+
+
+def test_programs_that_share_columns_count_as_programs(shared_columns, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        triton_attention, "split_count", lambda programs, tiles, slots: asked.append(programs) or 1
+    )
+    case = make_case(1, 2, 1, 5, 64, 30, [(0, 30)])
+    triton_attention.block_attention(*case, 0.1, None, False)
+    shared_columns(16)
+    triton_attention.block_attention(*case, 0.1, None, False)
+    assert asked[1] == 4 * asked[0]
 
 
 class Operators(TorchDispatchMode):

@@ -41,8 +41,8 @@ def small_tiles(monkeypatch, **changes):
             "block_e": 16,
             "block_v": 16,
             "slice": 512,
-        } | changes
-        return use | {key: value for key, value in tiles.items() if key in use}
+        }
+        return use | {key: value for key, value in tiles.items() if key in use} | changes
 
     monkeypatch.setattr(configs, "select", changed)
 
@@ -101,6 +101,58 @@ def test_error_of_a_tolerance_is_bounded(monkeypatch, tolerance):
     assert torch.allclose(result, (probabilities * kept) @ weight, atol=1e-5)
     left_out = (most <= tolerance).sum()
     assert (result - complete).abs().max() <= tolerance * left_out * weight.abs().max() + 1e-5
+
+
+def vendor_products(monkeypatch):
+    """Counts the vendor's products that run."""
+    products, right = [], triton_soft.vendor_product
+    monkeypatch.setattr(triton_soft, "vendor_product", lambda *a: (products.append(a[0].shape), right(*a))[1])
+    return products
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, vocab, embedding", [(37, 1300, 24), (1, 512, 16), (16, 5, 40)])
+def test_vendor_product(monkeypatch, poisoned, dtype, rows, vocab, embedding):
+    """No slice divides 1300 tokens; what lies behind the vocabulary and between the rows is NaN."""
+    small_tiles(monkeypatch, product="vendor")
+    products = vendor_products(monkeypatch)
+    table = torch.full((rows, vocab + 700), math.nan, dtype=dtype, device=DEVICE)
+    logits = table[:, 3 : vocab + 3].unsqueeze(0)
+    logits.copy_(torch.randn(1, rows, vocab))
+    logits[:, : rows // 2, 1] = 30.0
+    padded = torch.full((vocab + 600, embedding + 9), math.nan, dtype=dtype, device=DEVICE)
+    weight = padded[:vocab, 3 : embedding + 3]
+    weight.copy_(torch.randn(vocab, embedding))
+    temperature = torch.linspace(0.4, 1.5, rows, device=DEVICE)
+    lse = logsumexp_of(logits, temperature.view(1, rows), 20.0)
+    result = triton_soft.soft_embedding(logits, lse, weight, temperature, 20.0)
+    assert not check_soft_embedding(result[0], logits[0], weight, temperature, 20.0)
+    assert [shape[1] for shape in products] == [min(512, vocab - first) for first in range(0, vocab, 512)]
+    assert all(shape[0] == rows for shape in products)
+    # A slice left out has to show.
+    dropped = weight.clone()
+    dropped[vocab // 512 * 512 if vocab > 512 else 0 :] = 0
+    result = triton_soft.soft_embedding(logits, lse, dropped, temperature, 20.0)
+    assert check_soft_embedding(result[0], logits[0], weight, temperature, 20.0)
+
+
+def test_vendor_product_only_where_nothing_may_be_left_out(monkeypatch):
+    small_tiles(monkeypatch, product="vendor")
+    products = vendor_products(monkeypatch)
+    logits = torch.randn(1, 16, 600, device=DEVICE).bfloat16()
+    logits[..., 7] = 40.0
+    weight = torch.randn(600, 16, device=DEVICE).bfloat16()
+    lse = logsumexp_of(logits)
+    for tolerance, expected in ((1e-6, 0), (0.0, 2)):
+        result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, tolerance)
+        assert not check_soft_embedding(result[0], logits[0], weight, 1.0, None, tolerance)
+        assert len(products) == expected
+    # fp32 keeps its IEEE products whatever the configuration says.
+    triton_soft.soft_embedding(logits.float(), lse, weight.float(), ONE, None)
+    assert len(products) == 2
+    # Rows without a distribution add nothing.
+    lse[0, 3] = math.nan
+    assert not triton_soft.soft_embedding(logits, lse, weight, ONE, None)[0, 3].any()
 
 
 def test_settled_rows_keep_no_rounding_of_their_one_probability():

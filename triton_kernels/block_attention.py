@@ -100,14 +100,18 @@ def block_attention_kernel(
     PREFIX: tl.constexpr, START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
     ROWS: tl.constexpr = LENGTH * GROUP
     TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    TILES_E: tl.constexpr = (HEAD_DIM + BLOCK_E - 1) // BLOCK_E
     # Row tiles vary fastest: programs that run together share keys in the L2 cache.
     i_m = tl.program_id(0) % TILES_M
     i_split = tl.program_id(0) // TILES_M
+    if TILES_E > 1:
+        i_e = i_split % TILES_E
+        i_split = i_split // TILES_E
     i_h = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
 
@@ -118,6 +122,13 @@ def block_attention_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
+    if TILES_E > 1:
+        # This program's columns of the values; its scores are those of the whole head.
+        o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+        m_e = o_e < HEAD_DIM
+    else:
+        o_e = o_d
+        m_e = m_d
 
     p_q = (
         query + i_b * stride_qb + (i_h * GROUP + o_g).to(tl.int64) * stride_qh + o_c.to(tl.int64) * stride_qc
@@ -168,8 +179,8 @@ def block_attention_kernel(
     # [BLOCK_M]
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    # [BLOCK_M, BLOCK_D]
-    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # [BLOCK_M, BLOCK_E]
+    b_o = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     # Scores run one tile ahead, so that their matrix product overlaps the softmax of the tile before; carried
     # through the loop, they also keep their own division among warps. The first round consumes no tile.
     b_ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -212,21 +223,11 @@ def block_attention_kernel(
         b_shrink = tl.exp2((b_max - b_ref) * LOG2E)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_max = b_new
+        # [BLOCK_N, BLOCK_E]
         b_v = load_tile(
-            p_v,
-            p_pv,
-            stride_vc,
-            stride_pvc,
-            from_prefix,
-            n_first,
-            n_end,
-            o_n,
-            o_d,
-            m_d,
-            PREFIX,
-            PADDED,
-            NARROW,
-        )
+            p_v, p_pv, stride_vc, stride_pvc, from_prefix, n_first, n_end, o_n, o_e, m_e,
+            PREFIX, PADDED, NARROW,
+        )  # fmt: skip
         b_p = b_p.to(b_v.dtype)
         if UPCAST:
             b_p = b_p.to(tl.float32)
@@ -237,16 +238,20 @@ def block_attention_kernel(
     b_o = b_o / tl.where(b_none, 1.0, b_sum)[:, None]
     b_lse = tl.where(b_none, float("-inf"), b_max + tl.log(b_sum))
     HEADS: tl.constexpr = KV_HEADS * GROUP
+    m_lse = m_m
+    if TILES_E > 1:
+        # The programs of a row compute the same log-sum-exp, bit for bit; the first one writes it.
+        m_lse = o_m < tl.where(i_e == 0, ROWS, 0)
     if SPLIT:
         # Partial results, [B, splits, Hkv, ROWS, (D)] fp32.
         p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * ROWS + o_m
-        tl.store(lse + p_part, b_lse, mask=m_m)
+        tl.store(lse + p_part, b_lse, mask=m_lse)
         p_o = output + p_part * HEAD_DIM
     else:
-        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * LENGTH + o_c, b_lse, mask=m_m)
+        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * LENGTH + o_c, b_lse, mask=m_lse)
         p_o = output + ((i_b * LENGTH + o_c) * HEADS + i_h * GROUP + o_g) * HEAD_DIM
     b_o = b_o.to(output.dtype.element_ty)
-    tl.store(p_o[:, None] + o_d[None, :], b_o, mask=m_m[:, None] & m_d[None, :])
+    tl.store(p_o[:, None] + o_e[None, :], b_o, mask=m_m[:, None] & m_e[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -342,14 +347,16 @@ def block_attention(
     )
     block_m = min(config["block_m"], max(16, next_power_of_2(length * group)))
     block_n = config["block_n"]
-    tiles_m = triton.cdiv(length * group, block_m)
+    # Value columns of one program: where they are not all, several programs compute the same scores.
+    block_e = min(config.get("block_e", block_d), block_d)
+    tiles_m, tiles_e = triton.cdiv(length * group, block_m), triton.cdiv(head_dim, block_e)
     if splits is None:
         tiles = triton.cdiv(prefix_length, block_n) + triton.cdiv(length, block_n)
         if window is not None:
             # What the first position of a tile sees behind it, and the tile's own positions.
             tiles = min(tiles, triton.cdiv(window + triton.cdiv(block_m, group), block_n) + 1)
         slots = multiprocessors(query) * config["blocks"]
-        splits = split_count(tiles_m * kv_heads * batch, tiles, slots)
+        splits = split_count(tiles_m * tiles_e * kv_heads * batch, tiles, slots)
 
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -365,7 +372,7 @@ def block_attention(
     ]
     shape = {"LENGTH": length, "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     with on_device(query):
-        block_attention_kernel[(tiles_m * splits, kv_heads, batch)](
+        block_attention_kernel[(tiles_m * tiles_e * splits, kv_heads, batch)](
             query, key, value, prefix_key if prefix else None, prefix_value if prefix else None,
             prefix_start if prefix else None, prefix_end if prefix else None, target, target_lse,
             scale, 1.0 if softcap is None else softcap, prefix_length,
@@ -376,7 +383,7 @@ def block_attention(
             UPCAST=INTERPRET and query.dtype == torch.bfloat16,
             # Offsets inside a tile take half the registers as 32 bits; wider strides keep 64.
             NARROW=max(strides) * block_n < 2**31,
-            BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1),
+            BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1), BLOCK_E=block_e,
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
         if splits > 1:

@@ -4,6 +4,9 @@ Of each slice `probabilities_kernel` writes the probabilities in the dtype of th
 L2 cache, and whether a tile of rows x vocabulary holds mass. `choose_tiles_kernel` lists the tiles that do, in
 order, and `product_kernel` walks that list alone, cut into stretches that fill the GPU. Each stretch adds its slices up
 in an fp32 partial result of its own; `sum_partials_kernel` adds the stretches in order, so results repeat exactly.
+
+A configuration with `"product": "vendor"` multiplies each slice by the vendor's product instead, which leaves no tile
+out; a call with a tolerance takes `product_kernel` all the same.
 """
 
 from __future__ import annotations
@@ -227,6 +230,15 @@ def sum_partials_kernel(
     tl.store(output + o, b_o.to(output.dtype.element_ty), mask=m)
 
 
+def vendor_product(probabilities: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [R, E] fp32 = probabilities [R, n] @ weight [n, E] of 16 bits."""
+    if weight.device.type == "cpu":
+        # Under the interpreter: the host has no product of 16-bit operands with an fp32 result.
+        torch.mm(probabilities.float(), weight.float(), out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(probabilities, weight, torch.float32, out=out)
+
+
 def soft_embedding(
     logits: Tensor,
     logsumexp: Tensor,
@@ -242,8 +254,9 @@ def soft_embedding(
 
     The probabilities are computed in fp32 and rounded to the dtype of `weight` for the product, which accumulates in
     fp32; a row's result is scaled by the mass that rounding changed. Tiles of rows x vocabulary (`block_m` x `block_v`
-    of the configuration) in which no row holds more than `tolerance` are left out. exact=True takes the
-    reference's own roundings, in slices, by PyTorch.
+    of the configuration) in which no row holds more than `tolerance` are left out; at a tolerance of 0 the
+    configuration may choose the vendor's product, which takes them all. exact=True takes the reference's own
+    roundings, in slices, by PyTorch.
 
     Args:
         splits: into how many stretches the chosen tiles of a slice are cut; None takes the number that fills the GPU.
@@ -268,11 +281,15 @@ def soft_embedding(
         triton.cdiv(embedding, block_e),
         columns // block_v,
     )
-    if splits is None:
+    full = weight.dtype == torch.float32
+    vendor = config.get("product") == "vendor" and tolerance == 0 and not full
+    if vendor:
+        # A partial result by slice: the sum that the stretches need adds the slices, and no product reads another's.
+        splits = triton.cdiv(vocab, columns)
+    elif splits is None:
         slots = multiprocessors(logits) * config["blocks"]
         splits = split_count(tiles_m * tiles_e, tiles_v, slots)
 
-    full = weight.dtype == torch.float32
     probabilities = weight.new_empty(tiles_m * block_m, columns)
     integers = weight.new_empty((2 * tiles_v + 1, tiles_m), dtype=torch.int32).view(-1)
     holds, chosen, counts = integers.split([tiles_m * tiles_v, tiles_m * tiles_v, tiles_m])
@@ -291,6 +308,11 @@ def soft_embedding(
                 COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
                 ROWS=min(CHUNK_ROWS, block_m), PARTS=width // block_v, num_warps=8,
             )  # fmt: skip
+            if vendor:
+                last = min(first + columns, vocab)
+                out = partial[first // columns, :rows]
+                vendor_product(probabilities[:rows, : last - first], weight[first:last], out)
+                continue
             choose_tiles_kernel[(tiles_m,)](
                 holds, chosen, counts, TILES=tiles_v, BLOCK=next_power_of_2(tiles_v), num_warps=4
             )
