@@ -41,7 +41,7 @@ for argument in sys.argv[1:]:
                 configs._select.cache_clear()
                 with mock.patch.object(configs, "read", lambda name: only):
                     for label, matrix, launch in shipped.launches(configs.name_for(capability)):
-                        # The variants of head_stats take as much shared memory and long to compile.
+                        # Long to compile. What is not looked at: 128 x 256 in one of them spills 18 (Triton 3.9).
                         if label.endswith(("two temperatures", "no logits")):
                             continue
                         for used in ahead_of_time.compile_launches(capability, launch):
