@@ -7,6 +7,9 @@ in their order: no two programs add to one number, so results repeat bit for bit
 Both products are computed transposed, weights @ rows^T. Matrix instructions are wide in their first dimension (64 on
 sm_90, 16 elsewhere) and narrow in the second (8): the weights have enough columns for the one, and the 16 rows
 that an expert gets from a canvas are enough for the other.
+
+FP8 weights go through the same kernels: a tile is widened to the dtype of the rows in registers, which is exact, and
+the scale of its block multiplies the fp32 product over the block's columns, so that no weight is rounded a second time.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..reference.experts import SCALE_BLOCK as SCALED_BY
 from .common import CAPABILITIES, DEVICES, INTERPRET, capability, on_device, unavailable
 from .expert_routing import route
 
@@ -35,6 +39,14 @@ PAIRS_AT_ONCE = 32_768
 FEW = 24
 # Rows and columns that a program of `combine_kernel` adds up.
 COMBINE_ROWS, COMBINE_BLOCK = 4, 512
+# Rows and columns of the weights that share a scale.
+SCALE_BLOCK = tl.constexpr(SCALED_BY)
+# The first architecture that has an instruction for e4m3; older ones take its bits apart.
+E4M3_INSTRUCTION = (8, 9)
+# Before this one e4m3 goes to bf16 by way of fp16 and fp32. The compiler's own way on sm_90 is an instruction (F2F) that
+# does 16 numbers in a cycle, fewer than the memory delivers. Triton 3.6 takes it for sm_89 too, which has none, in a
+# process that compiled for a newer one before.
+BF16_INSTRUCTION = (10, 0)
 
 
 @triton.jit
@@ -59,15 +71,45 @@ def load_tile(p, o_k, left, EVEN: tl.constexpr, UPCAST: tl.constexpr):
     return b
 
 
+@triton.jit
+def widen(b, DTYPE: tl.constexpr, BY_FP16: tl.constexpr):
+    """A tile of e4m3 numbers, or of their bytes as int8, in DTYPE: bf16, fp16 and fp32 hold all of them.
+
+    A byte's sign, exponent and mantissa go to their places in fp32; the difference of the biases (127 and 7) is a
+    power of two, which brings subnormal numbers out right as well. The code of NaN comes out as 480.
+    """
+    if b.dtype == tl.int8:
+        b_bits = (b.to(tl.int32) << 20) & -0x78100000
+        b = b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    elif BY_FP16:
+        b = b.to(tl.float16).to(tl.float32)
+    return b.to(DTYPE)
+
+
+@triton.jit
+def load_scale(p, other, o_n, left, WHOLE: tl.constexpr):
+    """The scale of a tile's rows o_n: one number, or where the tile crosses a block's border a column of two.
+
+    Two scalars and a selection, since a gather would go through shared memory in every pass of the loop.
+    """
+    b_s = tl.load(p)
+    if not WHOLE:
+        b_s = tl.where(o_n < left, b_s, tl.load(other))[:, None]
+    return b_s
+
+
 @triton.jit(do_not_specialize=["tiles_most"])
 def gate_up_kernel(
-    hidden, gate_up, order, tiles, middle, tiles_most: tl.int32,
+    hidden, gate_up, scale, order, tiles, middle, tiles_most: tl.int32,
     stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SCALED: tl.constexpr, BY_FP16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns."""
+    """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns.
+
+    scale [X, blocks of 2 * WIDTH, blocks of HIDDEN] with SCALED.
+    """
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = HIDDEN % BLOCK_K == 0
     # Columns vary fastest: tiles of one expert run close together, so L2 hands its weights to all of them.
@@ -90,13 +132,36 @@ def gate_up_kernel(
     # [BLOCK_N, BLOCK_M]
     b_gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(0, HIDDEN, BLOCK_K):
-        # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
-        b_x = tl.trans(load_tile(p_x + k, o_k, HIDDEN - k, EVEN, UPCAST))
-        b_g = load_tile(p_g + k, o_k, HIDDEN - k, EVEN, UPCAST)
-        b_gate = tl.dot(b_g, b_x, b_gate, input_precision=PRECISION)
-        b_u = load_tile(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST)
-        b_up = tl.dot(b_u, b_x, b_up, input_precision=PRECISION)
+    if SCALED:
+        tl.static_assert(SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in two blocks at most")
+        DEPTH: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
+        # The up projection begins inside a block, so its tiles may lie in two.
+        WHOLE: tl.constexpr = WIDTH % BLOCK_N == 0
+        first = WIDTH + i_n * BLOCK_N
+        last = tl.minimum(first + BLOCK_N, 2 * WIDTH) - 1
+        p_s = scale + i_e.to(tl.int64) * ((2 * WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK * DEPTH)
+        p_sg = p_s + i_n * BLOCK_N // SCALE_BLOCK * DEPTH
+        p_su = p_s + first // SCALE_BLOCK * DEPTH
+        p_sl = p_s + last // SCALE_BLOCK * DEPTH
+        left = last // SCALE_BLOCK * SCALE_BLOCK - WIDTH
+        for k in range(0, HIDDEN, BLOCK_K):
+            s_g = tl.load(p_sg + k // SCALE_BLOCK)
+            # One number or [BLOCK_N, 1]
+            b_s = load_scale(p_su + k // SCALE_BLOCK, p_sl + k // SCALE_BLOCK, o_n, left, WHOLE)
+            # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
+            b_x = tl.trans(load_tile(p_x + k, o_k, HIDDEN - k, EVEN, UPCAST))
+            b_g = widen(load_tile(p_g + k, o_k, HIDDEN - k, EVEN, False), b_x.dtype, BY_FP16)
+            b_gate += tl.dot(b_g, b_x, input_precision=PRECISION) * s_g
+            b_u = widen(load_tile(p_u + k, o_k, HIDDEN - k, EVEN, False), b_x.dtype, BY_FP16)
+            b_up += tl.dot(b_u, b_x, input_precision=PRECISION) * b_s
+    else:
+        for k in range(0, HIDDEN, BLOCK_K):
+            # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
+            b_x = tl.trans(load_tile(p_x + k, o_k, HIDDEN - k, EVEN, UPCAST))
+            b_g = load_tile(p_g + k, o_k, HIDDEN - k, EVEN, UPCAST)
+            b_gate = tl.dot(b_g, b_x, b_gate, input_precision=PRECISION)
+            b_u = load_tile(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST)
+            b_up = tl.dot(b_u, b_x, b_up, input_precision=PRECISION)
     b_middle = activate(b_gate, ACTIVATION) * b_up
     p_o = middle + (o_m.to(tl.int64) * WIDTH)[None, :] + o_n[:, None]
     tl.store(p_o, b_middle.to(middle.dtype.element_ty), mask=(o_m < end)[None, :] & (o_n < WIDTH)[:, None])
@@ -104,11 +169,15 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["tiles_most"])
 def down_kernel(
-    middle, down, order, tiles, partial, tiles_most: tl.int32, stride_x: tl.int64, stride_n: tl.int64,
+    middle, down, scale, order, tiles, partial, tiles_most: tl.int32, stride_x: tl.int64, stride_n: tl.int64,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SCALED: tl.constexpr, BY_FP16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [pairs, HIDDEN] fp32: middle @ down^T of BLOCK_M places x BLOCK_N columns, stored in the pairs' order."""
+    """partial [pairs, HIDDEN] fp32: middle @ down^T of BLOCK_M places x BLOCK_N columns, stored in the pairs' order.
+
+    scale [X, blocks of HIDDEN, blocks of WIDTH] with SCALED.
+    """
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = WIDTH % BLOCK_K == 0
     i_n = tl.program_id(0) % TILES_N
@@ -127,11 +196,23 @@ def down_kernel(
     p_w = down + i_e.to(tl.int64) * stride_x + (o_w * stride_n)[:, None] + o_k[None, :]
     # [BLOCK_N, BLOCK_M]
     b_o = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
-        # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
-        b_x = tl.trans(load_tile(p_x + k, o_k, WIDTH - k, EVEN, UPCAST))
-        b_w = load_tile(p_w + k, o_k, WIDTH - k, EVEN, UPCAST)
-        b_o = tl.dot(b_w, b_x, b_o, input_precision=PRECISION)
+    if SCALED:
+        tl.static_assert(SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in one block only")
+        DEPTH: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
+        p_s = scale + i_e.to(tl.int64) * ((HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK * DEPTH)
+        p_s += i_n * BLOCK_N // SCALE_BLOCK * DEPTH
+        for k in range(0, WIDTH, BLOCK_K):
+            s_w = tl.load(p_s + k // SCALE_BLOCK)
+            # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
+            b_x = tl.trans(load_tile(p_x + k, o_k, WIDTH - k, EVEN, UPCAST))
+            b_w = widen(load_tile(p_w + k, o_k, WIDTH - k, EVEN, False), b_x.dtype, BY_FP16)
+            b_o += tl.dot(b_w, b_x, input_precision=PRECISION) * s_w
+    else:
+        for k in range(0, WIDTH, BLOCK_K):
+            # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
+            b_x = tl.trans(load_tile(p_x + k, o_k, WIDTH - k, EVEN, UPCAST))
+            b_w = load_tile(p_w + k, o_k, WIDTH - k, EVEN, UPCAST)
+            b_o = tl.dot(b_w, b_x, b_o, input_precision=PRECISION)
     o_p = tl.load(order + o_s)
     p_o = partial + (o_p.to(tl.int64) * HIDDEN)[None, :] + o_n[:, None]
     tl.store(p_o, b_o, mask=(o_m < end)[None, :] & (o_n < HIDDEN)[:, None])
@@ -167,49 +248,69 @@ def experts(
     gate_up: Tensor,
     down: Tensor,
     activation: str = "gelu_tanh",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result: `reference.experts`.
 
-    Products accumulate in fp32; act(gate) * up is computed in fp32 and rounded once, to the dtype of the weights;
+    Products accumulate in fp32; act(gate) * up is computed in fp32 and rounded once, to the dtype of the rows;
     weights and sum of a row's choices are fp32, rounded once.
     """
     output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if output.numel() == 0 or index.numel() == 0:
         return output.zero_()
     hidden, gate_up, down = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, gate_up, down))
+    scales = [None if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale)]
+    if is_before(E4M3_INSTRUCTION, hidden):
+        gate_up, down = (t if s is None else t.view(torch.int8) for t, s in zip((gate_up, down), scales))
     at_once = max(1, PAIRS_AT_ONCE // index.shape[1])
     with on_device(hidden):
         for first in range(0, hidden.shape[0], at_once):
             part = slice(first, first + at_once)
-            _experts(
-                hidden[part], index[part].contiguous(), weights[part], gate_up, down, activation, output[part]
-            )
+            rows = (hidden[part], index[part].contiguous(), weights[part])
+            _experts(*rows, gate_up, down, *scales, activation, output[part])
     return output
 
 
-def _experts(hidden, index, weights, gate_up, down, activation: str, output) -> None:
+def is_before(architecture: tuple[int, int], tensor: Tensor) -> bool:
+    """Whether a launch on `tensor` is for an older architecture; the interpreter is for none."""
+    target = capability(tensor)
+    return target is not None and tuple(target) < architecture
+
+
+def _experts(hidden, index, weights, gate_up, down, gate_up_scale, down_scale, activation: str, output) -> None:
     (rows, embedding), top_k, (count, _, width) = hidden.shape, index.shape[1], down.shape
     crowd = "few" if index.numel() <= FEW * count else "many"
-    config = configs.select("experts", capability(hidden), bytes=hidden.element_size(), rows=crowd)
-    up_n, down_n = config["up_n"], config["down_n"]
-    order, tiles = route(index, count, config["block_m"])
+
+    def config_for(weight: Tensor) -> dict:
+        # Products of fp32 rows are bound by arithmetic, however the weights are stored.
+        size = hidden.element_size() if hidden.dtype == torch.float32 else weight.element_size()
+        return configs.select("experts", capability(hidden), bytes=size, rows=crowd)
+
+    first, second = config_for(gate_up), config_for(down)
+    # Tiles are cut once for both products.
+    block_m = first["block_m"]
+    order, tiles = route(index, count, block_m)
     total = tiles.shape[1]
     middle = hidden.new_empty(index.numel(), width)
     partial = hidden.new_empty((index.numel(), embedding), dtype=torch.float32)
     common = {
-        "WIDTH": width, "HIDDEN": embedding, "BLOCK_M": config["block_m"],
+        "WIDTH": width, "HIDDEN": embedding, "BLOCK_M": block_m,
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "UPCAST": INTERPRET and hidden.dtype == torch.bfloat16,
+        "BY_FP16": hidden.dtype == torch.bfloat16 and is_before(BF16_INSTRUCTION, hidden),
     }  # fmt: skip
-    gate_up_kernel[(total * triton.cdiv(width, up_n),)](
-        hidden, gate_up, order, tiles, middle, total, hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
-        TOP_K=top_k, ACTIVATION=activation, BLOCK_N=up_n, BLOCK_K=config["up_k"],
-        num_warps=config["up_warps"], num_stages=config["up_stages"], **common,
+    gate_up_kernel[(total * triton.cdiv(width, first["up_n"]),)](
+        hidden, gate_up, gate_up_scale, order, tiles, middle, total,
+        hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
+        TOP_K=top_k, ACTIVATION=activation, SCALED=gate_up_scale is not None,
+        BLOCK_N=first["up_n"], BLOCK_K=first["up_k"],
+        num_warps=first["up_warps"], num_stages=first["up_stages"], **common,
     )  # fmt: skip
-    down_kernel[(total * triton.cdiv(embedding, down_n),)](
-        middle, down, order, tiles, partial, total, down.stride(0), down.stride(1),
-        BLOCK_N=down_n, BLOCK_K=config["down_k"],
-        num_warps=config["down_warps"], num_stages=config["down_stages"], **common,
+    down_kernel[(total * triton.cdiv(embedding, second["down_n"]),)](
+        middle, down, down_scale, order, tiles, partial, total, down.stride(0), down.stride(1),
+        SCALED=down_scale is not None, BLOCK_N=second["down_n"], BLOCK_K=second["down_k"],
+        num_warps=second["down_warps"], num_stages=second["down_stages"], **common,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(rows, COMBINE_ROWS) * triton.cdiv(embedding, COMBINE_BLOCK),)](
         partial, index, weights, output, rows, weights.stride(0), weights.stride(1),

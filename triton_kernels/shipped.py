@@ -16,6 +16,7 @@ import torch
 
 from .. import configs
 from ..reference.commit import CommitCall
+from ..reference.experts import SCALE_BLOCK
 from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
@@ -38,6 +39,8 @@ MATRIX_KERNELS = (
     "down_kernel",
 )
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+# The bytes that an entry of `experts` names are those of a weight, and one byte is FP8 with rows in bf16.
+FP8 = torch.float8_e4m3fn
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -116,18 +119,18 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     return launch
 
 
-def _experts(when: dict) -> Callable[[], object]:
+def _experts(when: dict, fp8: bool) -> Callable[[], object]:
     # One canvas through the 128 experts of a layer, top 8, or the rows of a prompt.
     rows, count, top_k, width = (4096 if when.get("rows") == "many" else CANVAS), 128, 8, 704
 
     def launch():
-        dtype = DTYPES[when["bytes"]]
+        dtype = DTYPES.get(when["bytes"], torch.bfloat16)
         index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
-        gate_up, down = (
-            _empty(count, 2 * width, EMBEDDING, dtype=dtype),
-            _empty(count, EMBEDDING, width, dtype=dtype),
-        )
-        return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, gate_up, down)
+        matrices, scales = [], []
+        for shape in ((2 * width, EMBEDDING), (EMBEDDING, width)):
+            matrices.append(_empty(count, *shape, dtype=FP8 if fp8 else dtype))
+            scales.append(_empty(count, *(-(-size // SCALE_BLOCK) for size in shape)) if fp8 else None)
+        return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, *matrices, "gelu_tanh", *scales)
 
     return launch
 
@@ -162,7 +165,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "soft_embedding":
                 yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
             elif op == "experts":
-                yield label, when["bytes"] == 2, _experts(when)
+                yield label, when["bytes"] < 4, _experts(when, when["bytes"] == 1)
+                if when["bytes"] == 4:
+                    yield label + " fp8 weights", False, _experts(when, True)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
 

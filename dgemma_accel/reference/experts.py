@@ -8,6 +8,8 @@ from torch import Tensor
 from .row_stats import compute_dtype
 
 ACTIVATIONS = ("gelu_tanh", "silu")
+# Rows and columns of FP8 weights that share a scale.
+SCALE_BLOCK = 128
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:
@@ -19,6 +21,19 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
 
 
+def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """weight [..., N, K] in `dtype`, times the scale of its block, scale [..., ceil(N / 128), ceil(K / 128)].
+
+    The product is rounded once, to `dtype`; in fp64 it is exact.
+    """
+    weight = weight.to(dtype)
+    if scale is None:
+        return weight
+    rows, columns = weight.shape[-2:]
+    scale = scale.to(dtype).repeat_interleave(SCALE_BLOCK, -2)[..., :rows, :]
+    return weight * scale.repeat_interleave(SCALE_BLOCK, -1)[..., :columns]
+
+
 def experts(
     hidden: Tensor,
     index: Tensor,
@@ -26,6 +41,8 @@ def experts(
     gate_up: Tensor,
     down: Tensor,
     activation: str = "gelu_tanh",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """sum over the row's choices (e, w) of w * down_e (act(gate_e x) * (up_e x)), in fp32 (fp64 for fp64 rows).
 
@@ -37,21 +54,30 @@ def experts(
         gate_up: [X, 2 * I, E], the gate's rows first.
         down: [X, E, I].
         activation: of the gate, one of `ACTIVATIONS`.
+        gate_up_scale: None, or for float8_e4m3fn weights [X, ceil(2 * I / 128), ceil(E / 128)] fp32: what a block of
+            128 x 128 is multiplied with. The gate's rows and those of the up projection are counted as one, so the two
+            share a block where I is no multiple of 128.
+        down_scale: likewise, [X, ceil(E / 128), ceil(I / 128)].
 
     Returns:
         [R, E] in the dtype of `hidden`.
 
     Source: DiffusionGemmaTextExperts.forward in transformers' modeling_diffusion_gemma.py, which computes in the
-    dtype of the weights; its activation is gelu_pytorch_tanh in the released configuration.
+    dtype of the weights; its activation is gelu_pytorch_tanh in the released configuration. The format of FP8
+    weights is that of FP8Experts in transformers' integrations/finegrained_fp8.py, which rounds rows to FP8 as well.
     """
     compute = compute_dtype(hidden)
     x = hidden.to(compute)
     output = torch.zeros_like(x)
+
+    def widened(weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
+        return dequantise(weight[expert], None if scale is None else scale[expert], compute)
+
     for expert in index.unique().tolist():
         if not 0 <= expert < gate_up.shape[0]:
             continue
         row, choice = torch.where(index == expert)
-        gate, up = (x[row] @ gate_up[expert].to(compute).T).chunk(2, dim=-1)
-        result = (activate(gate, activation) * up) @ down[expert].to(compute).T
+        gate, up = (x[row] @ widened(gate_up, gate_up_scale, expert).T).chunk(2, dim=-1)
+        result = (activate(gate, activation) * up) @ widened(down, down_scale, expert).T
         output.index_add_(0, row, result * weights[row, choice, None].to(compute))
     return output.to(hidden.dtype)
