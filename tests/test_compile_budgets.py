@@ -106,6 +106,8 @@ def violations(row: dict, spills: int = 0) -> list[str]:
         problems.append("no block fits a multiprocessor")
     if row["matrix_expected"] and MATRIX[capability[0]] not in row["matrix"]:
         problems.append(f"no {MATRIX[capability[0]]} instruction, only {row['matrix']}")
+    if row["matrix"] and not row["matrix_expected"]:
+        problems.append(f"{' '.join(row['matrix'])} rounds fp32 to tf32")
     return problems
 
 
@@ -170,6 +172,7 @@ def test_nothing_shipped_is_left_out(table):
         ({"blocks": 0}, "no block fits"),
         ({"matrix": []}, "no HMMA"),
         ({"capability": [9, 0]}, "no HGMMA"),
+        ({"matrix_expected": False}, "HMMA rounds fp32"),
     ],
 )
 def test_a_kernel_over_budget_is_noticed(change, problem):
@@ -199,9 +202,16 @@ def test_configuration_files_answer_every_call():
                     assert sliced or "slices" not in use
         for block in (1, 2, 64, 256, 512, 1024):
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
-        for size in (2, 4):
-            for rows in ("few", "many"):
-                use = configs._select(name, "experts", (("bytes", size), ("rows", rows)))
+        for rows in ("few", "many"):
+            uses = {
+                size: configs._select(name, "experts", (("bytes", size), ("rows", rows))) for size in (1, 2, 4)
+            }
+            for use in uses.values():
                 assert all(use[key] % 16 == 0 for key in ("block_m", "up_n", "up_k", "down_n", "down_k"))
+            # One of the two weights may be FP8 alone, and both take the same tiles of rows.
+            assert uses[1]["block_m"] == uses[2]["block_m"]
+            # FP8 weights, of fp32 rows too: a pass stays inside a block of scales, a tile's rows reach two at most.
+            for use in (uses[1], uses[4]):
+                assert all(128 % use[key] == 0 for key in ("up_n", "up_k", "down_n", "down_k"))
         with pytest.raises(LookupError, match=f"configs/{name}.json: no entry of commit"):
             configs._select(name, "commit", (("block", 2048),))
