@@ -204,7 +204,8 @@ def test_configuration_files_answer_every_call():
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
         for rows in ("few", "many"):
             uses = {
-                size: configs._select(name, "experts", (("bytes", size), ("rows", rows))) for size in (1, 2, 4)
+                size: configs._select(name, "experts", (("bytes", size), ("rows", rows)))
+                for size in (1, 2, 4)
             }
             for use in uses.values():
                 assert all(use[key] % 16 == 0 for key in ("block_m", "up_n", "up_k", "down_n", "down_k"))

@@ -5,6 +5,7 @@ import torch
 
 import dgemma_accel
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.experts import dequantise
 
 OP = "experts"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,6 +26,34 @@ def make_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=Fal
         (torch.randn(count, embedding, width) * width**-0.5).to(dtype),
     )
     return tuple(tensor.to(device) for tensor in tensors)
+
+
+def quantise(weight):
+    """(float8_e4m3fn weights, scales) of fp32 weights [..., N, K], whose blocks are made to differ 50-fold in size."""
+    rows, columns = weight.shape[-2:]
+    blocks = -(-rows // 128), -(-columns // 128)
+    spread = torch.exp(4 * torch.rand(*weight.shape[:-2], *blocks, device=weight.device) - 2)
+    largest = dequantise(torch.ones_like(weight), spread, torch.float32)
+    inside = torch.nn.functional.pad(
+        weight * largest, (0, blocks[1] * 128 - columns, 0, blocks[0] * 128 - rows)
+    ).unflatten(-1, (blocks[1], 128)).unflatten(-3, (blocks[0], 128))  # fmt: skip
+    scale = inside.abs().amax((-3, -1)).clamp(min=1e-6) / 448
+    fp8 = (weight * largest / dequantise(torch.ones_like(weight), scale, torch.float32)).to(
+        torch.float8_e4m3fn
+    )
+    return fp8, scale
+
+
+def make_fp8_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=False, which=(True, True)):
+    """(the arguments of `make_case` with FP8 weights, the scales as keywords); which: gate_up, down."""
+    case = list(make_case(rows, top_k, count, width, embedding, torch.float32, device, skewed=skewed))
+    case[0], scales = case[0].to(dtype), {}
+    for position, name, quantised in ((3, "gate_up_scale", which[0]), (4, "down_scale", which[1])):
+        if quantised:
+            case[position], scales[name] = quantise(case[position])
+        else:
+            case[position] = case[position].to(dtype)
+    return tuple(case), scales
 
 
 def run(case, backend, **settings):
@@ -125,6 +154,107 @@ def test_runs_repeat_and_rows_do_not_depend_on_others(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows, top_k, count, width, embedding",
+    # One block and less; the up projection from inside a block, as in DiffusionGemma; on a block's border; odd sizes.
+    [(1, 1, 1, 1, 1), (7, 3, 5, 24, 40), (33, 3, 4, 192, 256), (20, 2, 3, 128, 384), (12, 2, 3, 101, 263)],
+)
+def test_fp8_weights_within_budget(backend, device, dtype, rows, top_k, count, width, embedding):
+    case, scales = make_fp8_case(rows, top_k, count, width, embedding, dtype, device)
+    result, problems = run(case, backend, **scales)
+    assert result.shape == (rows, embedding) and result.dtype == dtype
+    assert not problems
+
+
+@pytest.mark.parametrize("which", [(True, False), (False, True)], ids=["gate_up", "down"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_of_the_weights_in_fp8(backend, device, dtype, which):
+    case, scales = make_fp8_case(30, 3, 5, 100, 200, dtype, device, which=which)
+    assert len(scales) == 1 and not run(case, backend, **scales)[1]
+
+
+def test_fp8_weights_with_skewed_routing_and_choices_of_no_expert(backend, device):
+    """Experts without rows, one with all of them, and rows that chose nobody."""
+    case, scales = make_fp8_case(60, 3, 8, 70, 150, torch.float32, device, skewed=True)
+    index, weights = case[1:3]
+    index[::3, 1], weights[::3, 1] = 8, float("nan")
+    index[4] = 8
+    result, problems = run(case, backend, **scales, activation="silu")
+    assert not problems and not result[4].any() and result[5].any()
+
+
+def test_fp8_weights_of_any_magnitude(backend, device):
+    """The smallest and largest codes, and scales that would leave fp16."""
+    hidden, index, weights, _, _ = make_case(9, 2, 3, 16, 32, torch.float16, device)
+    codes = torch.arange(256, dtype=torch.int16, device=device).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    gate_up, down = (codes[torch.randint(len(codes), s, device=device)] for s in ((3, 32, 32), (3, 32, 16)))
+    scales = {name: torch.full((3, 1, 1), value, device=device) for name, value in (
+        ("gate_up_scale", 2.0**-12), ("down_scale", 2.0**-20))}  # fmt: skip
+    assert not run((hidden, index, weights, gate_up, down), backend, **scales)[1]
+
+
+def test_views_of_fp8_weights_and_scales(backend, device):
+    (*rows, gate_up, down), scales = make_fp8_case(11, 3, 4, 96, 160, torch.float32, device)
+    expected = run((*rows, gate_up, down), backend, **scales)[0]
+
+    def apart(tensor):
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), device=device).to(
+            tensor.dtype
+        )
+        return wide[..., ::2].copy_(tensor)
+
+    scales = {name: apart(scale) for name, scale in scales.items()}
+    assert torch.equal(run((*rows, apart(gate_up), apart(down)), backend, **scales)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_budget_fails_wrong_scales(dtype):
+    """A neighbour's scale, none at all, blocks counted from the first row of the up projection, a dropped tile."""
+    case, scales = make_fp8_case(24, 3, 4, 192, 256, dtype, "cpu")
+    assert not run(case, "reference", **scales)[1]
+    gate_up, down = scales["gate_up_scale"], scales["down_scale"]
+    assert gate_up.shape == (4, 3, 2) and down.shape == (4, 2, 2)
+
+    def fails(computed, **changed):
+        wrong = dgemma_accel.experts(*computed, **scales | changed, backend="reference")
+        return bool(check_experts(wrong, *case, **scales))
+
+    assert check_experts(torch.zeros_like(case[0]), *case, **scales)
+    for name, scale in scales.items():
+        assert fails(case, **{name: torch.ones_like(scale)})
+        assert all(fails(case, **{name: scale.roll(1, dimension)}) for dimension in range(3))
+        one_block = scale.clone()
+        one_block[2, 0, 1] = scale[2, 1, 1]
+        assert fails(case, **{name: one_block})
+    for position, part in (
+        (3, (slice(None), slice(176, 192))),
+        (4, (slice(None), slice(None), slice(128, 144))),
+    ):
+        narrow = case[position].clone()
+        narrow[part] = 0
+        assert fails((*case[:position], narrow, *case[position + 1 :]))
+
+    def through(gate_scale, up_scale):
+        """The 192 rows of each projection with scales of their own, dequantised outside the op."""
+        halves = zip(case[3].chunk(2, 1), (gate_scale, up_scale))
+        weight = torch.cat([dequantise(half, scale, torch.float32) for half, scale in halves], 1)
+        under = dequantise(case[4], down, torch.float32)
+        hidden, index, weights = case[0].float(), *case[1:3]
+        result = dgemma_accel.experts(hidden, index, weights, weight, under, backend="reference")
+        return check_experts(result.to(dtype), *case, **scales)
+
+    # Rows 128 to 191 of the gate and 0 to 63 of the up projection share the middle block; a block that began with the
+    # up projection would hold rows 0 to 127 of it.
+    assert through(gate_up[:, :2], gate_up[:, 1:])
+    assert through(gate_up[:, 1:], gate_up[:, :2])
+    equal = gate_up.clone()
+    equal[:, 2] = gate_up[:, 1]
+    scales["gate_up_scale"] = equal
+    assert not through(equal[:, :2], equal[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_budget_fails_zeros_a_dropped_expert_and_a_wrong_weight(dtype):
     hidden, index, weights, gate_up, down = case = make_case(32, 4, 8, 64, 96, dtype, "cpu")
     result, problems = run(case, "reference")
@@ -150,6 +280,8 @@ def test_budget_fails_zeros_a_dropped_expert_and_a_wrong_weight(dtype):
 
 
 H, I, W, GU, D = make_case(3, 2, 4, 5, 6, torch.float32, "cpu")
+(_, _, _, GU8, D8), S8 = make_fp8_case(3, 2, 4, 5, 6, torch.float32, "cpu")
+GS, DS = S8["gate_up_scale"], S8["down_scale"]
 
 
 @pytest.mark.parametrize(
@@ -164,13 +296,63 @@ H, I, W, GU, D = make_case(3, 2, 4, 5, 6, torch.float32, "cpu")
         ((H, I, W.long(), GU, D), {}, TypeError, "weights: dtype must be one of"),
         ((H, I, W, GU[:, :9], D), {}, ValueError, r"gate_up: shape must be \(4, 10, 6\)"),
         ((H, I, W, GU[:3], D), {}, ValueError, "gate_up: shape must be"),
-        ((H, I, W, GU.half(), D), {}, TypeError, "gate_up: dtype must be one of float32, got float16"),
-        ((H, I, W, GU, D.half()), {}, TypeError, "down: dtype must be one of float32, got float16"),
+        (
+            (H, I, W, GU.half(), D),
+            {},
+            TypeError,
+            "gate_up: dtype must be one of float32, float8_e4m3fn, got float16",
+        ),
+        (
+            (H, I, W, GU, D.half()),
+            {},
+            TypeError,
+            "down: dtype must be one of float32, float8_e4m3fn, got float16",
+        ),
         ((H, I, W, GU, D[:, :5]), {}, ValueError, r"down: shape must be \[X, 6, I\] like hidden"),
         ((H, I, W, GU, D[0]), {}, ValueError, "down: shape must be"),
         ((H, I, W, GU.to("meta"), D), {}, ValueError, "gate_up: must be on cpu like hidden, got meta"),
         ((H, I - 4, W, GU, D), {}, ValueError, r"index: values must be in \[0, 4\], got -"),
         ((H, I + 4, W, GU, D), {}, ValueError, r"index: values must be in \[0, 4\]"),
+        (
+            (H, I, W, GU8, D),
+            {},
+            ValueError,
+            r"gate_up_scale: float8_e4m3fn weights need their scales, \(4, 1, 1\)",
+        ),
+        ((H, I, W, GU, D8), {}, ValueError, "down_scale: float8_e4m3fn weights need their scales"),
+        (
+            (H, I, W, GU, D),
+            {"gate_up_scale": GS},
+            ValueError,
+            "gate_up_scale: only float8.*gate_up is float32",
+        ),
+        ((H, I, W, GU8, D), {"gate_up_scale": GS, "down_scale": DS}, ValueError, "down_scale: only float8"),
+        (
+            (H, I, W, GU8, D),
+            {"gate_up_scale": GS[0]},
+            ValueError,
+            r"gate_up_scale: shape must be \(4, 1, 1\) \(one for",
+        ),
+        (
+            (H, I, W, GU8, D),
+            {"gate_up_scale": GS.half()},
+            TypeError,
+            "gate_up_scale: dtype must be one of float32",
+        ),
+        (
+            (H, I, W, GU8, D),
+            {"gate_up_scale": 1.0},
+            TypeError,
+            "gate_up_scale: a torch.Tensor expected, got float",
+        ),
+        (
+            (H, I, W, GU8, D),
+            {"gate_up_scale": GS.to("meta")},
+            ValueError,
+            "gate_up_scale: must be on cpu like gate_up",
+        ),
+        ((H, I, W, GU8.view(torch.uint8), D), {}, TypeError, "gate_up: dtype must be one of float32, float8"),
+        ((GU8[0], I, W, GU8, D), {}, TypeError, "hidden: dtype must be one of"),
         ((H, I, W, GU, D), {"activation": "relu"}, ValueError, "activation: must be one of"),
         ((H, I, W, GU, D), {"backend": "cpp"}, dgemma_accel.backends.BackendError, "no cpp implementation"),
     ],
@@ -183,6 +365,11 @@ def test_bad_input(arguments, kwargs, error, text):
 def test_opcheck(backend, device):
     case = make_case(6, 2, 4, 16, 32, torch.float32, device)
     torch.library.opcheck(torch.ops.dgemma.experts.default, (*case, "gelu_tanh", False, backend))
+    case, scales = make_fp8_case(6, 2, 4, 16, 32, torch.float32, device)
+    settings = ("gelu_tanh", False, backend, *scales.values())
+    # Whether arguments were written to is compared by arithmetic that torch does not have for FP8.
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.dgemma.experts.default, (*case, *settings), test_utils=tests)
 
 
 def test_compiles_whole(backend, device):
@@ -191,3 +378,11 @@ def test_compiles_whole(backend, device):
         lambda *c: dgemma_accel.experts(*c, backend=backend) * 2, fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(*case), run(case, backend)[0] * 2)
+
+
+def test_fp8_compiles_whole(backend, device):
+    case, scales = make_fp8_case(6, 2, 4, 16, 32, torch.float32, device)
+    compiled = torch.compile(
+        lambda *c: dgemma_accel.experts(*c, **scales, backend=backend) * 2, fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(*case), run(case, backend, **scales)[0] * 2)

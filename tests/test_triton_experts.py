@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 from dgemma_accel.triton_kernels import expert_routing  # noqa: E402
-from test_experts import make_case  # noqa: E402
+from test_experts import make_case, make_fp8_case  # noqa: E402
 
 from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget_experts import check_experts  # noqa: E402
@@ -84,6 +87,61 @@ def test_many_tiles(small_tiles, poisoned, dtype, skewed):
     assert not check_experts(triton_experts.experts(*case), *case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [40, 101, 192])
+def test_many_tiles_of_fp8_weights(small_tiles, poisoned, dtype, width):
+    """Tiles that lie in two blocks, several passes to a block, and blocks that end with the matrix."""
+    case, scales = make_fp8_case(50, 3, 5, width, 150, dtype, DEVICE, skewed=width == 192)
+    result = triton_experts.experts(*case, "gelu_tanh", *scales.values())
+    assert not check_experts(result, *case, **scales)
+
+
+widen = triton_experts.widen
+
+
+@triton.jit
+def widen_kernel(codes, output, DTYPE: tl.constexpr, BY_FP16: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(output + o, widen(tl.load(codes + o), DTYPE, BY_FP16).to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16, tl.float16], ids=str)
+@pytest.mark.parametrize("way", ["e4m3", "e4m3 by fp16", "bytes"])
+def test_every_code_of_e4m3_is_widened_exactly(dtype, way):
+    codes = torch.arange(-128, 128, device=DEVICE).to(torch.int8)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    output = torch.empty(256, device=DEVICE)
+    if way != "bytes":
+        if DEVICE == "cuda" and torch.cuda.get_device_capability() < triton_experts.E4M3_INSTRUCTION:
+            pytest.skip("no instruction for e4m3 before sm_89")
+        codes = codes.view(torch.float8_e4m3fn)
+    widen_kernel[(1,)](codes, output, DTYPE=dtype, BY_FP16=way == "e4m3 by fp16", BLOCK=256)
+    finite = expected.isfinite()
+    assert finite.sum() == 254 and torch.equal(output[finite], expected[finite])
+    assert torch.equal(output.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_older_architectures_read_bytes_and_compute_the_same(monkeypatch, dtype):
+    case, scales = make_fp8_case(20, 2, 4, 100, 150, dtype, DEVICE)
+    expected = triton_experts.experts(*case, "gelu_tanh", *scales.values())
+    seen, run = [], triton_experts._experts
+    monkeypatch.setattr(triton_experts, "is_before", lambda architecture, tensor: True)
+    monkeypatch.setattr(
+        triton_experts, "_experts", lambda *a: (seen.append((a[3].dtype, a[4].dtype)), run(*a))[1]
+    )
+    assert torch.equal(triton_experts.experts(*case, "gelu_tanh", *scales.values()), expected)
+    assert seen == [(torch.int8, torch.int8)]
+
+
+def test_scales_of_experts_that_nobody_chose_are_not_read(small_tiles, poisoned):
+    (*rows, gate_up, down), scales = make_fp8_case(40, 3, 8, 24, 40, torch.float32, DEVICE, skewed=True)
+    truth = triton_experts.experts(*rows, gate_up, down, "gelu_tanh", *scales.values())
+    for scale in scales.values():
+        scale[4:] = torch.nan
+    assert torch.equal(triton_experts.experts(*rows, gate_up, down, "gelu_tanh", *scales.values()), truth)
+
+
 def test_weights_of_experts_that_nobody_chose_are_not_read(small_tiles, poisoned):
     hidden, index, weights, gate_up, down = make_case(40, 3, 8, 24, 40, torch.float32, DEVICE, skewed=True)
     truth = triton_experts.experts(hidden, index, weights, gate_up, down)
@@ -132,18 +190,22 @@ import torch
 from dgemma_accel.triton_kernels import ahead_of_time
 from dgemma_accel.triton_kernels.experts import experts
 
-def call(rows):
+def call(rows, fp8):
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
     index, weights = empty(rows, 4, dtype=torch.int64), empty(rows, 4, dtype=torch.float32)
-    experts(empty(rows, 128), index, weights, empty(64, 64, 128), empty(64, 128, 32))
+    kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    scales = [empty(64, 1, 1, dtype=torch.float32) if fp8 else None] * 2
+    matrices = empty(64, 64, 128, dtype=kind), empty(64, 128, 32, dtype=kind)
+    experts(empty(rows, 128), index, weights, *matrices, "gelu_tanh", *scales)
 
-seen = set()
-for rows in (256, 255, 257, 16, 1, 3):
-    with ahead_of_time.recording((9, 0)) as compiled:
-        call(rows)
-    seen.add(tuple(kernel.hash for _, kernel in compiled))
-print(len(seen), len(compiled))
+for fp8 in (False, True):
+    seen = set()
+    for rows in (256, 255, 257, 16, 1, 3):
+        with ahead_of_time.recording((9, 0)) as compiled:
+            call(rows, fp8)
+        seen.add(tuple(kernel.hash for _, kernel in compiled))
+    print(len(seen), len(compiled))
 """
 
 
@@ -153,4 +215,4 @@ def test_the_number_of_rows_does_not_recompile():
         [sys.executable, "-W", "ignore", "-c", RECOMPILATION], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1", "4"]
+    assert done.stdout.split() == ["1", "4"] * 2

@@ -43,9 +43,9 @@ COMBINE_ROWS, COMBINE_BLOCK = 4, 512
 SCALE_BLOCK = tl.constexpr(SCALED_BY)
 # The first architecture that has an instruction for e4m3; older ones take its bits apart.
 E4M3_INSTRUCTION = (8, 9)
-# Before this one e4m3 goes to bf16 by way of fp16 and fp32. The compiler's own way on sm_90 is an instruction (F2F) that
-# does 16 numbers in a cycle, fewer than the memory delivers. Triton 3.6 takes it for sm_89 too, which has none, in a
-# process that compiled for a newer one before.
+# Before this one e4m3 goes to bf16 by way of fp16 and fp32. The compiler's own way on sm_90 is an instruction
+# (F2F) that does 16 numbers in a cycle, fewer than the memory delivers. Triton 3.6 takes it for sm_89 too, which
+# has none, in a process that compiled for a newer one before.
 BF16_INSTRUCTION = (10, 0)
 
 
@@ -133,7 +133,9 @@ def gate_up_kernel(
     b_gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if SCALED:
-        tl.static_assert(SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in two blocks at most")
+        tl.static_assert(
+            SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in two blocks at most"
+        )
         DEPTH: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
         # The up projection begins inside a block, so its tiles may lie in two.
         WHOLE: tl.constexpr = WIDTH % BLOCK_N == 0
@@ -197,7 +199,9 @@ def down_kernel(
     # [BLOCK_N, BLOCK_M]
     b_o = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if SCALED:
-        tl.static_assert(SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in one block only")
+        tl.static_assert(
+            SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in one block only"
+        )
         DEPTH: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
         p_s = scale + i_e.to(tl.int64) * ((HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK * DEPTH)
         p_s += i_n * BLOCK_N // SCALE_BLOCK * DEPTH
@@ -278,7 +282,9 @@ def is_before(architecture: tuple[int, int], tensor: Tensor) -> bool:
     return target is not None and tuple(target) < architecture
 
 
-def _experts(hidden, index, weights, gate_up, down, gate_up_scale, down_scale, activation: str, output) -> None:
+def _experts(
+    hidden, index, weights, gate_up, down, gate_up_scale, down_scale, activation: str, output
+) -> None:
     (rows, embedding), top_k, (count, _, width) = hidden.shape, index.shape[1], down.shape
     crowd = "few" if index.numel() <= FEW * count else "many"
 

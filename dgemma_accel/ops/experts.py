@@ -33,9 +33,7 @@ def _experts(
 
 
 @_experts.register_fake
-def _(
-    hidden, index, weights, gate_up, down, activation, check, backend, gate_up_scale=None, down_scale=None
-):
+def _(hidden, index, weights, gate_up, down, activation, check, backend, gate_up_scale=None, down_scale=None):
     return hidden.new_empty(hidden.shape)
 
 
