@@ -2,6 +2,9 @@
 
 The model's own experts stay where there is no kernel: on a CPU, and with backend="reference", since they are plain
 PyTorch themselves.
+
+FP8 experts (transformers' `FP8Experts`, which its FineGrainedFP8 quantisation puts there) are served with their weights
+as they are. The original rounds rows to FP8 before both products; the op does not, and is nearer the truth.
 """
 
 from __future__ import annotations
@@ -11,18 +14,25 @@ from torch import Tensor, nn
 
 from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
-from ..ops.experts import experts
+from ..ops.experts import FP8, experts
+from ..reference.experts import SCALE_BLOCK
 from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.
 ACTIVATIONS = {"GELUTanh": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu"}
 KERNELS = ("triton",)
+PLAIN, QUANTISED = "DiffusionGemmaTextExperts", "FP8Experts"
+# Attributes of an `FP8Experts` and the values with which it computes what the op does.
+FP8_ATTRIBUTES = {
+    "block_size": (SCALE_BLOCK, SCALE_BLOCK), "activation_scheme": "dynamic", "has_gate": True, "has_bias": False,
+    "swiglu_alpha": None, "swiglu_limit": None, "limit": None, "gate_softcap": None, "up_softcap": None,
+}  # fmt: skip
 
 
 def experts_forward(
     patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`DiffusionGemmaTextExperts.forward` without waiting for the host and without a loop over experts.
+    """`forward` of `DiffusionGemmaTextExperts` or `FP8Experts` without waiting for the host or looping over experts.
 
     Args:
         hidden_states: [R, E].
@@ -33,7 +43,6 @@ def experts_forward(
         [R, E]. What the op does not serve is served by the original and said once per model.
     """
     module = patch.owner
-    weight = module.gate_up_proj
     backend = kernel_for(patch.acceleration.backend, hidden_states.device, hidden_states.dtype)
     if backend is None:
         return _original(patch, hidden_states, top_k_index, top_k_weights)
@@ -47,11 +56,18 @@ def experts_forward(
         hidden_states,
         top_k_index,
         top_k_weights,
-        weight,
+        module.gate_up_proj,
         module.down_proj,
+        gate_up_scale=_scale(module, "gate_up_proj"),
+        down_scale=_scale(module, "down_proj"),
         activation=activation,
         backend=backend,
     )
+
+
+def _scale(module: nn.Module, name: str) -> Tensor | None:
+    """The scales of FP8 weights. A weight with a side that 128 does not divide may have stayed in the model's dtype."""
+    return getattr(module, f"{name}_scale_inv") if getattr(module, name).dtype == FP8 else None
 
 
 def _original(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -89,20 +105,47 @@ def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
 def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str | None:
     if patch.had or hasattr(module, "_hf_hook"):
         return "the experts' forward was replaced before, as device maps with offloading do"
-    if type(module).__name__ != "DiffusionGemmaTextExperts" or "_apply_gate" in module.__dict__:
-        return f"the experts are a {type(module).__name__} with arithmetic of its own"
+    kind = type(module).__name__
+    if kind not in (PLAIN, QUANTISED) or "_apply_gate" in module.__dict__:
+        return f"the experts are a {kind} with arithmetic of its own"
     if getattr(module, "_is_expert_parallel", False):
         return "the experts are sharded over devices"
     if type(module.act_fn).__name__ not in ACTIVATIONS:
         return f"the activation is {type(module.act_fn).__name__}"
+    if kind == QUANTISED:
+        for name, wanted in FP8_ATTRIBUTES.items():
+            value = getattr(module, name, wanted)
+            if (tuple(value) if isinstance(value, list) else value) != wanted:
+                return f"the FP8 experts have {name} {value}"
     for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(module, name)
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in FLOAT_DTYPES:
-            return f"{name} is a {type(weight).__name__} of {weight.dtype}"
-        if weight.dtype != hidden.dtype:
-            return f"dtypes {hidden.dtype} and {weight.dtype} of rows and weights"
-        if weight.device != hidden.device:
-            return f"{name} is on {weight.device} and the rows are on {hidden.device}"
-        if weight.requires_grad and torch.is_grad_enabled():
-            return "autograd is on"
+        reason = _other_weight(module, name, hidden)
+        if reason is not None:
+            return reason
     return "autograd is on" if hidden.requires_grad and torch.is_grad_enabled() else None
+
+
+def _other_weight(module: nn.Module, name: str, hidden: Tensor) -> str | None:
+    weight = getattr(module, name)
+    allowed = (*FLOAT_DTYPES, FP8) if type(module).__name__ == QUANTISED else FLOAT_DTYPES
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in allowed:
+        return f"{name} is a {type(weight).__name__} of {weight.dtype}"
+    if weight.dtype not in (hidden.dtype, FP8):
+        return f"dtypes {hidden.dtype} and {weight.dtype} of rows and weights"
+    if weight.device != hidden.device:
+        return f"{name} is on {weight.device} and the rows are on {hidden.device}"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "autograd is on"
+    return _other_scale(module, name, weight) if weight.dtype == FP8 else None
+
+
+def _other_scale(module: nn.Module, name: str, weight: Tensor) -> str | None:
+    scale, name = getattr(module, f"{name}_scale_inv"), f"{name}_scale_inv"
+    if type(scale) not in (nn.Parameter, Tensor) or scale.dtype != torch.float32:
+        return f"{name} is a {type(scale).__name__} of {scale.dtype}"
+    if scale.device != weight.device:
+        return f"{name} is on {scale.device} and its weights are on {weight.device}"
+    # Where 2 * I is at most 128 the original keeps a row of scales more than there are blocks.
+    blocks = tuple(-(-size // SCALE_BLOCK) for size in weight.shape[1:])
+    if tuple(scale.shape[1:]) != blocks:
+        return f"{name} has {tuple(scale.shape[1:])} scales by expert for {blocks} blocks"
+    return None
