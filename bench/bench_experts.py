@@ -1,7 +1,11 @@
-"""Cases of `experts`: a canvas through the 128 experts of a layer, with even and with skewed routing, and a prompt."""
+"""Cases of `experts`: a canvas through the 128 experts of a layer, with even and with skewed routing, and a prompt.
+
+Each of them with the released weights, and a canvas and a prompt with FP8 weights and their scales.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,9 +14,20 @@ from torch import Tensor
 import dgemma_accel
 from dgemma_accel.reference import experts as reference
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.experts import SCALE_BLOCK
 
 from . import planted
-from .cases import CANVAS, HIDDEN, Case, Sizes, Variant, check_in_chunks, implementations, weight_dtype
+from .cases import (
+    CANVAS,
+    HIDDEN,
+    Case,
+    Sizes,
+    Skipped,
+    Variant,
+    check_in_chunks,
+    implementations,
+    weight_dtype,
+)
 
 EXPERTS, TOP_K, WIDTH = 128, 8, 704
 PROMPT = 4096
@@ -21,13 +36,33 @@ SKEW = 1.0
 
 
 class Inputs(NamedTuple):
-    """hidden [R, E]; index [R, K] int64; weights [R, K] fp32; gate_up [X, 2I, E]; down [X, E, I]."""
+    """hidden [R, E]; index [R, K] int64; weights [R, K] fp32; gate_up [X, 2I, E]; down [X, E, I].
+
+    The scales of FP8 weights, or None.
+    """
 
     hidden: Tensor
     index: Tensor
     weights: Tensor
     gate_up: Tensor
     down: Tensor
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        return {"gate_up_scale": self.gate_up_scale, "down_scale": self.down_scale}
+
+
+def need_plain_weights(inputs: Inputs) -> None:
+    """Peers get the weights as the model was released with."""
+    if inputs.gate_up_scale is not None:
+        raise Skipped("no form of it that takes FP8 weights with scales by blocks is called here")
+
+
+def blocks(*sides: int) -> tuple[int, ...]:
+    """The shape of the scales of an FP8 matrix."""
+    return tuple(-(-side // SCALE_BLOCK) for side in sides)
 
 
 def route(
@@ -41,28 +76,44 @@ def route(
 
 
 def make_inputs(
-    rows: int, experts: int, width: int, skewed: bool, dtype: torch.dtype, device: torch.device, seed: int
+    rows: int,
+    experts: int,
+    width: int,
+    skewed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    fp8: bool = False,
 ) -> Inputs:
     noise = planted.generator(device, seed)
 
     def normal(*shape: int, deviation: float) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=noise)
 
+    def matrix(*sides: int) -> tuple[Tensor, Tensor | None]:
+        """Weights that keep the size of their rows, and their scales."""
+        deviation = sides[-1] ** -0.5
+        if not fp8:
+            return normal(experts, *sides, deviation=deviation), None
+        # An expert at a time: there is no normal distribution in FP8, and a copy in bf16 is twice the matrix.
+        weight = torch.empty(experts, *sides, dtype=torch.float8_e4m3fn, device=device)
+        for expert in weight:
+            expert.copy_(normal(*sides, deviation=100.0))
+        scale = torch.rand(experts, *blocks(*sides), generator=noise, device=device) + 0.5
+        return weight, scale * (deviation / 100)
+
     index, weights = route(rows, experts, skewed, noise, device)
-    return Inputs(
-        hidden=normal(rows, HIDDEN, deviation=1.0),
-        index=index,
-        weights=weights,
-        gate_up=normal(experts, 2 * width, HIDDEN, deviation=HIDDEN**-0.5),
-        down=normal(experts, HIDDEN, width, deviation=width**-0.5),
-    )
+    hidden = normal(rows, HIDDEN, deviation=1.0)
+    gate_up, gate_up_scale = matrix(2 * width, HIDDEN)
+    down, down_scale = matrix(HIDDEN, width)
+    return Inputs(hidden, index, weights, gate_up, down, gate_up_scale, down_scale)
 
 
 def variant(backend: str) -> Variant:
     # The specification asks the host which experts were chosen.
     return Variant(
         backend,
-        lambda inputs: lambda: dgemma_accel.experts(*inputs, backend=backend),
+        lambda inputs: lambda: dgemma_accel.experts(*inputs[:5], **inputs.scales, backend=backend),
         capturable=backend != "reference",
     )
 
@@ -74,13 +125,13 @@ def check(result: Tensor, inputs: Inputs) -> list[str]:
 
     def rows(part: slice) -> list[str]:
         own = (tensor[part] for tensor in (inputs.hidden, inputs.index, inputs.weights))
-        return check_experts(result[part], *own, inputs.gate_up, inputs.down)
+        return check_experts(result[part], *own, inputs.gate_up, inputs.down, **inputs.scales)
 
     return check_in_chunks(rows, len(result), chunk=256)
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
-    return {"result": reference(*inputs)}
+    return {"result": reference(*inputs[:5], **inputs.scales)}
 
 
 def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
@@ -89,10 +140,15 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     width = WIDTH // 11 if sizes.quick and device.type == "cpu" else WIDTH
     dtype = weight_dtype(device, sizes.quick)
     present, lines = implementations("experts", device)
-    weight_bytes = EXPERTS * 3 * width * HIDDEN * dtype.itemsize
-    kinds = [(rows, "uniform routing", False), (rows, "skewed routing", True)]
-    if device.type == "cuda" and not sizes.quick and sizes.rows is None:
-        kinds.append((PROMPT, "prompt", False))
+    numbers = EXPERTS * 3 * width * HIDDEN
+    scale_bytes = EXPERTS * 4 * (math.prod(blocks(2 * width, HIDDEN)) + math.prod(blocks(HIDDEN, width)))
+    weight_bytes = {False: numbers * dtype.itemsize, True: numbers + scale_bytes}
+    kinds = [(rows, "uniform routing", False, False), (rows, "skewed routing", True, False)]
+    # A CPU has no kernel for FP8 weights, and what it takes to widen them says nothing.
+    if device.type == "cuda":
+        kinds.append((rows, "uniform routing, FP8 weights", False, True))
+        if not sizes.quick and sizes.rows is None:
+            kinds += [(PROMPT, "prompt", False, False), (PROMPT, "prompt, FP8 weights", False, True)]
     return [
         Case(
             op="experts",
@@ -100,15 +156,15 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
             shape=f"[{rows}, {HIDDEN}] top {TOP_K} of {EXPERTS} x {width}",
             dtype=dtype,
             # Counted as if every expert were chosen at least once, which 256 rows of 8 nearly always do.
-            bytes=weight_bytes + 2 * rows * HIDDEN * dtype.itemsize,
+            bytes=weight_bytes[fp8] + 2 * rows * HIDDEN * dtype.itemsize,
             flops=2 * rows * TOP_K * 3 * width * HIDDEN,
-            memory=2 * weight_bytes + rows * TOP_K * (HIDDEN * 16 + 3 * width * 8),
-            make=lambda device, seed, rows=rows, skewed=skewed: make_inputs(
-                rows, EXPERTS, width, skewed, dtype, device, seed
+            memory=2 * weight_bytes[fp8] + rows * TOP_K * (HIDDEN * 16 + 3 * width * 8),
+            make=lambda device, seed, rows=rows, skewed=skewed, fp8=fp8: make_inputs(
+                rows, EXPERTS, width, skewed, dtype, device, seed, fp8
             ),
             backends=tuple(variant(name) for name in present),
             check=check,
             expected=expected,
         )
-        for rows, label, skewed in kinds
+        for rows, label, skewed, fp8 in kinds
     ], lines

@@ -174,6 +174,23 @@ def test_attention_and_experts_cases_judge_by_their_error():
     result = bench_experts.variant("reference").prepare(small)()
     assert bench_experts.check(result, small) == []
     assert bench_experts.check(result * 1.01, small)
+    small = bench_experts.make_inputs(4, 16, 96, True, torch.float32, CPU, 0, fp8=True)
+    assert small.gate_up.dtype == torch.float8_e4m3fn and small.gate_up_scale.shape == (16, 2, 22)
+    result = bench_experts.variant("reference").prepare(small)()
+    assert bench_experts.check(result, small) == []
+    # As large as with plain weights, and wrong where a scale is.
+    assert 0.01 < float(result.std()) < 1
+    small.down_scale[:, 0].mul_(1.01)
+    assert bench_experts.check(result, small)
+
+
+def test_the_floor_of_fp8_experts_counts_weights_and_scales():
+    cases = {case.label: case for case in bench_experts.cases(torch.device("cuda"), Sizes())[0]}
+    plain, fp8 = cases["uniform routing"], cases["uniform routing, FP8 weights"]
+    rows = 2 * 256 * 2816 * 2
+    assert plain.bytes - rows == 128 * 3 * 704 * 2816 * 2
+    assert fp8.bytes - rows == 128 * 3 * 704 * 2816 + 128 * (11 * 22 + 22 * 6) * 4
+    assert fp8.flops == plain.flops
 
 
 def test_attention_traffic_leaves_out_what_padding_hides():

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from ..bench_experts import need_plain_weights
 from ..cases import Case, Skipped, Variant
 from . import missing
 
@@ -36,6 +37,7 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
 
 
 def _experts(case: Case, inputs) -> list[Variant]:
+    need_plain_weights(inputs)
     try:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
     except ImportError as error:

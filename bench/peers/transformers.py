@@ -9,6 +9,7 @@ import torch
 from dgemma_accel.backends import compute_capability
 
 from .. import memory
+from ..bench_experts import need_plain_weights
 from ..cases import Case, Variant
 from . import missing
 
@@ -57,6 +58,7 @@ def _eager(inputs):
 def variants(case: Case, inputs) -> list[Variant]:
     if case.op != "experts":
         return []
+    need_plain_weights(inputs)
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     # Which experts were chosen is asked of the device: no graph can hold it.

@@ -8,6 +8,7 @@ import inspect
 import torch
 
 from ..bench_block_attention import SCALE
+from ..bench_experts import need_plain_weights
 from ..cases import Case, Skipped, Variant
 from . import missing
 
@@ -117,6 +118,7 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
 
 
 def _experts(case: Case, inputs) -> list[Variant]:
+    need_plain_weights(inputs)
     function = _find(
         ("vllm.model_executor.layers.fused_moe", "vllm.model_executor.layers.fused_moe.fused_moe"),
         "fused_experts",
