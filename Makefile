@@ -1,7 +1,7 @@
 # Every target prepares what it needs: a virtual environment, PyTorch, the compiled extension.
 #   make demo | test | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
 # Variables:
-#   TRANSFORMERS=5.17.0   a transformers release instead of the newest (its own environment)
+#   TRANSFORMERS=5.17.0   another transformers release, or newest (in an environment of its own)
 #   TESTS="tests/..."     what `make test` runs;  PYTEST_ARGS="-k ..."  passed on
 #   CAPABILITY=9.0        what `make compile-tests` compiles the Triton tests' launches for
 #   GPU_MINUTES=9  PARTS="test attention"   time and parts of `make gpu`

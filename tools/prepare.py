@@ -1,8 +1,8 @@
 """Make a virtual environment ready: PyTorch, the extras, and the package itself with its compiled extension.
 
 Nothing is done twice: a stamp in the environment remembers the inputs (setup.py, pyproject.toml, csrc/ and the
-options) it was last made from. Without an NVIDIA GPU PyTorch 2.13.0 is installed; with one, the PyTorch of the
-machine is used when it has CUDA, so that the environment matches the driver.
+options) it was last made from. Without an NVIDIA GPU the releases in TESTED are installed; with one, the PyTorch of
+the machine is used when it has CUDA, so that the environment matches the driver.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TORCH = "torch==2.13.0"
+# What the tests are known to pass with: a release of another day changes no result of theirs.
+TESTED = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
 BUILD_TOOLS = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja>=1.11"]
 EXTRAS = "hf,test,bench"
+NEWEST = "newest"
 
 
 def say(text: str) -> None:
@@ -48,12 +50,20 @@ def digest(options: list[str]) -> str:
     return state.hexdigest()
 
 
+def pins(transformers: str | None, gpu: bool) -> list[str]:
+    """The releases asked of pip. With a GPU its PyTorch decides which Triton fits."""
+    chosen = dict(TESTED, transformers=transformers or TESTED["transformers"])
+    if gpu:
+        chosen = {"transformers": transformers} if transformers else {}
+    return [f"{name}=={release}" for name, release in chosen.items() if release != NEWEST]
+
+
 def prepare(venv: Path, transformers: str | None) -> None:
     build_options = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("DGEMMA_ACCEL_CUDA")]
-    stamp, wanted = venv / ".ready", digest([transformers or "", EXTRAS, *build_options])
+    gpu = has_gpu()
+    stamp, wanted = venv / ".ready", digest([EXTRAS, *pins(transformers, gpu), *build_options])
     if stamp.is_file() and stamp.read_text() == wanted:
         return
-    gpu = has_gpu()
     python = venv / "bin" / "python"
     if not python.exists():
         inherit = gpu and python_has_cuda_torch(sys.executable)
@@ -62,7 +72,7 @@ def prepare(venv: Path, transformers: str | None) -> None:
     say("installing PyTorch and the build tools")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not python_has_cuda_torch(str(python)):
-        run(*pip, "torch>=2.11" if gpu else CPU_TORCH)
+        run(*pip, "torch>=2.11" if gpu else f"torch=={TESTED['torch']}")
     run(*pip, *BUILD_TOOLS)
     nvcc = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
     parts = "host C++ and CUDA" if nvcc else "host C++; no nvcc here"
@@ -72,7 +82,7 @@ def prepare(venv: Path, transformers: str | None) -> None:
         "--no-build-isolation",
         "--editable",
         f".[{EXTRAS}]",
-        *([f"transformers=={transformers}"] if transformers else []),
+        *pins(transformers, gpu),
     )
     stamp.write_text(wanted)
 
@@ -80,7 +90,7 @@ def prepare(venv: Path, transformers: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--transformers", help="a release to install instead of the newest, e.g. 5.17.0")
+    parser.add_argument("--transformers", help="a release instead of the tested one: 5.17.0, or newest")
     options = parser.parse_args()
     try:
         prepare(options.venv.resolve(), options.transformers)
