@@ -48,7 +48,7 @@ class Resources:
 
     registers: by thread. shared: bytes of shared memory by block. spills: loads from and stores to local memory
     in the machine code. matrix: the tensor-core instructions in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
-    blocks: blocks resident on a multiprocessor.
+    blocks: blocks resident on a multiprocessor. fused: whether a * b + c is one instruction.
     """
 
     kernel: str
@@ -59,6 +59,7 @@ class Resources:
     spills: int
     matrix: tuple[str, ...]
     blocks: int
+    fused: bool
 
 
 class _Driver:
@@ -130,7 +131,8 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     warps = max(kernel.metadata.num_warps, getattr(kernel.metadata, "total_num_warps", 0) or 0)
     shared = kernel.metadata.shared
     blocks = resident_blocks(capability, warps, registers, shared)
-    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), blocks)
+    fused = kernel.metadata.enable_fp_fusion
+    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), blocks, fused)
 
 
 def compile_launches(capability: tuple[int, int], launch: Callable[[], object]) -> list[Resources]:

@@ -19,6 +19,7 @@ from .. import configs
 from .common import (
     CAPABILITIES,
     DEVICES,
+    FUSED,
     INTERPRET,
     UpTo,
     capability,
@@ -384,10 +385,10 @@ def block_attention(
             # Offsets inside a tile take half the registers as 32 bits; wider strides keep 64.
             NARROW=max(strides) * block_n < 2**31,
             BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1), BLOCK_E=block_e,
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
         if splits > 1:
             merge_splits_kernel[(length * group, kv_heads, batch)](
-                target, target_lse, output, lse, splits, **shape, BLOCK_S=MAX_SPLITS, num_warps=2
+                target, target_lse, output, lse, splits, **shape, BLOCK_S=MAX_SPLITS, **FUSED, num_warps=2
             )
     return output, lse

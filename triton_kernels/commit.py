@@ -21,6 +21,7 @@ from ..samplers.rules import Flag, Measure, Select, Write
 from .common import (
     CAPABILITIES,
     DEVICES,
+    FUSED,
     UpTo,
     by_value,
     capability,
@@ -303,6 +304,6 @@ def commit(call: CommitCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
             VALUE_POINTER=value_pointer, VALUE2_POINTER=value2_pointer, CONFIDENCE_POINTER=confidence_pointer,
             CANDIDATES=call.candidates is not None, STATE=state, STOP=call.confidence is not None,
             LENGTH=length, BLOCK=block, LOG2=block.bit_length() - 1,
-            num_warps=config["num_warps"],
+            **FUSED, num_warps=config["num_warps"],
         )  # fmt: skip
     return new_tokens, committed, num_committed, *new_state

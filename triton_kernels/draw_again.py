@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cap, int_parameter, next_power_of_2, philox, uniform_from_word
+from .common import FUSED, cap, int_parameter, next_power_of_2, philox, uniform_from_word
 from .row_stats import FLOOR, first_beyond, rate, sampling_and_stats_temperature
 
 # Tokens that one program computes again, and how much of E it holds at a time.
@@ -154,14 +154,14 @@ def draw_again(
     padded = next_power_of_2(tiles)
     choose_sample_tile_kernel[(rows,)](
         tile_max, mass, logsumexp, chosen, remaining, t, ts, softcap, uniform, seed, offset, seed_value, offset_value,
-        rows, tiles, t_stride, ts_stride, UNIFORM=uniform is not None, TILES=padded, num_warps=warps, **flags,
+        rows, tiles, t_stride, ts_stride, UNIFORM=uniform is not None, TILES=padded, **FUSED, num_warps=warps, **flags,
     )  # fmt: skip
     tokens = min(TOKENS, span)
     sample_tile_logits_kernel[(rows, span // tokens)](
         hidden, weight, chosen, again, vocab, hidden.stride(0), weight.stride(0),
-        EMBEDDING=embedding, SPAN=span, BLOCK_N=tokens, BLOCK_K=DEPTH, num_warps=4,
+        EMBEDDING=embedding, SPAN=span, BLOCK_N=tokens, BLOCK_K=DEPTH, **FUSED, num_warps=4,
     )  # fmt: skip
     draw_in_tile_kernel[(rows,)](
         again, chosen, remaining, tile_max, logsumexp, sample, sample_prob, t, ts, softcap,
-        rows, vocab, tiles, t_stride, ts_stride, SPAN=span, TILES=padded, num_warps=warps, **flags,
+        rows, vocab, tiles, t_stride, ts_stride, SPAN=span, TILES=padded, **FUSED, num_warps=warps, **flags,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import next_power_of_2
+from .common import FUSED, next_power_of_2
 
 # Choices that one pass of `route_kernel` looks at.
 BLOCK = 1024
@@ -87,6 +87,6 @@ def route(index: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     tiles = torch.empty((3, total), dtype=torch.int32, device=index.device)
     route_kernel[(experts + 1,)](
         index, order, tiles, pairs, total, EXPERTS=experts, BINS=next_power_of_2(experts + 1), BLOCK_M=block_m,
-        BLOCK=BLOCK, TILE_BLOCK=TILE_BLOCK, num_warps=4,
+        BLOCK=BLOCK, TILE_BLOCK=TILE_BLOCK, **FUSED, num_warps=4,
     )  # fmt: skip
     return order, tiles

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import configs
 from ..reference.experts import SCALE_BLOCK as SCALED_BY
-from .common import CAPABILITIES, DEVICES, INTERPRET, capability, on_device, unavailable
+from .common import CAPABILITIES, DEVICES, FUSED, INTERPRET, capability, on_device, unavailable
 from .expert_routing import route
 
 __all__ = ["FEATURES", "experts", "unavailable"]
@@ -311,14 +311,14 @@ def _experts(
         hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
         TOP_K=top_k, ACTIVATION=activation, SCALED=gate_up_scale is not None,
         BLOCK_N=first["up_n"], BLOCK_K=first["up_k"],
-        num_warps=first["up_warps"], num_stages=first["up_stages"], **common,
+        **FUSED, num_warps=first["up_warps"], num_stages=first["up_stages"], **common,
     )  # fmt: skip
     down_kernel[(total * triton.cdiv(embedding, second["down_n"]),)](
         middle, down, down_scale, order, tiles, partial, total, down.stride(0), down.stride(1),
         SCALED=down_scale is not None, BLOCK_N=second["down_n"], BLOCK_K=second["down_k"],
-        num_warps=second["down_warps"], num_stages=second["down_stages"], **common,
+        **FUSED, num_warps=second["down_warps"], num_stages=second["down_stages"], **common,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(rows, COMBINE_ROWS) * triton.cdiv(embedding, COMBINE_BLOCK),)](
         partial, index, weights, output, rows, weights.stride(0), weights.stride(1),
-        EXPERTS=count, TOP_K=top_k, HIDDEN=embedding, ROWS=COMBINE_ROWS, BLOCK=COMBINE_BLOCK, num_warps=4,
+        EXPERTS=count, TOP_K=top_k, HIDDEN=embedding, ROWS=COMBINE_ROWS, BLOCK=COMBINE_BLOCK, **FUSED, num_warps=4,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from .. import configs
 from .common import (
     CAPABILITIES,
     DEVICES,
+    FUSED,
     INTERPRET,
     by_value,
     capability,
@@ -177,7 +178,7 @@ def _run(
             PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
             UPCAST=INTERPRET and weight.dtype == torch.bfloat16,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, KEEP=keep_logits,
-            num_warps=config["num_warps"], num_stages=config["num_stages"], **flags,
+            **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"], **flags,
         )  # fmt: skip
         merge_kernel[(rows,)](
             logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
@@ -187,7 +188,7 @@ def _run(
             UNIFORM=uniform is not None,
             ROWS=1, SPAN=block_n, LANES=min(block_n, 32), TILES=next_power_of_2(tiles),
             POSITIONS=not keep_logits, FLAT=True,
-            num_warps=config["merge_warps"], **flags,
+            **FUSED, num_warps=config["merge_warps"], **flags,
         )  # fmt: skip
         if not keep_logits:
             draw_again(

@@ -21,6 +21,7 @@ from .. import configs
 from .common import (
     CAPABILITIES,
     DEVICES,
+    FUSED,
     by_value,
     cap,
     capability,
@@ -359,7 +360,7 @@ def row_stats(
             logits, *partials, t, ts, c, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
             SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span, FLAT=flat,
-            num_warps=config["num_warps"],
+            **FUSED, num_warps=config["num_warps"],
         )  # fmt: skip
         merge_kernel[(programs,)](
             logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
@@ -367,6 +368,6 @@ def row_stats(
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
             UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span,
             LANES=min(span, 128), TILES=next_power_of_2(tiles), POSITIONS=False, FLAT=flat,
-            num_warps=config["merge_warps"],
+            **FUSED, num_warps=config["merge_warps"],
         )  # fmt: skip
     return (*integers, *floats)

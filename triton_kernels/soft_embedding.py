@@ -22,6 +22,7 @@ from .block_attention import split_count
 from .common import (
     CAPABILITIES,
     DEVICES,
+    FUSED,
     INTERPRET,
     by_value,
     cap,
@@ -306,7 +307,7 @@ def soft_embedding(
                 rows, shape[1], vocab, first, tiles_m, groups, logits.stride(0), logits.stride(1), t_stride,
                 TEMPERATURE_POINTER=t_pointer, SOFTCAP=softcap is not None, FULL=full, SHIFT=shift,
                 COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
-                ROWS=min(CHUNK_ROWS, block_m), PARTS=width // block_v, num_warps=8,
+                ROWS=min(CHUNK_ROWS, block_m), PARTS=width // block_v, **FUSED, num_warps=8,
             )  # fmt: skip
             if vendor:
                 last = min(first + columns, vocab)
@@ -314,7 +315,7 @@ def soft_embedding(
                 vendor_product(probabilities[:rows, : last - first], weight[first:last], out)
                 continue
             choose_tiles_kernel[(tiles_m,)](
-                holds, chosen, counts, TILES=tiles_v, BLOCK=next_power_of_2(tiles_v), num_warps=4
+                holds, chosen, counts, TILES=tiles_v, BLOCK=next_power_of_2(tiles_v), **FUSED, num_warps=4
             )
             product_kernel[(tiles_m * tiles_e * splits,)](
                 probabilities, weight, chosen, counts, partial,
@@ -322,12 +323,14 @@ def soft_embedding(
                 EVEN=vocab % columns == 0 and embedding % block_e == 0, LATER=first > 0,
                 PRECISION="ieee" if full else "tf32", UPCAST=INTERPRET and weight.dtype == torch.bfloat16,
                 BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_V=block_v,
-                num_warps=config["num_warps"], num_stages=config["num_stages"],
+                **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
             )  # fmt: skip
         if not full:
-            rounding_kernel[(padded // 16,)](masses, factors, groups, padded, ROWS=16, BLOCK=64, num_warps=4)
+            rounding_kernel[(padded // 16,)](
+                masses, factors, groups, padded, ROWS=16, BLOCK=64, **FUSED, num_warps=4
+            )
         sum_partials_kernel[(triton.cdiv(output.numel(), SUM_BLOCK),)](
             partial, factors, output, splits, output.numel(), partial.stride(0),
-            EMBEDDING=embedding, FULL=full, SHIFT=shift, BLOCK=SUM_BLOCK, num_warps=4,
+            EMBEDDING=embedding, FULL=full, SHIFT=shift, BLOCK=SUM_BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return output
