@@ -14,7 +14,7 @@ from torch import Tensor
 import dgemma_accel
 from dgemma_accel.reference import experts as reference
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import SCALE_BLOCK
+from dgemma_accel.reference.experts import scale_shape
 
 from . import planted
 from .cases import (
@@ -60,11 +60,6 @@ def need_plain_weights(inputs: Inputs) -> None:
         raise Skipped("no form of it that takes FP8 weights with scales by blocks is called here")
 
 
-def blocks(*sides: int) -> tuple[int, ...]:
-    """The shape of the scales of an FP8 matrix."""
-    return tuple(-(-side // SCALE_BLOCK) for side in sides)
-
-
 def route(
     rows: int, experts: int, skewed: bool, noise: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +94,7 @@ def make_inputs(
         weight = torch.empty(experts, *sides, dtype=torch.float8_e4m3fn, device=device)
         for expert in weight:
             expert.copy_(normal(*sides, deviation=100.0))
-        scale = torch.rand(experts, *blocks(*sides), generator=noise, device=device) + 0.5
+        scale = torch.rand(scale_shape(weight.shape), generator=noise, device=device) + 0.5
         return weight, scale * (deviation / 100)
 
     index, weights = route(rows, experts, skewed, noise, device)
@@ -141,7 +136,9 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     dtype = weight_dtype(device, sizes.quick)
     present, lines = implementations("experts", device)
     numbers = EXPERTS * 3 * width * HIDDEN
-    scale_bytes = EXPERTS * 4 * (math.prod(blocks(2 * width, HIDDEN)) + math.prod(blocks(HIDDEN, width)))
+    scale_bytes = 4 * sum(
+        math.prod(scale_shape((EXPERTS, *sides))) for sides in ((2 * width, HIDDEN), (HIDDEN, width))
+    )
     weight_bytes = {False: numbers * dtype.itemsize, True: numbers + scale_bytes}
     kinds = [(rows, "uniform routing", False, False), (rows, "skewed routing", True, False)]
     # A CPU has no kernel for FP8 weights, and what it takes to widen them says nothing.

@@ -31,12 +31,14 @@ class Precision:
     """Bytes of an element, and the matrix rate relative to the ceiling.
 
     Layer weights (experts, attention projections, dense MLP) may be narrower than the embedding, the activations and
-    the cache, which keep `element`.
+    the cache, which keep `element`; the experts' alone where `expert` is given. That leaves their products at the
+    rate of `element`.
     """
 
     element: int = 2
     weight: float = 2
     weight_rate: float = 1.0
+    expert: float | None = None
 
 
 BF16 = Precision()
@@ -83,7 +85,8 @@ def components(
     chosen = text["top_k_experts"]
     # The experts that `rows` independent choices of `chosen` touch on average; all of them at 256 rows of 8.
     touched = text["num_experts"] * (1 - (1 - chosen / text["num_experts"]) ** rows)
-    expert_bytes = layers * expert * touched * precision.weight
+    width = precision.weight if precision.expert is None else precision.expert
+    expert_bytes = layers * expert * touched * width
     expert_operations = 2.0 * layers * expert * rows * chosen / precision.weight_rate
     head = vocab * hidden
     table = rows * vocab * element

@@ -111,7 +111,7 @@ class Bench:
         rows, runs = {}, {}
         for way in ways:
             canvas = 1 if way.decodes else self.model.config.canvas_length
-            floor = floor_of(self.model, self.limits, context, options.batch, canvas)
+            floor = floor_of(self.model, self.limits, context, options.batch, canvas, fp8=way.fp8)
             rows[way.name] = blank_row(way, options, context, floor)
             try:
                 runs[way.name] = self.runner(way, context)
@@ -145,12 +145,13 @@ class Bench:
             row["components_ms"] = components if components["rest"] > 0 else None
 
 
-def floor_of(model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int) -> dict[str, float]:
+def floor_of(
+    model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int, *, fp8: bool = False
+) -> dict[str, float]:
     figures, wide = step_model.text_figures(model.config)
     size = model.dtype.itemsize
-    parts = floors.components(
-        figures, canvas, context, batch, floors.Precision(size, size), global_layers=wide
-    )
+    precision = floors.Precision(size, size, expert=1 if fp8 else None)
+    parts = floors.components(figures, canvas, context, batch, precision, global_layers=wide)
     if canvas == 1:
         # A decoded token is not fed back as a soft embedding.
         del parts["self-conditioning"]

@@ -175,6 +175,20 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def room_for_fp8(model: nn.Module) -> None:
+    """Raise unless the experts' weights fit once more, in FP8.
+
+    Raises:
+        BenchError: they do not.
+    """
+    weights = {p for name, p in model.named_parameters() if ".experts." in name}
+    free, needed = memory.available(model.device), sum(weight.numel() for weight in weights)
+    if needed > free:
+        raise BenchError(
+            f"FP8 experts do not fit beside the model: {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+
+
 def random_cache(model: nn.Module, batch: int, context: int, *, kind: str, room: int):
     """A cache that holds `context` tokens of random keys and values, as after a prompt of that length.
 

@@ -1,11 +1,13 @@
 """The step bench: floors as derived from the model's figures, random models made in place, counts and components."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from bench import ceilings, floors, schema
+from bench.cases import BenchError
 
 pytestmark = pytest.mark.source_tree
 
@@ -39,6 +41,19 @@ def test_components_of_the_floor():
     assert at[RTX_PRO]["experts"] == pytest.approx(25.5, abs=0.05)
     assert at[H200]["head"] == pytest.approx(0.48, abs=0.005)
     assert at[RTX_PRO]["head"] == pytest.approx(0.90, abs=0.005)
+
+
+def test_the_floor_of_fp8_experts_and_all_else_in_bf16():
+    text = floors.load_figures()["text_config"]
+    plain, small = (
+        floors.components(text, 256, 1024, precision=p) for p in (floors.BF16, floors.Precision(expert=1))
+    )
+    assert small["experts"] == [(plain["experts"][0][0] / 2, plain["experts"][0][1])]
+    assert {name: found for name, found in small.items() if name != "experts"} == {
+        name: found for name, found in plain.items() if name != "experts"
+    }
+    assert floors.step_ms(small, *H200)["total"] == pytest.approx(7.58, abs=0.01)
+    assert floors.step_ms(small, *RTX_PRO)["total"] == pytest.approx(16.79, abs=0.01)
 
 
 def test_experts_of_few_rows_are_not_all_touched():
@@ -274,9 +289,34 @@ def test_compilers_come_last():
     eager.insert(2, "ours, static cache")
     assert names[0] == (eager, 64)
     assert names[1:3] == [([*eager, "ours, graph"], 64), ([*eager, "ours, graph"], 128)]
-    assert [ways for ways, _ in names[3:]] == [["transformers, static cache, compiled"]] * 2 + [
-        ["autoregressive, static cache, compiled"]
-    ] * 2
+    late = (
+        "ours, graph, FP8 experts",
+        "transformers, static cache, compiled",
+        "autoregressive, static cache, compiled",
+    )
+    assert names[3:] == [([name], context) for name in late for context in (64, 128)]
+    plan = bench_step.schedule(bench_step.parser().parse_args([]), [64], CPU)
+    assert not any(way.fp8 or (way.compiles and not way.graph) for ways, _ in plan for way in ways)
+
+
+def test_fp8_experts_stand_beside_the_models_own(model):
+    options = bench_step.parser().parse_args(["--steps", "2", "--repeats", "1"])
+    limits = ceilings.measure(CPU)
+    eager = dataclasses.replace(step_ways.GRAPH_FP8, graph=False, compiles=False)
+    measured = step_measure.Bench(model, limits, options)
+    plain, small = (row for way in (step_ways.OURS_STATIC, eager) for row in measured.measure([way], 20))
+    assert plain["status"] == small["status"] == "ok" and small["host_syncs"] == 0
+    assert small["floor_ms"] < plain["floor_ms"]
+    twin = measured.models[eager.name]
+    assert twin.model.decoder.layers[0].experts.gate_up_proj.dtype == torch.float8_e4m3fn
+    assert model.model.decoder.layers[0].experts.gate_up_proj.dtype == model.dtype
+    assert twin.lm_head.weight is model.lm_head.weight
+
+
+def test_fp8_experts_that_do_not_fit_are_refused(model, monkeypatch):
+    monkeypatch.setattr(step_model.memory, "available", lambda device: 10)
+    with pytest.raises(BenchError, match="FP8 experts do not fit beside the model"):
+        step_ways.model_of(model, step_ways.GRAPH_FP8, "auto")
 
 
 def test_the_compiled_reference_is_marked_where_it_is_wrong(model):

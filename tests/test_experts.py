@@ -5,7 +5,7 @@ import torch
 
 import dgemma_accel
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import dequantise
+from dgemma_accel.reference.experts import dequantize, quantize, scale_shape
 
 OP = "experts"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,20 +28,10 @@ def make_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=Fal
     return tuple(tensor.to(device) for tensor in tensors)
 
 
-def quantise(weight):
+def uneven_fp8(weight):
     """(float8_e4m3fn weights, scales) of fp32 weights [..., N, K], whose blocks are made to differ 50-fold in size."""
-    rows, columns = weight.shape[-2:]
-    blocks = -(-rows // 128), -(-columns // 128)
-    spread = torch.exp(4 * torch.rand(*weight.shape[:-2], *blocks, device=weight.device) - 2)
-    largest = dequantise(torch.ones_like(weight), spread, torch.float32)
-    inside = torch.nn.functional.pad(
-        weight * largest, (0, blocks[1] * 128 - columns, 0, blocks[0] * 128 - rows)
-    ).unflatten(-1, (blocks[1], 128)).unflatten(-3, (blocks[0], 128))  # fmt: skip
-    scale = inside.abs().amax((-3, -1)).clamp(min=1e-6) / 448
-    fp8 = (weight * largest / dequantise(torch.ones_like(weight), scale, torch.float32)).to(
-        torch.float8_e4m3fn
-    )
-    return fp8, scale
+    size = torch.exp(4 * torch.rand(scale_shape(weight.shape), device=weight.device) - 2)
+    return quantize(weight * dequantize(torch.ones_like(weight), size, torch.float32))
 
 
 def make_fp8_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=False, which=(True, True)):
@@ -50,7 +40,7 @@ def make_fp8_case(rows, top_k, count, width, embedding, dtype, device, *, skewed
     case[0], scales = case[0].to(dtype), {}
     for position, name, quantised in ((3, "gate_up_scale", which[0]), (4, "down_scale", which[1])):
         if quantised:
-            case[position], scales[name] = quantise(case[position])
+            case[position], scales[name] = uneven_fp8(case[position])
         else:
             case[position] = case[position].to(dtype)
     return tuple(case), scales
@@ -153,6 +143,35 @@ def test_runs_repeat_and_rows_do_not_depend_on_others(backend, device):
     assert torch.allclose(first[10:20], part, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (128, 256), (150, 301)])
+def test_quantize_block_by_block(device, dtype, rows, columns):
+    weight = torch.randn(2, rows, columns, device=device).to(dtype)
+    weight[1, :128, :128] = 0
+    codes, scale = quantize(weight)
+    assert codes.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    assert codes.shape == weight.shape and scale.shape == (2, -(-rows // 128), -(-columns // 128))
+    for number, down, across in torch.cartesian_prod(*map(torch.arange, scale.shape)):
+        place = number, slice(down * 128, down * 128 + 128), slice(across * 128, across * 128 + 128)
+        block = weight[place].float()
+        factor = max(block.abs().max() / 448, torch.finfo(torch.float32).tiny)
+        assert scale[number, down, across] == factor
+        assert torch.equal(codes[place].float(), (block / factor).to(torch.float8_e4m3fn).float())
+    assert codes.float().abs().amax((1, 2))[0] == 448
+    # Three bits of mantissa: half a step is 1/16 of a number, and 2^-10 scales below the smallest normal one.
+    limit = torch.maximum(
+        weight.abs().double() / 16, dequantize(torch.ones_like(codes), scale, torch.float64) / 1024
+    )
+    assert ((dequantize(codes, scale, torch.float64) - weight.double()).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_quantize_shows_weights_that_are_not_finite(value):
+    weight = torch.ones(200, 3)
+    weight[150, 1] = value
+    assert quantize(weight)[1].isfinite().tolist() == [[True], [False]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "rows, top_k, count, width, embedding",
@@ -238,8 +257,8 @@ def test_budget_fails_wrong_scales(dtype):
     def through(gate_scale, up_scale):
         """The 192 rows of each projection with scales of their own, dequantised outside the op."""
         halves = zip(case[3].chunk(2, 1), (gate_scale, up_scale))
-        weight = torch.cat([dequantise(half, scale, torch.float32) for half, scale in halves], 1)
-        under = dequantise(case[4], down, torch.float32)
+        weight = torch.cat([dequantize(half, scale, torch.float32) for half, scale in halves], 1)
+        under = dequantize(case[4], down, torch.float32)
         hidden, index, weights = case[0].float(), *case[1:3]
         result = dgemma_accel.experts(hidden, index, weights, weight, under, backend="reference")
         return check_experts(result.to(dtype), *case, **scales)

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from hf_models import CANVAS, generate, prompt, tiny_config, tiny_model
-from test_experts import quantise
+from test_experts import uneven_fp8
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import dequantise
+from dgemma_accel.reference.experts import dequantize
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -36,7 +36,7 @@ def fp8_experts(config, plain=None, **settings):
                 if plain is None
                 else getattr(plain, name)
             )
-            quantised, scales = quantise(full.float().cpu())
+            quantised, scales = uneven_fp8(full.float().cpu())
             weight.copy_(quantised)
             if scale.dtype == torch.float32 and scale.shape == scales.shape:
                 scale.copy_(scales)
@@ -72,7 +72,7 @@ def pair():
             for name in ("gate_up_proj", "down_proj"):
                 scale = getattr(ours.experts, f"{name}_scale_inv")
                 getattr(theirs.experts, name).copy_(
-                    dequantise(getattr(ours.experts, name), scale, torch.float32)
+                    dequantize(getattr(ours.experts, name), scale, torch.float32)
                 )
     return quantised, plain
 

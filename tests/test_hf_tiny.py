@@ -1,5 +1,6 @@
 """The trained tiny model: what the accelerated model answers is what the original answers."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_its_own_noise_answers_as_well(model, tokenizer, pairs):
             texts += answers(tokenizer, output.sequences, ids.shape[1])
         scores.append(exact_match(texts, pairs))
     assert scores[0] >= 0.8 * BATCH and abs(scores[0] - scores[1]) <= 0.12 * BATCH
+
+
+def test_fp8_experts_answer_as_well(model, tokenizer, pairs):
+    """The same noise: rounding the experts to FP8 changes no more than a few prompts of 50."""
+    pairs = pairs[:: PROMPTS // BATCH]
+    small = dgemma_accel.accelerate(dgemma_accel.quantize_experts(copy.deepcopy(model)))
+    scores = []
+    for one in (model, small):
+        texts = []
+        for start, ids, mask in batches(tokenizer, pairs):
+            sequences = generate(one, ids, mask, base=start + 1).sequences
+            texts += answers(tokenizer, sequences, ids.shape[1])
+        scores.append(exact_match(texts, pairs))
+    assert scores[0] >= 0.8 * BATCH and scores[1] >= scores[0] - 0.06 * BATCH
 
 
 def test_damage_shows(model, tokenizer, pairs, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 
 from .. import configs
 from ..reference.commit import CommitCall
-from ..reference.experts import SCALE_BLOCK
+from ..reference.experts import scale_shape
 from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
@@ -127,9 +127,9 @@ def _experts(when: dict, fp8: bool) -> Callable[[], object]:
         dtype = DTYPES.get(when["bytes"], torch.bfloat16)
         index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
         matrices, scales = [], []
-        for shape in ((2 * width, EMBEDDING), (EMBEDDING, width)):
-            matrices.append(_empty(count, *shape, dtype=FP8 if fp8 else dtype))
-            scales.append(_empty(count, *(-(-size // SCALE_BLOCK) for size in shape)) if fp8 else None)
+        for shape in ((count, 2 * width, EMBEDDING), (count, EMBEDDING, width)):
+            matrices.append(_empty(*shape, dtype=FP8 if fp8 else dtype))
+            scales.append(_empty(*scale_shape(shape)) if fp8 else None)
         return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, *matrices, "gelu_tanh", *scales)
 
     return launch

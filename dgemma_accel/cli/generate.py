@@ -51,6 +51,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="auto, reference, cpp, triton or cuda")
     parser.add_argument("--only", choices=SIDES, help="run one side")
+    parser.add_argument(
+        "--fp8-experts", action="store_true", help="round the experts' weights to FP8, on both sides"
+    )
     parser.add_argument("--no-drafts", action="store_true", help="do not show the canvas settling")
     parser.set_defaults(run=run)
 
@@ -60,8 +63,8 @@ def run(options) -> int:
         print(f"--max-new-tokens: must be at least 1, got {options.max_new_tokens}")
         return 2
     try:
-        model, tokenizer = load(options.model)
-    except (OSError, ImportError, ValueError) as error:
+        model, tokenizer = load(options.model, fp8_experts=options.fp8_experts)
+    except (OSError, ImportError, TypeError, ValueError) as error:
         print(f"--model {options.model}: {error}")
         return 2
     sides = (options.only,) if options.only else SIDES
@@ -75,8 +78,11 @@ def run(options) -> int:
     return 0
 
 
-def load(path: str | Path):
-    """(model, tokenizer) of a checkpoint, on the GPU when there is one."""
+def load(path: str | Path, *, fp8_experts: bool = False):
+    """(model, tokenizer) of a checkpoint, on the GPU when there is one.
+
+    With fp8_experts the GPU has to hold the quantized weights only.
+    """
     try:
         from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
     except ImportError as error:
@@ -84,8 +90,12 @@ def load(path: str | Path):
             f"transformers >= 5.17 is needed: pip install 'dgemma-accel[hf]' ({error})"
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype="auto").to(device).eval()
-    return model, AutoTokenizer.from_pretrained(path)
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype="auto").eval()
+    if fp8_experts:
+        from ..hf import quantize_experts
+
+        quantize_experts(model)
+    return model.to(device), AutoTokenizer.from_pretrained(path)
 
 
 def encode(tokenizer, prompt: str, device) -> torch.Tensor:

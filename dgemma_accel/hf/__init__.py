@@ -4,6 +4,7 @@ transformers is imported on the first call, never at import of the package: the 
 """
 
 from .accelerate import accelerate, accelerated, restore
+from .quantize import quantize_experts
 from .report import CaptureReport, captures
 
-__all__ = ["CaptureReport", "accelerate", "accelerated", "captures", "restore"]
+__all__ = ["CaptureReport", "accelerate", "accelerated", "captures", "quantize_experts", "restore"]

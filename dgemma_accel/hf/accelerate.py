@@ -10,6 +10,7 @@ from torch import nn
 from ..backends import MODULES, BackendError, load, requested
 from .attention import decoder_attention_forward, encoder_attention_forward
 from .cache import leave_uncompiled, prepare_cache, prepare_static_cache
+from .check import check_model
 from .conditioning import self_conditioning_forward
 from .denoising import denoising_step
 from .experts import experts_forward
@@ -18,7 +19,6 @@ from .masks import create_decoder_masks, create_encoder_masks
 from .naming import cache_argument, unknown_names
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
-MINIMUM_TRANSFORMERS = (5, 17)
 # The ops that the drop-in calls.
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
@@ -60,7 +60,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         raise TypeError(f"exact: a bool expected, got {type(exact).__name__}")
     if not (graph is None or isinstance(graph, bool)):
         raise TypeError(f"graph: a bool or None expected, got {type(graph).__name__}")
-    _check_model(model)
+    check_model(model)
     restore(model)
     acceleration = Acceleration(backend, exact, graph, cache_argument())
     replacements = list(_replacements(model))
@@ -160,18 +160,3 @@ def _check_backend(backend: str) -> None:
             missing.append(f"{op}: {reason}")
     if missing:
         raise BackendError(f"backend {name!r} cannot accelerate a model here: " + "; ".join(missing))
-
-
-def _check_model(model) -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("accelerate needs transformers >= 5.17: pip install 'dgemma-accel[hf]'") from error
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < MINIMUM_TRANSFORMERS:
-        raise ImportError(f"accelerate needs transformers >= 5.17, got {transformers.__version__}")
-    if not isinstance(model, transformers.DiffusionGemmaForBlockDiffusion):
-        raise TypeError(
-            "model: a transformers DiffusionGemmaForBlockDiffusion expected, got "
-            f"{type(model).__module__}.{type(model).__qualname__}"
-        )

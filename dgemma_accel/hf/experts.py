@@ -4,7 +4,8 @@ The model's own experts stay where there is no kernel: on a CPU, and with backen
 PyTorch themselves.
 
 FP8 experts (transformers' `FP8Experts`, which its FineGrainedFP8 quantisation puts there) are served with their weights
-as they are. The original rounds rows to FP8 before both products; the op does not, and is nearer the truth.
+as they are. The original rounds rows to FP8 before both products; the op does not, and is nearer the truth. Those of
+`quantize_experts` are the op's own form, so where there is no kernel its reference serves them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import FP8, experts
-from ..reference.experts import SCALE_BLOCK
+from ..reference.experts import SCALE_BLOCK, scale_shape
 from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.
 ACTIVATIONS = {"GELUTanh": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu"}
 KERNELS = ("triton",)
-PLAIN, QUANTISED = "DiffusionGemmaTextExperts", "FP8Experts"
+# Classes of experts: transformers' own, what its FineGrainedFP8 quantisation makes of them, and `quantize_experts`.
+PLAIN, FINE_GRAINED, OURS = "DiffusionGemmaTextExperts", "FP8Experts", "QuantizedExperts"
 # Attributes of an `FP8Experts` and the values with which it computes what the op does.
 FP8_ATTRIBUTES = {
     "block_size": (SCALE_BLOCK, SCALE_BLOCK), "activation_scheme": "dynamic", "has_gate": True, "has_bias": False,
@@ -32,7 +34,7 @@ FP8_ATTRIBUTES = {
 def experts_forward(
     patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`forward` of `DiffusionGemmaTextExperts` or `FP8Experts` without waiting for the host or looping over experts.
+    """`forward` of a layer's experts without waiting for the host or looping over experts.
 
     Args:
         hidden_states: [R, E].
@@ -44,6 +46,8 @@ def experts_forward(
     """
     module = patch.owner
     backend = kernel_for(patch.acceleration.backend, hidden_states.device, hidden_states.dtype)
+    if backend is None and type(module).__name__ == OURS:
+        backend = "reference"
     if backend is None:
         return _original(patch, hidden_states, top_k_index, top_k_weights)
     reason = _reason_for_original(patch, module, hidden_states)
@@ -106,13 +110,13 @@ def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str
     if patch.had or hasattr(module, "_hf_hook"):
         return "the experts' forward was replaced before, as device maps with offloading do"
     kind = type(module).__name__
-    if kind not in (PLAIN, QUANTISED) or "_apply_gate" in module.__dict__:
+    if kind not in (PLAIN, FINE_GRAINED, OURS) or "_apply_gate" in module.__dict__:
         return f"the experts are a {kind} with arithmetic of its own"
     if getattr(module, "_is_expert_parallel", False):
         return "the experts are sharded over devices"
     if type(module.act_fn).__name__ not in ACTIVATIONS:
         return f"the activation is {type(module.act_fn).__name__}"
-    if kind == QUANTISED:
+    if kind == FINE_GRAINED:
         for name, wanted in FP8_ATTRIBUTES.items():
             value = getattr(module, name, wanted)
             if (tuple(value) if isinstance(value, list) else value) != wanted:
@@ -126,7 +130,7 @@ def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str
 
 def _other_weight(module: nn.Module, name: str, hidden: Tensor) -> str | None:
     weight = getattr(module, name)
-    allowed = (*FLOAT_DTYPES, FP8) if type(module).__name__ == QUANTISED else FLOAT_DTYPES
+    allowed = FLOAT_DTYPES if type(module).__name__ == PLAIN else (*FLOAT_DTYPES, FP8)
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in allowed:
         return f"{name} is a {type(weight).__name__} of {weight.dtype}"
     if weight.dtype not in (hidden.dtype, FP8):
@@ -145,7 +149,7 @@ def _other_scale(module: nn.Module, name: str, weight: Tensor) -> str | None:
     if scale.device != weight.device:
         return f"{name} is on {scale.device} and its weights are on {weight.device}"
     # Where 2 * I is at most 128 the original keeps a row of scales more than there are blocks.
-    blocks = tuple(-(-size // SCALE_BLOCK) for size in weight.shape[1:])
+    blocks = scale_shape(weight.shape)[1:]
     if tuple(scale.shape[1:]) != blocks:
         return f"{name} has {tuple(scale.shape[1:])} scales by expert for {blocks} blocks"
     return None

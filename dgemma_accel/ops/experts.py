@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import pick, requirements
-from ..reference.experts import ACTIVATIONS, SCALE_BLOCK
+from ..reference.experts import ACTIVATIONS, scale_shape
 from . import checks
 from .registration import operator
 
@@ -114,8 +114,7 @@ def experts(
 
 
 def _check_scale(name: str, scale: Tensor | None, of: str, weight: Tensor) -> None:
-    count, rows, columns = weight.shape
-    shape = (count, -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
+    shape = scale_shape(weight.shape)
     if weight.dtype != FP8:
         if scale is not None:
             dtype = str(weight.dtype).removeprefix("torch.")

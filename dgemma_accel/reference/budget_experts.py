@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .budget import _within
-from .experts import activate, dequantise, experts
+from .experts import activate, dequantize, experts
 
 
 def check_experts(
@@ -37,7 +37,7 @@ def check_experts(
     def widened(weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
         if scale is None:
             return weight[expert]
-        return dequantise(weight[expert], scale[expert], torch.float32).to(hidden.dtype)
+        return dequantize(weight[expert], scale[expert], torch.float32).to(hidden.dtype)
 
     for expert in index.unique().tolist():
         if not 0 <= expert < down.shape[0]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,34 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of FP8 weights [..., N, K]: [..., ceil(N / 128), ceil(K / 128)]."""
+    return (*shape[:-2], *(-(-size // SCALE_BLOCK) for size in shape[-2:]))
+
+
+def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """[..., rows, columns]: the scale of every weight."""
+    scale = scale.repeat_interleave(SCALE_BLOCK, -2)[..., :rows, :]
+    return scale.repeat_interleave(SCALE_BLOCK, -1)[..., :columns]
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn numbers, fp32 scales) of weights [..., N, K], computed in fp32.
+
+    A scale brings the largest weight of its block of 128 x 128 to the largest finite number, 448; a block of zeros has
+    the smallest normal one. Numbers are rounded to nearest even. Weights that are not finite leave scales that are not.
+    """
+    rows, columns = weight.shape[-2:]
+    *_, down, across = scale_shape(weight.shape)
+    weight = weight.float()
+    whole = torch.nn.functional.pad(weight, (0, across * SCALE_BLOCK - columns, 0, down * SCALE_BLOCK - rows))
+    blocks = whole.unflatten(-1, (across, SCALE_BLOCK)).unflatten(-3, (down, SCALE_BLOCK))
+    largest = blocks.abs().amax((-3, -1))
+    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / _spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """weight [..., N, K] in `dtype`, times the scale of its block, scale [..., ceil(N / 128), ceil(K / 128)].
 
     The product is rounded once, to `dtype`; in fp64 it is exact.
@@ -29,9 +58,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     weight = weight.to(dtype)
     if scale is None:
         return weight
-    rows, columns = weight.shape[-2:]
-    scale = scale.to(dtype).repeat_interleave(SCALE_BLOCK, -2)[..., :rows, :]
-    return weight * scale.repeat_interleave(SCALE_BLOCK, -1)[..., :columns]
+    return weight * _spread(scale.to(dtype), *weight.shape[-2:])
 
 
 def experts(
@@ -71,7 +98,7 @@ def experts(
     output = torch.zeros_like(x)
 
     def widened(weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
-        return dequantise(weight[expert], None if scale is None else scale[expert], compute)
+        return dequantize(weight[expert], None if scale is None else scale[expert], compute)
 
     for expert in index.unique().tolist():
         if not 0 <= expert < gate_up.shape[0]:

@@ -1,0 +1,213 @@
+"""`quantize_experts`: FP8 weights for the experts of a model, with and without the kernels."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from hf_models import CANVAS, generate, prompt, tiny_config, tiny_model, transformers
+
+import dgemma_accel
+from dgemma_accel.hf import experts as hf_experts
+from dgemma_accel.hf.quantize import WEIGHTS, QuantizedExperts
+from dgemma_accel.ops.experts import FP8
+from dgemma_accel.reference.experts import dequantize, quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Experts of more than one block, which the up projection shares with the gate, and a last block that is not whole.
+WIDTH = 96
+
+
+def wide_model(dtype=torch.float32):
+    with pytest.MonkeyPatch.context() as patch:
+        config = tiny_config()
+        config.text_config.moe_intermediate_size = WIDTH
+        patch.setattr("hf_models.tiny_config", lambda: config)
+        return tiny_model(dtype).to(DEVICE)
+
+
+def layers_of(model):
+    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
+
+
+def rounded(model):
+    """The model with weights of experts that were rounded to FP8 and back."""
+    for experts in {layer.experts.gate_up_proj: layer.experts for layer in layers_of(model)}.values():
+        with torch.no_grad():
+            for name in WEIGHTS:
+                weight = getattr(experts, name)
+                weight.copy_(dequantize(*quantize(weight), torch.float32))
+    return model
+
+
+@pytest.fixture
+def quantized():
+    return dgemma_accel.quantize_experts(wide_model())
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The tokens of the reference with rounded weights."""
+    return generate(rounded(wide_model()), prompt(2, 9)[0].to(DEVICE)).sequences
+
+
+def test_tokens_are_those_of_the_rounded_weights(quantized, expected):
+    ids = prompt(2, 9)[0].to(DEVICE)
+    assert torch.equal(generate(quantized, ids).sequences, expected)
+    with dgemma_accel.accelerated(quantized, graph=False):
+        assert torch.equal(generate(quantized, ids).sequences, expected)
+    assert torch.equal(generate(quantized, ids).sequences, expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_the_backend_named_serves_them(quantized, expected, monkeypatch, caplog, name):
+    if name == "triton":
+        module = pytest.importorskip("dgemma_accel.triton_kernels.experts")
+        if module.unavailable() is not None:
+            pytest.skip(str(module.unavailable()))
+    seen, right = set(), hf_experts.experts
+
+    def recorded(*args, **kwargs):
+        seen.add(kwargs["backend"])
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(hf_experts, "experts", recorded)
+    dgemma_accel.accelerate(quantized, backend=name, graph=False)
+    with caplog.at_level("WARNING", logger="dgemma_accel"):
+        result = generate(quantized, prompt(2, 9)[0].to(DEVICE)).sequences
+    assert torch.equal(result, expected) and seen == {name}
+    assert not [record for record in caplog.records if record.getMessage().startswith("experts:")]
+
+
+def test_the_step_is_traced_whole(quantized, expected, monkeypatch, caplog):
+    right = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **o: right(function, backend="aot_eager", **o))
+    torch._dynamo.reset()
+    dgemma_accel.accelerate(quantized, graph=True)
+    with caplog.at_level("WARNING", logger="dgemma_accel"):
+        assert torch.equal(generate(quantized, prompt(2, 9)[0].to(DEVICE)).sequences, expected)
+    assert not caplog.records
+
+
+def test_rounding_matters(expected):
+    """The seed is one at which FP8 changes the tokens, so that the tests above see the scales."""
+    assert not torch.equal(generate(wide_model(), prompt(2, 9)[0].to(DEVICE)).sequences, expected)
+
+
+def test_weights_are_shared_and_the_old_ones_released():
+    model = wide_model(torch.bfloat16)
+    before = {name: weakref.ref(getattr(layers_of(model)[0].experts, name)) for name in WEIGHTS}
+    sizes = {name: reference().nbytes for name, reference in before.items()}
+    assert dgemma_accel.quantize_experts(model) is model
+    assert all(reference() is None for reference in before.values())
+    encoder, decoder = model.model.encoder.language_model.layers, model.model.decoder.layers
+    for mine, theirs in zip(encoder, decoder, strict=True):
+        assert mine.experts is not theirs.experts
+        for name in WEIGHTS:
+            weight = getattr(mine.experts, name)
+            assert weight.dtype == FP8 and 2 * weight.nbytes == sizes[name] and not weight.requires_grad
+            for shared in (name, f"{name}_scale_inv"):
+                assert getattr(mine.experts, shared) is getattr(theirs.experts, shared)
+    assert encoder[0].experts.gate_up_proj is not encoder[1].experts.gate_up_proj
+
+
+def test_quantizing_twice_changes_nothing(quantized):
+    before = [layer.experts for layer in layers_of(quantized)]
+    dgemma_accel.quantize_experts(quantized)
+    assert all(layer.experts is held for layer, held in zip(layers_of(quantized), before))
+
+
+def test_a_model_of_another_dtype_keeps_its_fp8_weights(quantized):
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items() if ".experts." in name}
+    for move in (quantized.bfloat16, quantized.half, quantized.float):
+        move()
+        after = quantized.state_dict()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert torch.equal(after[name].float(), tensor.float())
+        assert quantized.lm_head.weight.dtype == after["lm_head.weight"].dtype != FP8
+    quantized.to("meta")
+    assert all(tensor.is_meta for tensor in quantized.parameters())
+
+
+def test_copies_and_state_dicts(quantized, expected):
+    ids = prompt(2, 9)[0].to(DEVICE)
+    assert torch.equal(generate(copy.deepcopy(quantized), ids).sequences, expected)
+    quantized.tie_weights()
+    other = wide_model()
+    for parameter in other.parameters():
+        torch.nn.init.ones_(parameter)
+    dgemma_accel.quantize_experts(other).load_state_dict(quantized.state_dict())
+    assert torch.equal(generate(other, ids).sequences, expected)
+
+
+def test_saving_is_refused(quantized, tmp_path):
+    with pytest.raises(NotImplementedError, match="save the model before"):
+        quantized.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with dgemma_accel.accelerated(quantized), pytest.raises(NotImplementedError):
+        quantized.save_pretrained(tmp_path)
+
+
+class TestBadInput:
+    def untouched(self, model):
+        kind = transformers.models.diffusion_gemma.modeling_diffusion_gemma.DiffusionGemmaTextExperts
+        return all(isinstance(layer.experts, kind) for layer in layers_of(model)[:-1])
+
+    def test_another_model(self):
+        with pytest.raises(TypeError, match="DiffusionGemmaForBlockDiffusion expected, got torch"):
+            dgemma_accel.quantize_experts(torch.nn.Linear(2, 2))
+
+    def test_an_accelerated_model(self):
+        model = dgemma_accel.accelerate(wide_model())
+        with pytest.raises(ValueError, match=r"before accelerate\(model\), or after restore"):
+            dgemma_accel.quantize_experts(model)
+        dgemma_accel.quantize_experts(dgemma_accel.restore(model))
+        assert isinstance(layers_of(model)[0].experts, QuantizedExperts)
+
+    def test_weights_that_are_not_loaded(self):
+        model = wide_model().to("meta")
+        with pytest.raises(ValueError, match="gate_up_proj of its experts is not loaded"):
+            dgemma_accel.quantize_experts(model)
+        model = wide_model()
+        layers_of(model)[-1].experts._hf_hook = object()
+        with pytest.raises(ValueError, match="not loaded"):
+            dgemma_accel.quantize_experts(model)
+        assert self.untouched(model) and "save_pretrained" not in model.__dict__
+
+    def test_other_experts(self):
+        model = wide_model()
+        layers_of(model)[-1].experts.act_fn = torch.nn.ReLU()
+        with pytest.raises(TypeError, match="its experts are a DiffusionGemmaTextExperts with ReLU"):
+            dgemma_accel.quantize_experts(model)
+        last = layers_of(model)[-1]
+        last.experts = torch.nn.Identity()
+        last.experts.act_fn = torch.nn.SiLU()
+        with pytest.raises(TypeError, match="its experts are a Identity"):
+            dgemma_accel.quantize_experts(model)
+        assert self.untouched(model)
+
+    def test_other_weights(self):
+        model = wide_model()
+        experts = layers_of(model)[-1].experts
+        experts.down_proj = torch.nn.Parameter(experts.down_proj.to(FP8), requires_grad=False)
+        with pytest.raises(TypeError, match="down_proj of its experts is a Parameter of torch.float8_e4m3fn"):
+            dgemma_accel.quantize_experts(model)
+        assert self.untouched(model)
+
+    def test_weights_that_are_not_finite(self):
+        model = wide_model()
+        with torch.no_grad():
+            layers_of(model)[0].experts.down_proj[3, 40, 90] = float("inf")
+        with pytest.raises(ValueError, match="down_proj of its experts is not finite"):
+            dgemma_accel.quantize_experts(model)
+
+
+def test_a_padded_batch_and_several_canvases(quantized):
+    """Prompt and commit passes go through them too."""
+    ids, mask = (tensor.to(DEVICE) for tensor in prompt(2, 20, left_padding=(0, 6)))
+    plain = rounded(wide_model())
+    settings = {"attention_mask": mask, "max_new_tokens": 2 * CANVAS}
+    expected = generate(plain, ids, **settings).sequences
+    with dgemma_accel.accelerated(quantized, graph=False):
+        assert torch.equal(generate(quantized, ids, **settings).sequences, expected)
