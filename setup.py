@@ -121,8 +121,12 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
     # CUDA sources know nothing of Python, so another environment of the same tree does not compile them again.
     warnings = ["-Wall", "-Wextra", "-Wno-psabi"]
     cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-pthread", *warnings]
+    with_cuda = ["-DDGEMMA_WITH_CUDA"]
+    # Sources in a folder named after an architecture are compiled for that one only, and say that they are there.
+    if "90a" in [arch.removesuffix("+PTX") for arch in archs]:
+        with_cuda.append("-DDGEMMA_WITH_SM_90A")
     if nvcc:
-        cxx_flags += ["-DDGEMMA_WITH_CUDA", f'-DDGEMMA_CUDA_ARCHS="{" ".join(archs)}"']
+        cxx_flags += [*with_cuda, f'-DDGEMMA_CUDA_ARCHS="{" ".join(archs)}"']
     lines = [
         "ninja_required_version = 1.8",
         "rule cxx",
@@ -133,11 +137,12 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
         "rule link",
     ]
     if nvcc:
-        cuda = [
-            nvcc, "-ccbin", cxx[0], *common, "-DDGEMMA_WITH_CUDA", *gencode_flags(archs),
+        cuda_of_one = [
+            nvcc, "-ccbin", cxx[0], *common, *with_cuda,
             "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas",
             "-Xcudafe=--diag_suppress=177",
         ]  # fmt: skip
+        cuda = [*cuda_of_one, *gencode_flags(archs)]
         link = [nvcc, "-ccbin", cxx[0], "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
             f"  command = {shlex.join(link)} -Xcompiler=-pthread"
@@ -145,6 +150,11 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
             "  description = link $out",
             "rule cuda",
             f"  command = {shlex.join(cuda)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = CUDA $out",
+            "rule cuda_of_one",
+            f"  command = {shlex.join(cuda_of_one)} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = CUDA $out",
@@ -171,7 +181,11 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
             edge("cxx", source)
     if nvcc:
         for source in sorted((ROOT / "csrc").rglob("*.cu")):
-            edge("cuda", source)
+            folder_arch = re.fullmatch(r"sm_(\w+)", source.parent.name)
+            if folder_arch is None:
+                edge("cuda", source)
+            elif own := [arch for arch in archs if arch.removesuffix("+PTX") == folder_arch[1]]:
+                edge("cuda_of_one", source, flags=gencode_flags(own))
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     return "\n".join(lines)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import dgemma_accel
+from dgemma_accel.backends import compute_capability
+from dgemma_accel.native import block_attention_sm_90a
 from dgemma_accel.reference.budget import check_block_attention
 
 from . import planted
@@ -81,6 +84,29 @@ def variant(backend: str) -> Variant:
     return Variant(backend, prepare, capturable=backend != "reference")
 
 
+def sm_90a_variant(device: torch.device) -> tuple[Variant | None, str]:
+    """The wgmma kernel where the environment asks for it, beside which backend "cuda" stays the portable one.
+
+    None and a line where it cannot run; an empty line where it was not asked for.
+    """
+    if not block_attention_sm_90a.wanted():
+        return None, ""
+    os.environ[block_attention_sm_90a.VARIABLE] = "portable"
+    missing = block_attention_sm_90a.unavailable()
+    if missing is None and compute_capability(device) != (9, 0):
+        missing = "not a GPU of compute capability 9.0"
+    if missing:
+        return None, f"block_attention: no cuda sm_90a here: {missing}"
+
+    def prepare(inputs: Inputs):
+        prefix = (inputs.prefix_key, inputs.prefix_value)
+        return lambda: block_attention_sm_90a.block_attention(
+            inputs.query, inputs.key, inputs.value, *prefix, inputs.start, None, SCALE, None, False
+        )
+
+    return Variant("cuda sm_90a", prepare), ""
+
+
 def check(result, inputs: Inputs) -> list[str]:
     output, lse = result
     problems = []
@@ -109,7 +135,9 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
     return {"output": output}
 
 
-def _case(layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype, present: list[str]) -> Case:
+def _case(
+    layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype, backends: list[Variant]
+) -> Case:
     head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
     keys = prefix + CANVAS
     # Slots that padding excludes need not be read or multiplied.
@@ -127,7 +155,7 @@ def _case(layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype
         # Truth in fp64 for one batch row (scores, weights and one temporary), and the peers' expanded cache.
         memory=kv_bytes + 3 * QUERY_HEADS * CANVAS * keys * 8 + 2 * kv_bytes * QUERY_HEADS // kv_heads,
         make=lambda device, seed: make_inputs(batch, kv_heads, head_dim, prefix, padded, dtype, device, seed),
-        backends=tuple(variant(name) for name in present),
+        backends=tuple(backends),
         check=check,
         expected=expected,
     )
@@ -147,10 +175,14 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
         batches = [(1, False), (4, False), (4, True)]
     else:
         batches = [(1, False), (4, True)]
-    found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, present) for batch, padded in batches]
+    backends = [variant(name) for name in present]
+    found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, backends) for batch, padded in batches]
+    wgmma, line = sm_90a_variant(device)
+    backends = [*backends, wgmma] if wgmma else backends
+    lines += [line] if line else []
     for context in contexts:
         for batch, padded in batches:
             # A batch at 128k does not fit beside the copies that its peers expand.
             if batch == 1 or context <= 32_768 or sizes.batch:
-                found.append(_case(GLOBAL, context, batch, padded, dtype, present))
+                found.append(_case(GLOBAL, context, batch, padded, dtype, backends))
     return found, lines

@@ -382,3 +382,24 @@ def test_on_a_gpu_short_calls_are_timed_in_a_graph_and_inputs_are_cold(tmp_path)
     assert all(row["cold_cache"] for row in rows if row["op"] == "row_stats")
     assert all(row["roofline_percent"] < 110 for row in rows)
     assert result["environment"]["driver"] and result["clocks"]["before"]["sm"] > 0
+
+
+def test_the_wgmma_kernel_is_timed_where_the_environment_asks_for_it(monkeypatch):
+    module, sizes = bench_block_attention.block_attention_sm_90a, Sizes(quick=True)
+
+    def names():
+        found, lines = bench_block_attention.cases(CPU, sizes)
+        return [[variant.name for variant in case.backends] for case in found], lines
+
+    monkeypatch.delenv(module.VARIABLE, raising=False)
+    plain, lines = names()
+    assert not any("sm_90a" in line for line in lines)
+    monkeypatch.setenv(module.VARIABLE, "sm_90a")
+    without, lines = names()
+    assert without == plain and any("no cuda sm_90a here" in line for line in lines)
+    monkeypatch.setenv(module.VARIABLE, "sm_90a")
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    monkeypatch.setattr(bench_block_attention, "compute_capability", lambda device: (9, 0))
+    (sliding, wide), _ = names()
+    # Beside it "cuda" is the portable kernel.
+    assert "cuda sm_90a" not in sliding and wide[-1] == "cuda sm_90a" and not module.wanted()

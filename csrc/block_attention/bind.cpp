@@ -3,6 +3,8 @@
 #include "../common/bind_params.h"
 #include "block_attention.h"
 #include "config.h"
+#include "sm_90a/config.h"
+#include "sm_90a/sm_90a.h"
 
 namespace dgemma {
 namespace {
@@ -73,6 +75,17 @@ void register_block_attention(pybind11::module_& m) {
   describe_instances<128>(m, "block_attention_kernel.*Li128E");
   describe_instances<256>(m, "block_attention_kernel.*Li256E");
   describe_instances<512>(m, "block_attention_kernel.*Li512E");
+#if defined(DGEMMA_WITH_SM_90A)
+  m.def("block_attention_sm_90a_splits", &block_attention_sm_90a_splits, pybind11::arg("params"),
+        pybind11::arg("multiprocessors"), "As block_attention_splits, for block_attention_sm_90a.");
+  m.def(
+      "block_attention_sm_90a",
+      [](const P& p, uintptr_t stream) { block_attention_sm_90a(p, reinterpret_cast<void*>(stream)); },
+      pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Launches the wgmma variant on a CUDA stream of the current device.");
+  describe_kernel(m, "block_attention_cluster_kernel", BlockAttentionClusterShape::kThreads,
+                  BlockAttentionClusterShape::kSharedBytes);
+#endif
   describe_kernel(m, "block_attention_merge_kernel", kBlockAttentionMergeThreads, 0);
 #endif
 }

@@ -20,8 +20,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionShape<kHeadDim>::kThreads, BlockAttent
   const int row_tiles = (rows.count + Shape::kRows - 1) / Shape::kRows;
   rows.first = int(hw::block_x() % row_tiles) * Shape::kRows;
   const int last_row = rows.first + Shape::kRows < rows.count ? rows.first + Shape::kRows - 1 : rows.count - 1;
-  const KeyWalk walk =
-      key_walk<kHeadDim>(p, hw::block_x() / row_tiles, rows.first / rows.group, last_row / rows.group);
+  const KeyWalk walk = key_walk<Shape>(p, hw::block_x() / row_tiles, rows.first / rows.group, last_row / rows.group);
 
   // Steps alternate between the keys and the values of a tile. The buffer that the step before has used up is filled
   // for the step that is kAhead ahead, after the barrier that says so.
@@ -33,9 +32,9 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionShape<kHeadDim>::kThreads, BlockAttent
     const uint32_t buffer = step * Shape::kBufferBytes;
     if (tile < walk.end) {
       if (step % 2 == 0)
-        fill_buffer<T, kHeadDim>(buffer, tile_rows<T, kHeadDim, false>(p, walk, tile));
+        fill_buffer<T, kHeadDim>(buffer, tile_rows<T, Shape, false>(p, walk, tile));
       else
-        fill_buffer<T, kHeadDim>(buffer, tile_rows<T, kHeadDim, true>(p, walk, tile));
+        fill_buffer<T, kHeadDim>(buffer, tile_rows<T, Shape, true>(p, walk, tile));
     }
     hw::commit_copies();
   }
@@ -52,7 +51,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionShape<kHeadDim>::kThreads, BlockAttent
     hw::wait_copies<kAhead - 1>();
     hw::sync_block();
     if (tile + kAhead / 2 < walk.end)
-      fill_buffer<T, kHeadDim>(filled, tile_rows<T, kHeadDim, !kSameKind>(p, walk, tile + kAhead / 2));
+      fill_buffer<T, kHeadDim>(filled, tile_rows<T, Shape, !kSameKind>(p, walk, tile + kAhead / 2));
     hw::commit_copies();
     warp.multiply_keys(used);
     if constexpr (Shape::kColumnWarps > 1) warp.show_scores();
@@ -67,7 +66,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionShape<kHeadDim>::kThreads, BlockAttent
     warp.multiply_values(used);
     // Only here, because the scores' registers are free now.
     if (tile + (kAhead + 1) / 2 < walk.end)
-      fill_buffer<T, kHeadDim>(keys, tile_rows<T, kHeadDim, kSameKind>(p, walk, tile + (kAhead + 1) / 2));
+      fill_buffer<T, kHeadDim>(keys, tile_rows<T, Shape, kSameKind>(p, walk, tile + (kAhead + 1) / 2));
     hw::commit_copies();
     filled = used;
     used = after(used);

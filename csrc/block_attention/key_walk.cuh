@@ -19,9 +19,9 @@ struct KeyWalk {
 };
 
 // `heads_index`: batch row * Hkv + KV head; `first_position`, `last_position`: of this block of threads' rows.
-template <int kHeadDim>
+template <class Shape>
 DGEMMA_DEVICE KeyWalk key_walk(const BlockAttentionParams& p, int64_t heads_index, int first_position, int last_position) {
-  constexpr int kKeys = BlockAttentionShape<kHeadDim>::kKeys;
+  constexpr int kKeys = Shape::kKeys;
   KeyWalk walk;
   walk.batch = int(heads_index / p.kv_heads);
   walk.kv_head = int(heads_index % p.kv_heads);
@@ -54,9 +54,10 @@ struct SlotRows {
   bool aligned;
 };
 
-template <class T, int kHeadDim, bool kValues>
-DGEMMA_DEVICE SlotRows<T> tile_rows(const BlockAttentionParams& p, const KeyWalk& walk, int tile) {
-  constexpr int kKeys = BlockAttentionShape<kHeadDim>::kKeys;
+// The slots of a tile from `column` on.
+template <class T, class Shape, bool kValues>
+DGEMMA_DEVICE SlotRows<T> tile_rows(const BlockAttentionParams& p, const KeyWalk& walk, int tile, int column = 0) {
+  constexpr int kKeys = Shape::kKeys;
   const bool in_prefix = tile < walk.prefix_tiles;
   const int slot =
       in_prefix ? walk.prefix_start + tile * kKeys : walk.block_start + (tile - walk.prefix_tiles) * kKeys;
@@ -68,7 +69,7 @@ DGEMMA_DEVICE SlotRows<T> tile_rows(const BlockAttentionParams& p, const KeyWalk
                          hw::recomputed(walk.kv_head) * (in_prefix ? prefix.head_stride : block.head_stride);
   const T* data = static_cast<const T*>(in_prefix ? prefix.data : block.data);
   const int end = in_prefix ? walk.prefix_end : int(p.length);
-  return {data + offset + slot * stride, stride, end - slot, in_prefix ? prefix.aligned : block.aligned};
+  return {data + offset + slot * stride + column, stride, end - slot, in_prefix ? prefix.aligned : block.aligned};
 }
 
 // Where a 16-byte chunk of a slot lies in its buffer: the xor spreads the same chunk of eight slots over all banks.

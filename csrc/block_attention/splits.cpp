@@ -3,6 +3,8 @@
 
 #include "block_attention.h"
 #include "config.h"
+#include "sm_90a/config.h"
+#include "sm_90a/sm_90a.h"
 
 namespace dgemma {
 namespace {
@@ -14,11 +16,11 @@ constexpr int64_t kStartKeys = 64, kShareKeys = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <int kHeadDim>
-int64_t splits_of(const BlockAttentionParams& p, int multiprocessors) {
-  using Shape = BlockAttentionShape<kHeadDim>;
+// `together`: multiprocessors that a tile of rows takes.
+template <class Shape>
+int64_t splits_of(const BlockAttentionParams& p, int multiprocessors, int together = 1) {
   const int64_t work = ceil_div(p.query_heads / p.kv_heads * p.length, Shape::kRows) * p.batch * p.kv_heads;
-  const int64_t at_once = int64_t(multiprocessors) * Shape::kBlocks;
+  const int64_t at_once = std::max<int64_t>(int64_t(multiprocessors) * Shape::kBlocks / together, 1);
   int64_t tiles = ceil_div(p.prefix_length, Shape::kKeys) + ceil_div(p.length, Shape::kKeys);
   // What the first position of a tile of rows sees behind it, and the tile's own positions.
   if (p.causal) {
@@ -41,12 +43,17 @@ int64_t splits_of(const BlockAttentionParams& p, int multiprocessors) {
 
 int64_t block_attention_splits(const BlockAttentionParams& params, int multiprocessors) {
   switch (params.head_dim) {
-    case 64: return splits_of<64>(params, multiprocessors);
-    case 128: return splits_of<128>(params, multiprocessors);
-    case 256: return splits_of<256>(params, multiprocessors);
-    case 512: return splits_of<512>(params, multiprocessors);
+    case 64: return splits_of<BlockAttentionShape<64>>(params, multiprocessors);
+    case 128: return splits_of<BlockAttentionShape<128>>(params, multiprocessors);
+    case 256: return splits_of<BlockAttentionShape<256>>(params, multiprocessors);
+    case 512: return splits_of<BlockAttentionShape<512>>(params, multiprocessors);
     default: return 1;
   }
+}
+
+int64_t block_attention_sm_90a_splits(const BlockAttentionParams& params, int multiprocessors) {
+  using Shape = BlockAttentionClusterShape;
+  return params.head_dim == Shape::kHeadDim ? splits_of<Shape>(params, multiprocessors, Shape::kCluster) : 1;
 }
 
 }  // namespace dgemma

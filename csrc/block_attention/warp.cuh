@@ -19,9 +19,9 @@ struct QueryRows {
   int first, count, group;  // first row of this block of threads; rows in all; query heads per KV head
 };
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, class S = BlockAttentionShape<kHeadDim>>
 struct BlockAttentionWarp {
-  using Shape = BlockAttentionShape<kHeadDim>;
+  using Shape = S;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kKeyTiles;
   static constexpr int kSteps = Shape::kColumns / 16, kColumnTiles = Shape::kColumns / 8;
 
@@ -37,7 +37,8 @@ struct BlockAttentionWarp {
     return rows.first + (row_warp * kRowTiles + row_tile) * 16 + half * 8 + lane / 4;
   }
 
-  DGEMMA_DEVICE_MEMBER void start(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows) {
+  // Nothing seen yet.
+  DGEMMA_DEVICE_MEMBER void begin() {
     lane = hw::thread_x() % 32;
     row_warp = hw::thread_x() / 32 % Shape::kRowWarps;
     column_warp = Shape::kColumnWarps == 1 ? 0 : hw::thread_x() / 32 / Shape::kRowWarps;
@@ -47,6 +48,21 @@ struct BlockAttentionWarp {
       for (int half = 0; half < 2; ++half) {
         maximum[i][half] = -INFINITY;
         sum[i][half] = 0.0f;
+      }
+      DGEMMA_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) {
+        DGEMMA_UNROLL
+        for (int j = 0; j < 4; ++j) output[i][n][j] = 0.0f;
+      }
+    }
+  }
+
+  DGEMMA_DEVICE_MEMBER void start(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows) {
+    begin();
+    DGEMMA_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      DGEMMA_UNROLL
+      for (int half = 0; half < 2; ++half) {
         // Rows after the last one repeat it; nothing of them is written.
         const int own = row(rows, i, half), r = own < rows.count ? own : rows.count - 1, position = r / rows.group;
         const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
@@ -57,11 +73,6 @@ struct BlockAttentionWarp {
           load_query<true>(i, half, source);
         else
           load_query<false>(i, half, source);
-      }
-      DGEMMA_UNROLL
-      for (int n = 0; n < kColumnTiles; ++n) {
-        DGEMMA_UNROLL
-        for (int j = 0; j < 4; ++j) output[i][n][j] = 0.0f;
       }
     }
   }

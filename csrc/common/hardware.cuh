@@ -54,7 +54,7 @@ struct Shared {
   uint32_t offset;
 
   __device__ __forceinline__ T* pointer() const {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     return reinterpret_cast<T*>(memory + offset);
   }
   __device__ __forceinline__ T load(int index) const { return pointer()[index]; }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .block_attention_params import block_attention_params, outputs, partial_outputs
+from . import block_attention_sm_90a
+from .block_attention_launch import launch
 from .params import CapabilityAtLeast, extension, missing_cuda
 
 FEATURES = {
@@ -23,11 +22,6 @@ def unavailable() -> str | None:
     if missing is None and not hasattr(extension(), "block_attention_cuda"):
         return "dgemma_accel._C is older than this package: it has no block_attention"
     return missing
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_attention(
@@ -51,17 +45,19 @@ def block_attention(
     Raises:
         RuntimeError: CUDA's error at a launch, with its text and the launch's sizes.
     """
-    with torch.cuda.device(query.device):
-        native = extension()
-        # A bound that is not contiguous (a column, an expanded scalar) is copied: a few bytes.
-        start = None if prefix_start is None else prefix_start.contiguous()
-        end = None if prefix_end is None else prefix_end.contiguous()
-        params = block_attention_params(
-            query, key, value, prefix_key, prefix_value, start, end, scale, softcap, causal, window
-        )
-        output, lse = outputs(params, query)
-        splits = native.block_attention_splits(params, _multiprocessors(query.device.index))
-        shares = partial_outputs(params, splits, query)
-        native.block_attention_cuda(params, torch.cuda.current_stream(query.device).cuda_stream)
-        del shares, start, end
-    return output, lse
+    arguments = (
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_start,
+        prefix_end,
+        scale,
+        softcap,
+        causal,
+        window,
+    )
+    if block_attention_sm_90a.wanted() and not block_attention_sm_90a.missing(*arguments[:5]):
+        return block_attention_sm_90a.block_attention(*arguments)
+    return launch("block_attention_cuda", *arguments)

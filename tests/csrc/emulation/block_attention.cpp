@@ -14,6 +14,7 @@
 
 #include "block_attention/kernel.cuh"
 #include "block_attention/merge.cuh"
+#include "block_attention/sm_90a/kernel.cuh"
 
 namespace dgemma {
 namespace {
@@ -79,13 +80,23 @@ struct Case {
   }
 };
 
-template <class T, int kHeadDim>
-void run(const BlockAttentionParams& p) {
-  using Shape = BlockAttentionShape<kHeadDim>;
+template <class Shape>
+int64_t tiles_of_rows(const BlockAttentionParams& p) {
   const int64_t rows = p.query_heads / p.kv_heads * p.length;
-  const int64_t tiles = (rows + Shape::kRows - 1) / Shape::kRows * p.batch * p.kv_heads;
-  emulation::run({tiles, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
-                 [&] { block_attention_kernel<T, kHeadDim>(p); });
+  return (rows + Shape::kRows - 1) / Shape::kRows * p.batch * p.kv_heads;
+}
+
+template <class T, int kHeadDim>
+void run(const BlockAttentionParams& p, bool wgmma) {
+  if (wgmma) {
+    using Shape = BlockAttentionClusterShape;
+    emulation::run({tiles_of_rows<Shape>(p) * Shape::kCluster, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
+                   [&] { block_attention_cluster_kernel<T>(p); }, Shape::kCluster);
+  } else {
+    using Shape = BlockAttentionShape<kHeadDim>;
+    emulation::run({tiles_of_rows<Shape>(p), p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
+                   [&] { block_attention_kernel<T, kHeadDim>(p); });
+  }
   if (p.splits == 1) return;
   const int64_t rows_per_block = kBlockAttentionMergeThreads / (kHeadDim / 4);
   emulation::run({(p.batch * p.query_heads * p.length + rows_per_block - 1) / rows_per_block, 1, 1},
@@ -93,15 +104,15 @@ void run(const BlockAttentionParams& p) {
 }
 
 template <class T>
-void run_head_dim(const BlockAttentionParams& p) {
+void run_head_dim(const BlockAttentionParams& p, bool wgmma) {
 #if defined(EMULATED_HEAD_DIM)
-  if (p.head_dim == EMULATED_HEAD_DIM) return run<T, EMULATED_HEAD_DIM>(p);
+  if (p.head_dim == EMULATED_HEAD_DIM) return run<T, EMULATED_HEAD_DIM>(p, wgmma);
 #else
   switch (p.head_dim) {
-    case 64: return run<T, 64>(p);
-    case 128: return run<T, 128>(p);
-    case 256: return run<T, 256>(p);
-    case 512: return run<T, 512>(p);
+    case 64: return run<T, 64>(p, wgmma);
+    case 128: return run<T, 128>(p, wgmma);
+    case 256: return run<T, 256>(p, wgmma);
+    case 512: return run<T, 512>(p, wgmma);
   }
 #endif
   emulation::fail("head_dim %lld is not compiled in", (long long)p.head_dim);
@@ -136,10 +147,11 @@ void run_case(const std::string& folder) {
     p.partial_output = c.output<float>(elements * size_t(p.splits));
     p.partial_lse = c.output<float>(rows * size_t(p.splits));
   }
+  const bool wgmma = c.numbers.count("wgmma") != 0;
   if (p.dtype == Dtype::kBFloat16)
-    run_head_dim<Bfloat16>(p);
+    run_head_dim<Bfloat16>(p, wgmma);
   else
-    run_head_dim<Float16>(p);
+    run_head_dim<Float16>(p, wgmma);
   c.write("output", p.output, elements * 2);
   c.write("lse", p.lse, rows * sizeof(float));
 }

@@ -1,0 +1,75 @@
+"""`block_attention` at head_dim 512 by the extension's wgmma kernel, for compute capability 9.0.
+
+It has never run on a GPU, so no backend comes to it by itself: `python -m bench block_attention` measures it, and with
+DGEMMA_ACCEL_BLOCK_ATTENTION=sm_90a in the environment backend "cuda" takes it wherever it can.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from ..backends import BackendError, Implementation, compute_capability
+from .block_attention_launch import launch
+from .block_attention_params import is_aligned
+from .params import extension, missing_cuda
+
+FEATURES = {
+    "device": {"cuda"},
+    "dtype": {torch.bfloat16, torch.float16},
+    "head_dim": {512},
+    "compute_capability": {(9, 0)},
+    "rows on 16-byte boundaries": {True},
+}
+VARIABLE = "DGEMMA_ACCEL_BLOCK_ATTENTION"
+VARIANTS = ("portable", "sm_90a")
+
+
+def unavailable() -> str | None:
+    missing = missing_cuda()
+    if missing is None and not hasattr(extension(), "block_attention_sm_90a"):
+        return "dgemma_accel._C was built without sm_90a"
+    return missing
+
+
+def wanted() -> bool:
+    """Whether the environment names this variant; ValueError where it names one that does not exist."""
+    variant = os.environ.get(VARIABLE, VARIANTS[0])
+    if variant not in VARIANTS:
+        raise ValueError(f"{VARIABLE}: must be one of {VARIANTS}, got {variant!r}")
+    return variant == "sm_90a"
+
+
+def missing(query: Tensor, *keys_and_values: Tensor | None) -> list[str]:
+    """One line for each requirement of a call that the variant does not meet."""
+    tensors = [tensor for tensor in (query, *keys_and_values) if tensor is not None]
+    requirements = {
+        "device": query.device.type, "dtype": query.dtype, "head_dim": query.shape[-1],
+        "compute_capability": compute_capability(query.device),
+        "rows on 16-byte boundaries": all(map(is_aligned, tensors)),
+    }  # fmt: skip
+    own = Implementation("block_attention", "sm_90a", block_attention, sys.modules[__name__])
+    return own.missing(requirements)
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *bounds_and_settings,
+) -> tuple[Tensor, Tensor]:
+    """As `block_attention_cuda.block_attention`.
+
+    Raises:
+        BackendError: the call is not one that the variant serves; what was required and what is supported.
+        RuntimeError: CUDA's error at a launch, with its text and the launch's sizes.
+    """
+    lines = missing(query, key, value, prefix_key, prefix_value)
+    if lines:
+        raise BackendError("block_attention: sm_90a cannot run this call: " + "; ".join(lines))
+    return launch("block_attention_sm_90a", query, key, value, prefix_key, prefix_value, *bounds_and_settings)

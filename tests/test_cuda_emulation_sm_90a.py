@@ -1,0 +1,163 @@
+"""The wgmma kernel of block_attention on the host, thread by thread: clusters, swizzled panels, asynchronous products.
+
+The harness is that of test_cuda_emulation_block_attention.py. What it cannot see is whether the hardware reads a
+matrix descriptor as tests/csrc/emulation/emulated_warpgroup.h does.
+"""
+
+import re
+
+import pytest
+import torch
+from test_block_attention import make_case
+from test_cuda_emulation_block_attention import (
+    CSRC,
+    EMULATION,
+    attend,
+    compile_to,
+    execute,
+    machine,
+    mutate,
+    program,
+    pytestmark,
+    read_result,
+    write_case,
+)
+
+from dgemma_accel.reference.budget import check_block_attention
+
+__all__ = ["machine", "program", "pytestmark"]
+
+CASES = {
+    "one_tile": (dict(batch=1, query_heads=8, kv_heads=1, length=16, head_dim=512), {}),
+    "prefix_and_softcap": (
+        dict(batch=1, query_heads=8, kv_heads=1, length=16, head_dim=512, prefix=140, ranges=[(2, 137)]),
+        {"scale": 0.1, "softcap": 5.0},
+    ),
+    # Three tiles of rows, the last one with 30 of them, and a walk of an odd number of tiles.
+    "rows_of_several_clusters": (
+        dict(batch=1, query_heads=13, kv_heads=1, length=22, head_dim=512, prefix=110, ranges=[(0, 109)]),
+        {},
+    ),
+    "split_causal": (
+        dict(batch=2, query_heads=2, kv_heads=1, length=21, head_dim=512, prefix=200, ranges=[(0, 200), (7, 9)]),
+        {"causal": True, "splits": 4},
+    ),
+    "window": (
+        dict(batch=1, query_heads=4, kv_heads=2, length=80, head_dim=512, prefix=140, ranges=[(2, 140)]),
+        {"causal": True, "window": 70, "splits": 2},
+    ),
+}  # fmt: skip
+
+
+def with_wgmma(folder):
+    with open(folder / "case", "a") as case:
+        case.write("wgmma 1\n")
+
+
+@pytest.fixture(autouse=True)
+def every_case_by_wgmma(monkeypatch):
+    def run(program, folder):
+        with_wgmma(folder)
+        return execute(program, folder)
+
+    monkeypatch.setattr("test_cuda_emulation_block_attention.execute", run)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_within_budget(program, tmp_path, name, dtype):
+    shape, options = CASES[name]
+    _, _, problems = attend(program, tmp_path, make_case(**shape, dtype=dtype), **options)
+    assert not problems
+
+
+def test_large_scores_do_not_overflow(program, tmp_path):
+    case = make_case(1, 4, 2, 16, 512, prefix=100, scale=8.0, dtype=torch.bfloat16)
+    output, _, problems = attend(program, tmp_path, case, scale=1.0, splits=2)
+    assert not problems and bool(output.isfinite().all())
+
+
+def test_rows_without_any_key_and_splits_without_a_tile(program, tmp_path):
+    """More splits than tiles: clusters that meet at no tile end together all the same."""
+    case = make_case(1, 4, 1, 5, 512, prefix=40, ranges=[(11, 11)], dtype=torch.float16)
+    assert not attend(program, tmp_path, case, causal=True, splits=5)[2]
+
+
+KERNEL = "sm_90a/kernel.cuh"
+BARRIER = r"no barrier after|copy to it is running"
+TOP = "hw::wait_copies<1>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    fill_values"
+BOTTOM = "hw::wait_copies<1>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp"
+MEETING = "hw::arrive_cluster();\n    hw::wait_cluster();\n    fill_keys"
+# {name: (text that stands there once, what takes its place, what the report says)}; where the report is empty, the
+# kernel runs to its end and the error budget has to fail.
+MUTANTS = {
+    "first_barrier_dropped": (TOP, TOP.replace("hw::sync_block();\n    ", ""), BARRIER),
+    "second_barrier_dropped": (BOTTOM, BOTTOM.replace("hw::sync_block();\n    ", ""), BARRIER),
+    "first_fence_dropped": (TOP, TOP.replace("hw::show_copies_to_multiplies();\n    ", ""), "no fence after"),
+    "second_fence_dropped": (BOTTOM, BOTTOM.replace("hw::show_copies_to_multiplies();\n    ", ""), "no fence after"),
+    "waits_for_one_group_less": (BOTTOM, BOTTOM.replace("<1>", "<2>"), BARRIER),
+    "scores_read_before_the_cluster_met": (MEETING, "fill_keys", BARRIER),
+    "arrives_and_does_not_wait": (MEETING, MEETING.replace("hw::wait_cluster();\n    ", ""), "no barrier after|twice"),
+    "exchange_in_one_place": (
+        "exchange = 2 * Shape::kExchangeOffset + Shape::kExchangeBytes - exchange;", "",
+        "no barrier of the cluster after a read",
+    ),
+    "other_block_may_not_have_begun": (
+        "hw::arrive_cluster();\n  hw::wait_cluster();\n  uint32_t keys", "uint32_t keys", "may not have begun",
+    ),
+    "shows_scores_to_itself": ("show_scores_to(1 - half", "show_scores_to(half", "writes into block"),
+    "keys_filled_where_they_are_needed_next": (
+        "fill_keys(tile + 2, keys)", "fill_keys(tile + 2, 2 * Shape::kKeysOffset + Shape::kTileBytes - keys)", BARRIER,
+    ),
+    "scores_used_before_the_products_are_done": (
+        "hw::wait_multiplies(this->scores[0]);", "", "without a fence|not committed",
+    ),
+    "products_without_a_fence": ("hw::begin_multiplies(this->output[0]);", "", "without a fence"),
+    "products_not_committed": (
+        "hw::commit_multiplies();\n    hw::wait_multiplies(this->output[0]);",
+        "hw::wait_multiplies(this->output[0]);", "has not committed",
+    ),
+    "scores_added_to_the_last_ones": ("right, step > 0)", "right, true)", ""),
+    "swizzle_of_half_the_rows": ("(chunk % 8 ^ (row & 7))", "(chunk % 8 ^ (row & 3))", ""),
+    "steps_of_half_the_width": ("uint32_t(step % 4) * 32", "uint32_t(step % 4) * 16", ""),
+    "groups_of_keys_twice": ("uint32_t(k) * 2 * Shape::kGroupBytes", "uint32_t(k) * Shape::kGroupBytes", ""),
+    "panels_and_groups_exchanged": (
+        "Shape::kPanelBytes,\n                                   Shape::kGroupBytes};",
+        "Shape::kGroupBytes,\n                                   Shape::kPanelBytes};", "outside|never written|",
+    ),
+    "both_blocks_take_the_first_half_of_the_queries": ("half * Shape::kColumns + chunk * 8;", "chunk * 8;", ""),
+    "both_warpgroups_take_the_first_rows": (
+        "uint32_t(this->row_warp / 4) * 64 * Shape::kPanelRowBytes", "0", "",
+    ),
+}  # fmt: skip
+
+
+def run_mutant(folder, machine, csrc):
+    """(the finished process, the violations of the budget) of a case that meets every branch."""
+    source = EMULATION / "block_attention.cpp"
+    program = compile_to(
+        folder / "mutant", csrc, [source, machine], "-O1", "-DEMULATED_HEAD_DIM=512", "-Wno-unused"
+    )
+    case = make_case(1, 5, 1, 17, 512, prefix=230, ranges=[(3, 226)], dtype=torch.bfloat16)
+    arguments = (512**-0.5, None, False)
+    write_case(folder, case, *arguments, splits=1)
+    with_wgmma(folder)
+    done = execute(program, folder)
+    if done.returncode:
+        return done, []
+    return done, check_block_attention(*read_result(folder, case[0]), *case, *arguments)
+
+
+def test_the_unchanged_kernel_passes_what_mutants_fail(machine, tmp_path):
+    done, problems = run_mutant(tmp_path, machine, CSRC)
+    assert done.returncode == 0 and not problems, done.stderr
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(machine, tmp_path, name):
+    text, replacement, report = MUTANTS[name]
+    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, KERNEL, text, replacement))
+    if done.returncode == 0:
+        assert re.fullmatch(report, "") and problems, done.stderr
+    else:
+        assert done.returncode == 3 and report and re.search(report, done.stderr), done.stderr
