@@ -92,8 +92,10 @@ def make_inputs(
             return normal(experts, *sides, deviation=deviation), None
         # An expert at a time: there is no normal distribution in FP8, and a copy in bf16 is twice the matrix.
         weight = torch.empty(experts, *sides, dtype=torch.float8_e4m3fn, device=device)
+        # The few beyond the largest number would be NaN with some releases of PyTorch and that number with others.
+        largest = torch.finfo(weight.dtype).max
         for expert in weight:
-            expert.copy_(normal(*sides, deviation=100.0))
+            expert.copy_(normal(*sides, deviation=100.0).clamp(-largest, largest))
         scale = torch.rand(scale_shape(weight.shape), generator=noise, device=device) + 0.5
         return weight, scale * (deviation / 100)
 

@@ -187,7 +187,8 @@ def test_registers_and_shared_memory():
 
 
 def test_instructions():
-    assert {arch for arch, _ in opcodes()} == built_archs()
+    # The cuobjdump of CUDA 12 leaves the letter of sm_90a out.
+    assert {arch.rstrip("a") for arch, _ in opcodes()} == {arch.rstrip("a") for arch in built_archs()}
     problems = []
     for (arch, kernel), counter in opcodes().items():
         problems += problems_of_opcodes(arch, kernel, counter)

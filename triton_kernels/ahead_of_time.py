@@ -101,8 +101,17 @@ def recording(capability: tuple[int, int]) -> Iterator[list]:
         triton.runtime.driver._active = active
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _cuobjdump(option: str, path: str, capability: tuple[int, int]) -> str:
+    """What the cuobjdump in Triton's wheel prints of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, option, path], capture_output=True, text=True)
+    if done.returncode != 0:
+        # That of Triton 3.6 is of CUDA 12.8, before sm_121.
+        number = "".join(map(str, capability))
+        raise RuntimeError(
+            f"cuobjdump of Triton {triton.__version__} cannot read sm_{number}: {done.stderr.strip()}"
+        )
+    return done.stdout
 
 
 def resident_blocks(capability: tuple[int, int], warps: int, registers: int, shared: int) -> int:
@@ -118,12 +127,7 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run(
-            [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, code = (_cuobjdump(option, file.name, capability) for option in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     matrix = sorted(set(re.findall(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b", code)))
