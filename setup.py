@@ -137,24 +137,18 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
         "rule link",
     ]
     if nvcc:
-        cuda_of_one = [
+        cuda = [
             nvcc, "-ccbin", cxx[0], *common, *with_cuda,
             "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas",
             "-Xcudafe=--diag_suppress=177",
         ]  # fmt: skip
-        cuda = [*cuda_of_one, *gencode_flags(archs)]
         link = [nvcc, "-ccbin", cxx[0], "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
             f"  command = {shlex.join(link)} -Xcompiler=-pthread"
             " -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
             "  description = link $out",
             "rule cuda",
-            f"  command = {shlex.join(cuda)} -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = CUDA $out",
-            "rule cuda_of_one",
-            f"  command = {shlex.join(cuda_of_one)} $flags -MD -MF $out.d -c $in -o $out",
+            f"  command = {shlex.join(cuda)} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = CUDA $out",
@@ -181,11 +175,10 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
             edge("cxx", source)
     if nvcc:
         for source in sorted((ROOT / "csrc").rglob("*.cu")):
-            folder_arch = re.fullmatch(r"sm_(\w+)", source.parent.name)
-            if folder_arch is None:
-                edge("cuda", source)
-            elif own := [arch for arch in archs if arch.removesuffix("+PTX") == folder_arch[1]]:
-                edge("cuda_of_one", source, flags=gencode_flags(own))
+            only = re.fullmatch(r"sm_(\w+)", source.parent.name)
+            own = [arch for arch in archs if only is None or arch.removesuffix("+PTX") == only[1]]
+            if own:
+                edge("cuda", source, flags=gencode_flags(own))
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     return "\n".join(lines)
 

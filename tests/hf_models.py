@@ -16,12 +16,12 @@ generation = pytest.importorskip("transformers.models.diffusion_gemma.generation
 VOCAB, WINDOW, CANVAS, IMAGE_TOKEN, PAD = 83, 16, 12, 7, 0
 
 
-def tiny_config():
+def tiny_config(expert_width=24):
     text = transformers.DiffusionGemmaTextConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=48, num_hidden_layers=3,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"], num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=WINDOW,
-        max_position_embeddings=512, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
+        max_position_embeddings=512, num_experts=4, top_k_experts=2, moe_intermediate_size=expert_width,
         final_logit_softcapping=30.0, use_bidirectional_attention="vision", initializer_range=0.125,
         pad_token_id=PAD, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def tiny_config():
     )  # fmt: skip
 
 
-def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sdpa"):
+def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sdpa", expert_width=24):
     """Random weights; `peak` scales the logits, so that some positions are certain and others are not.
 
     Self-conditioning is weak: at full strength random weights amplify the rounding of each step tenfold, and after
@@ -43,7 +43,7 @@ def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sd
     """
     torch.manual_seed(seed)
     model = transformers.DiffusionGemmaForBlockDiffusion._from_config(
-        tiny_config(), attn_implementation=attn_implementation
+        tiny_config(expert_width), attn_implementation=attn_implementation
     )
     with torch.no_grad():
         model.model.decoder.norm.weight.fill_(peak)
@@ -57,6 +57,11 @@ def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sd
         sampler_config=generation.EntropyBoundSamplerConfig(entropy_bound=0.5),
     )  # fmt: skip
     return model.to(dtype).eval()
+
+
+def layers_of(model):
+    """Those of the encoder before those of the decoder, which share their weights."""
+    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
 
 
 def prompt(batch, length, seed=0, left_padding=()):

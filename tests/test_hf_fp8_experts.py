@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, prompt, tiny_config, tiny_model
+from hf_models import CANVAS, generate, layers_of, prompt, tiny_config, tiny_model
 from test_experts import uneven_fp8
 
 import dgemma_accel
@@ -16,18 +16,13 @@ triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 96
-if not hasattr(finegrained, "FP8Experts"):
-    pytest.skip("this transformers has no FP8Experts", allow_module_level=True)
 if triton_experts.unavailable() is not None:
     pytest.skip(str(triton_experts.unavailable()), allow_module_level=True)
 
 
-def fp8_experts(config, plain=None, **settings):
+def fp8_experts(config, plain=None):
     """An `FP8Experts` with the weights of `plain`, or random ones."""
-    try:
-        experts = finegrained.FP8Experts(config, **{"block_size": (128, 128)} | settings)
-    except Exception as error:
-        pytest.skip(f"FP8Experts cannot be built here: {error}")
+    experts = finegrained.FP8Experts(config, block_size=(128, 128))
     with torch.no_grad():
         for name in ("gate_up_proj", "down_proj"):
             weight, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
@@ -43,17 +38,9 @@ def fp8_experts(config, plain=None, **settings):
     return experts.requires_grad_(False).to(DEVICE)
 
 
-def layers_of(model):
-    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
-
-
 def wide_model():
-    """The tiny model with experts of more than one block: the up projection begins inside the first."""
-    with pytest.MonkeyPatch.context() as patch:
-        config = tiny_config()
-        config.text_config.moe_intermediate_size = WIDTH
-        patch.setattr("hf_models.tiny_config", lambda: config)
-        return tiny_model().to(DEVICE)
+    """Experts of more than one block: the up projection begins inside the first."""
+    return tiny_model(expert_width=WIDTH).to(DEVICE)
 
 
 @pytest.fixture
@@ -145,9 +132,7 @@ def test_within_the_budget_of_weights_in_fp8(monkeypatch, calls, dtype, hidden_s
 
 def test_a_weight_that_stayed_in_the_models_dtype(monkeypatch, calls):
     """transformers quantises no matrix with a side that 128 does not divide: `down` of DiffusionGemma, I = 704."""
-    config = tiny_config().text_config
-    config.moe_intermediate_size = WIDTH
-    experts = fp8_experts(config)
+    experts = fp8_experts(tiny_config(WIDTH).text_config)
     experts.down_proj = torch.nn.Parameter(
         torch.randn(experts.down_proj.shape, device=DEVICE), requires_grad=False
     )
@@ -188,9 +173,7 @@ def _set(**attributes):
 def test_other_fp8_experts_are_served_by_the_original_and_said_once(
     monkeypatch, calls, caplog, change, reason
 ):
-    config = tiny_config().text_config
-    config.moe_intermediate_size = WIDTH
-    experts = fp8_experts(config)
+    experts = fp8_experts(tiny_config(WIDTH).text_config)
     change(experts)
     inputs = inputs_of(experts, torch.float32)
     with caplog.at_level("WARNING", logger="dgemma_accel"), torch.no_grad():
@@ -213,9 +196,7 @@ def test_scales_of_more_rows_than_blocks_are_left_to_the_original(monkeypatch, c
 
 
 def test_without_a_kernel_the_original_stays(monkeypatch, calls):
-    config = tiny_config().text_config
-    config.moe_intermediate_size = WIDTH
-    experts = fp8_experts(config)
+    experts = fp8_experts(tiny_config(WIDTH).text_config)
     model, originals = accelerated_layer(monkeypatch, experts)
     dgemma_accel.accelerate(model, backend="reference")
     with torch.no_grad():

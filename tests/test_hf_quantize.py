@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, prompt, tiny_config, tiny_model, transformers
+from hf_models import CANVAS, generate, layers_of, prompt, tiny_model, transformers
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
@@ -19,15 +19,7 @@ WIDTH = 96
 
 
 def wide_model(dtype=torch.float32):
-    with pytest.MonkeyPatch.context() as patch:
-        config = tiny_config()
-        config.text_config.moe_intermediate_size = WIDTH
-        patch.setattr("hf_models.tiny_config", lambda: config)
-        return tiny_model(dtype).to(DEVICE)
-
-
-def layers_of(model):
-    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
+    return tiny_model(dtype, expert_width=WIDTH).to(DEVICE)
 
 
 def rounded(model):

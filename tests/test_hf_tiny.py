@@ -103,9 +103,9 @@ def test_its_own_noise_answers_as_well(model, tokenizer, pairs):
     assert scores[0] >= 0.8 * BATCH and abs(scores[0] - scores[1]) <= 0.12 * BATCH
 
 
+@pytest.mark.slow
 def test_fp8_experts_answer_as_well(model, tokenizer, pairs):
-    """The same noise: rounding the experts to FP8 changes no more than a few prompts of 50."""
-    pairs = pairs[:: PROMPTS // BATCH]
+    """The same noise: rounding the experts to FP8 changes no more than a few answers of 500."""
     small = dgemma_accel.accelerate(dgemma_accel.quantize_experts(copy.deepcopy(model)))
     scores = []
     for one in (model, small):
@@ -114,7 +114,7 @@ def test_fp8_experts_answer_as_well(model, tokenizer, pairs):
             sequences = generate(one, ids, mask, base=start + 1).sequences
             texts += answers(tokenizer, sequences, ids.shape[1])
         scores.append(exact_match(texts, pairs))
-    assert scores[0] >= 0.8 * BATCH and scores[1] >= scores[0] - 0.06 * BATCH
+    assert scores[0] >= 0.8 * PROMPTS and abs(scores[1] - scores[0]) <= 0.01 * PROMPTS
 
 
 def test_damage_shows(model, tokenizer, pairs, monkeypatch):

@@ -24,40 +24,16 @@ def unavailable() -> str | None:
     return missing
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    prefix_start: Tensor | None,
-    prefix_end: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.block_attention`, on the current stream of the query's device; waits for nothing.
+def block_attention(*arguments) -> tuple[Tensor, Tensor]:
+    """As `reference.block_attention`, whose arguments it takes by position; waits for nothing.
 
-    The prefix is read in place. Where the tiles of queries are too few to fill the GPU, several blocks of threads
-    share the keys of one; their fp32 shares take splits * B * Hq * C * (D + 1) * 4 bytes until they are merged.
+    On the current stream of the query's device. The prefix is read in place. Where the tiles of queries are too few to
+    fill the GPU, several blocks of threads share the keys of one; their fp32 shares take
+    splits * B * Hq * C * (D + 1) * 4 bytes until they are merged.
 
     Raises:
         RuntimeError: CUDA's error at a launch, with its text and the launch's sizes.
     """
-    arguments = (
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        prefix_start,
-        prefix_end,
-        scale,
-        softcap,
-        causal,
-        window,
-    )
     if block_attention_sm_90a.wanted() and not block_attention_sm_90a.missing(*arguments[:5]):
-        return block_attention_sm_90a.block_attention(*arguments)
+        return launch("block_attention_sm_90a", *arguments)
     return launch("block_attention_cuda", *arguments)

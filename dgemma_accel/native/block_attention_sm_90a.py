@@ -55,21 +55,14 @@ def missing(query: Tensor, *keys_and_values: Tensor | None) -> list[str]:
     return own.missing(requirements)
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    *bounds_and_settings,
-) -> tuple[Tensor, Tensor]:
+def block_attention(*arguments) -> tuple[Tensor, Tensor]:
     """As `block_attention_cuda.block_attention`.
 
     Raises:
         BackendError: the call is not one that the variant serves; what was required and what is supported.
         RuntimeError: CUDA's error at a launch, with its text and the launch's sizes.
     """
-    lines = missing(query, key, value, prefix_key, prefix_value)
+    lines = missing(*arguments[:5])
     if lines:
         raise BackendError("block_attention: sm_90a cannot run this call: " + "; ".join(lines))
-    return launch("block_attention_sm_90a", query, key, value, prefix_key, prefix_value, *bounds_and_settings)
+    return launch("block_attention_sm_90a", *arguments)

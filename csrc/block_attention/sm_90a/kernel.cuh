@@ -119,7 +119,6 @@ struct BlockAttentionClusterWarp : BlockAttentionWarp<T, BlockAttentionClusterSh
 template <class T>
 DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionClusterShape::kThreads, 1) DGEMMA_CLUSTER(BlockAttentionClusterShape::kCluster)
     block_attention_cluster_kernel(const BlockAttentionParams p) {
-#if DGEMMA_HAS_WGMMA
   using Shape = BlockAttentionClusterShape;
   const int half = int(hw::block_x() % Shape::kCluster);
   const int64_t tile_of_rows = hw::block_x() / Shape::kCluster;
@@ -176,7 +175,6 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionClusterShape::kThreads, 1) DGEMMA_CLUS
   }
   hw::wait_copies<0>();
   warp.finish(p, walk, rows);
-#endif
 }
 
 }  // namespace dgemma

@@ -11,14 +11,7 @@
 
 #if defined(DGEMMA_EMULATED)
 #include "emulated_warpgroup.h"
-#define DGEMMA_HAS_WGMMA 1
 #else
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DGEMMA_HAS_WGMMA 1
-#else
-#define DGEMMA_HAS_WGMMA 0
-#endif
 
 #include "shared_address.cuh"
 
@@ -35,7 +28,7 @@ struct SharedMatrix {
   }
 };
 
-// What this thread has copied into shared memory becomes visible to wgmma, after the next barrier that of all threads.
+// What this thread has copied into shared memory becomes visible to wgmma, and after a barrier so does that of all threads.
 DGEMMA_DEVICE void show_copies_to_multiplies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Keeps the compiler from moving what is done with the sums to the other side.
@@ -100,17 +93,13 @@ DGEMMA_DEVICE void multiply_rows(float (&sum)[8][4], const SharedMatrix& left, c
 template <>
 __device__ __forceinline__ void multiply_rows<Bfloat16>(float (&sum)[8][4], const SharedMatrix& left,
                                                         const SharedMatrix& right, bool add) {
-#if DGEMMA_HAS_WGMMA
   DGEMMA_MULTIPLY_ROWS("bf16");
-#endif
 }
 
 template <>
 __device__ __forceinline__ void multiply_rows<Float16>(float (&sum)[8][4], const SharedMatrix& left,
                                                        const SharedMatrix& right, bool add) {
-#if DGEMMA_HAS_WGMMA
   DGEMMA_MULTIPLY_ROWS("f16");
-#endif
 }
 
 // sum[64, 256] += left[64, 16] right[16, 256], the left operand from registers.
@@ -120,17 +109,13 @@ DGEMMA_DEVICE void multiply_columns(float (&sum)[32][4], const uint32_t (&left)[
 template <>
 __device__ __forceinline__ void multiply_columns<Bfloat16>(float (&sum)[32][4], const uint32_t (&left)[4],
                                                            const SharedMatrix& right) {
-#if DGEMMA_HAS_WGMMA
   DGEMMA_MULTIPLY_COLUMNS("bf16");
-#endif
 }
 
 template <>
 __device__ __forceinline__ void multiply_columns<Float16>(float (&sum)[32][4], const uint32_t (&left)[4],
                                                           const SharedMatrix& right) {
-#if DGEMMA_HAS_WGMMA
   DGEMMA_MULTIPLY_COLUMNS("f16");
-#endif
 }
 
 #undef DGEMMA_F4
