@@ -1,7 +1,7 @@
 """Stand-ins that are called as published masked-diffusion models are, small enough to run thousands of times.
 
 Two layers of attention, so that a stale cache shows. Positions are absolute. Parameters that nothing here passes are
-left out; test_samplers_generate.py has the whole lists and says where they are from.
+left out; test_samplers_interfaces.py has the whole lists and says where they are from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from types import SimpleNamespace
 
 import torch
 
+from dgemma_accel.samplers import DualCache, FullSequence, PrefixCache
+
 VOCAB, MASK = 23, 22
+SEEDS = range(8)
+INTERFACES = {None: FullSequence(), "prefix": PrefixCache(), "dual": DualCache()}
+
+
+def prompts(batch, length, seed):
+    return torch.randint(0, MASK, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 class Attention(torch.nn.Module):

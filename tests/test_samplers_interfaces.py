@@ -1,0 +1,286 @@
+"""How a masked-diffusion model is called: its parameters, its caches, and the rows that it is fed."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from samplers_models import (
+    INTERFACES,
+    MASK,
+    SDAR,
+    SEEDS,
+    VOCAB,
+    Dream,
+    FastDream,
+    FastLLaDA,
+    LLaDA,
+    Store,
+    prompts,
+)
+
+from dgemma_accel.samplers import (
+    DREAM,
+    BlockCache,
+    DualCache,
+    FullSequence,
+    LowConfidence,
+    MaskedDiffusionSampler,
+    PrefixCache,
+    Threshold,
+)
+
+# Parameters of the published models' forward, in their order.
+FORWARDS = {
+    # GSAI-ML/LLaDA-8B-Instruct, modeling_llada.py: not found at its own place, so from the copies in
+    # monash-yann/dllm-research (models/LLaDA-8B-Instruct) and therkels/LLaDAText2SQL.
+    "LLaDAModelLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position",
+    # NVlabs/Fast-dLLM, llada/model/modeling_llada.py: not found at its own place, so from the forks
+    # hills-code/Fast-dLLM and seungkyun-dan/Fast-dLLM, under the same path.
+    "LLaDAModelLM of Fast-dLLM": "input_ids inputs_embeds attention_mask attention_bias past_key_values labels "
+    "use_cache output_attentions output_hidden_states return_dict replace_position",
+    # Dream-org/Dream-v0-Instruct-7B, modeling_dream.py: not found at its own place, so from the copy in zhaoyMa/Saber
+    # (Dream/modeling_dream.py).
+    "DreamModel": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep **loss_kwargs",
+    # NVlabs/Fast-dLLM, dream/model/modeling_dream.py.
+    "DreamModel of Fast-dLLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep dual_cache "
+    "replace_position **loss_kwargs",
+    # JetAstra/SDAR, training/model/SDAR-4B-Chat/modeling_sdar.py.
+    "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "output_attentions output_hidden_states cache_position logits_to_keep **kwargs",
+}
+
+
+# SDARForCausalLM hands its other arguments to SDARModel, which has this parameter.
+HANDED_ON = {"SDARForCausalLM": {"store_kv"}}
+
+
+def signature_of(forward):
+    kinds = inspect.Parameter
+    return inspect.Signature(
+        [
+            kinds(name.lstrip("*"), kinds.VAR_KEYWORD if name[0] == "*" else kinds.POSITIONAL_OR_KEYWORD)
+            for name in FORWARDS[forward].split()
+        ]
+    )
+
+
+SHIFTED = {cache: replace(INTERFACES[cache], shift_logits=True) for cache in ("prefix", "dual")}
+
+
+@pytest.mark.parametrize(
+    "forward, stand_in, interface, names",
+    [
+        ("LLaDAModelLM", LLaDA, FullSequence(), "attention_mask"),
+        ("LLaDAModelLM of Fast-dLLM", FastLLaDA, PrefixCache(), "past_key_values use_cache"),
+        ("LLaDAModelLM of Fast-dLLM", FastLLaDA, DualCache(), "past_key_values use_cache replace_position"),
+        ("DreamModel", Dream, DREAM, "attention_mask position_ids"),
+        ("DreamModel of Fast-dLLM", FastDream, SHIFTED["prefix"], "past_key_values use_cache"),
+        (
+            "DreamModel of Fast-dLLM",
+            FastDream,
+            SHIFTED["dual"],
+            "past_key_values use_cache replace_position dual_cache",
+        ),
+        (
+            "SDARForCausalLM",
+            SDAR,
+            BlockCache(new_cache=Store),
+            "attention_mask position_ids past_key_values use_cache store_kv",
+        ),
+    ],
+)
+def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in, interface, names):
+    published = signature_of(forward)
+    rest = next((p.name for p in published.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    model, seen = stand_in(1), set()
+
+    def call(*args, **kwargs):
+        bound = published.bind_partial(*args, **kwargs).arguments
+        handed_on = bound.pop(rest, {})
+        assert set(handed_on) <= HANDED_ON.get(forward, set())
+        seen.update(bound, handed_on)
+        return model(**bound, **handed_on)
+
+    call.__signature__ = published
+    sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, interface=interface)
+    result = sampler.generate(call, [[1, 2, 3], [4, 5, 6, 7, 8]], 8)
+    assert not (result.new_tokens == MASK).any()
+    assert seen == {"input_ids", *names.split()}
+
+
+class TransformersOutput(FastLLaDA):
+    """Published code that returns its cache in an output of transformers, which renames it since 5.24."""
+
+    def forward(self, *args, **kwargs):
+        outputs = pytest.importorskip("transformers").modeling_outputs
+        output = super().forward(*args, **kwargs)
+        return outputs.CausalLMOutputWithPast(logits=output.logits, past_key_values=output.past_key_values)
+
+    forward.__signature__ = inspect.signature(FastLLaDA.forward)
+
+
+@pytest.mark.parametrize("interface", [PrefixCache(), DualCache()], ids=("prefix", "dual"))
+def test_published_code_with_an_output_of_transformers(interface):
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=interface)
+    results = [sampler.generate(kind(2), prompts(3, 5, 2), 8) for kind in (FastLLaDA, TransformersOutput)]
+    assert torch.equal(results[0].sequences, results[1].sequences)
+
+
+@pytest.mark.filterwarnings("error:.*deprecated:FutureWarning")
+def test_prefix_cache_of_a_model_of_transformers(monkeypatch):
+    """The cache goes in and comes out under the name of the release, and is cut without a length."""
+    transformers = pytest.importorskip("transformers")
+    said = []
+    # Outputs say it through their logger, arguments by a FutureWarning.
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", said.append)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    # A causal model's prefix does not change while a block is decided, so the cache changes nothing.
+    full, cached = (
+        MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=interface).generate(
+            model, prompts(2, 5, 0), 12
+        )
+        for interface in (FullSequence(shift_logits=True), PrefixCache(shift_logits=True))
+    )
+    assert torch.equal(full.sequences, cached.sequences)
+    assert not [text for text in said if "deprecated" in text]
+
+
+def test_a_compiled_model_is_called_as_what_it_wraps():
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=SHIFTED["dual"])
+    plain = sampler.generate(FastDream(4), prompts(2, 5, 4), 8)
+    compiled = sampler.generate(torch.compile(FastDream(4), backend="eager"), prompts(2, 5, 4), 8)
+    assert torch.equal(plain.sequences, compiled.sequences)
+
+
+def test_llada_that_ignores_its_mask_gives_each_row_what_it_gives_it_alone():
+    rows = [prompts(1, length, length)[0] for length in (3, 7, 3, 5)]
+    sampler = MaskedDiffusionSampler.for_llada(mask_id=MASK, block_length=8, steps=4)
+    model = FastLLaDA(0)
+    together = sampler.generate(model, rows, 8).new_tokens
+    alone = [sampler.generate(FastLLaDA(0), row[None], 8).new_tokens[0] for row in rows]
+    assert torch.equal(together, torch.stack(alone))
+    assert {length for _, length in model.calls} == {11, 15, 13}
+    padded = MaskedDiffusionSampler.for_llada(mask_id=MASK, block_length=8, steps=4, interface=FullSequence())
+    assert not torch.equal(padded.generate(FastLLaDA(0), rows, 8).new_tokens, together)
+
+
+def test_a_model_that_ignores_its_mask_gets_batches_of_one_length():
+    rows = [[1], [2, 3, 4, 5, 6, 7], [8, 9, 1]]
+    sampler = MaskedDiffusionSampler(
+        LowConfidence(), mask_id=MASK, block_length=4, interface=FullSequence(attention_mask=None)
+    )
+    together = sampler.generate(FastLLaDA(5), rows, 8)
+    for number, row in enumerate(rows):
+        assert torch.equal(
+            together.new_tokens[number], sampler.generate(FastLLaDA(5), [row], 8).new_tokens[0]
+        )
+
+
+def test_caches_are_used():
+    prompt = prompts(2, 5, 0)
+    fed = {}
+    for cache in ("prefix", "dual"):
+        model = FastLLaDA(0)
+        numbers = {"mask_id": MASK, "block_length": 4, "interface": INTERFACES[cache]}
+        MaskedDiffusionSampler(LowConfidence(), **numbers).generate(model, prompt, 8)
+        fed[cache] = [length for _, length in model.calls]
+    assert fed["prefix"] == [13, 8, 8, 8, 13, 4, 4, 4]
+    assert fed["dual"] == [13, 4, 4, 4, 13, 4, 4, 4]
+
+
+def test_shifted_logits_with_caches():
+    """A shifted model with a cache is fed one position more, so that no position loses its prediction."""
+
+    for seed in SEEDS:
+        prompt = prompts(2, 4, seed)
+        # One block, one step: what the caches answer at the first evaluation is the whole sequence's.
+        full = MaskedDiffusionSampler(
+            LowConfidence(), mask_id=MASK, block_length=8, steps=1, interface=FullSequence(shift_logits=True)
+        ).generate(FastDream(seed), prompt, 8)
+        for cached in (PrefixCache(shift_logits=True), DualCache(shift_logits=True)):
+            numbers = {"mask_id": MASK, "block_length": 8, "interface": cached}
+            one = MaskedDiffusionSampler(LowConfidence(), steps=1, **numbers).generate(
+                FastDream(seed), prompt, 8
+            )
+            assert torch.equal(one.sequences, full.sequences)
+            model = FastDream(seed)
+            MaskedDiffusionSampler(LowConfidence(), steps=2, **numbers).generate(model, prompt, 8)
+            assert model.calls == [(2, 12), (2, 9)]
+
+
+class DroppingStore(Store):
+    """A store whose rows can be dropped, as those of transformers' DynamicCache."""
+
+    def batch_select_indices(self, indices):
+        if self.layers is not None:
+            self.layers = [(k[indices], v[indices]) for k, v in self.layers]
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "interface, model",
+    [
+        (FullSequence(), LLaDA),
+        (PrefixCache(), FastLLaDA),
+        (DualCache(), FastLLaDA),
+        (BlockCache(new_cache=DroppingStore), SDAR),
+    ],
+    ids=("full", "prefix", "dual", "block"),
+)
+def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperature, guidance_scale):
+    def run(eos_id, number):
+        sampler = MaskedDiffusionSampler(
+            Threshold(0.6), mask_id=MASK, block_length=4, eos_id=eos_id, interface=interface,
+            temperature=temperature, guidance_scale=guidance_scale,
+        )  # fmt: skip
+        return sampler.generate(model(number), prompts(6, 8, number), 16, seed=3)
+
+    # A model and a token that ends some rows early and others not.
+    eos_id, number = next(
+        (token, number)
+        for number in SEEDS
+        for first in [run(None, number).new_tokens[:, :8]]
+        for token in range(MASK)
+        if 0 < int((first == token).any(-1).sum()) < 6
+    )
+    dropped = run(eos_id, number)
+    session = type(interface).session
+    monkeypatch.setattr(session, "select", lambda self, rows: False)
+    whole = run(eos_id, number)
+    assert torch.equal(dropped.sequences, whole.sequences)
+    for name in ("nfe", "ended", "stuck"):
+        assert torch.equal(getattr(dropped, name), getattr(whole, name))
+    assert dropped.calls == whole.calls
+    assert dropped.rows_fed < whole.rows_fed
+    assert bool(whole.ended.any())
+    if isinstance(interface, FullSequence):
+        assert dropped.rows_fed == int(dropped.nfe.sum())
+
+
+def test_transformers_cache_drops_rows():
+    transformers = pytest.importorskip("transformers")
+    assert hasattr(transformers.DynamicCache(), "batch_select_indices")
+
+
+def test_bad_interfaces():
+    with pytest.raises(ValueError, match="attention_mask"):
+        FullSequence(attention_mask="3d")
+    with pytest.raises(ValueError, match="BlockCache"):
+        MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=None, interface=BlockCache())
+    with pytest.raises(ValueError, match="shift_logits"):
+        BlockCache(shift_logits=True)

@@ -1,0 +1,282 @@
+"""`MaskedDiffusionSampler.generate` against the published generation loops, on stand-ins of their models."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from samplers_literal import by_rank, transfer_counts
+from samplers_models import INTERFACES, MASK, SDAR, SEEDS, Dream, FastDream, FastLLaDA, LLaDA, Store, prompts
+
+from dgemma_accel.samplers import (
+    BlockCache,
+    Entropy,
+    JointThresholdEdit,
+    LowConfidence,
+    LowConfidenceDynamic,
+    MaskedDiffusionSampler,
+    MaskgitPlus,
+    SequentialWindow,
+    Threshold,
+)
+
+
+def confidence_of(logits):
+    """(argmax, its probability in fp64) of logits [B, L, V]."""
+    x0 = logits.argmax(-1)
+    return x0, torch.softmax(logits.double(), -1).gather(-1, x0[..., None])[..., 0]
+
+
+def transfer(x, logits, masked, k=None, tau=None):
+    """get_transfer_index of Fast-dLLM: the k best of each row, or rank 1 and all that reach tau."""
+    x0, c = confidence_of(logits)
+    for b in range(x.shape[0]):
+        order = by_rank(c[b].tolist(), masked[b].nonzero()[:, 0].tolist())
+        taken = order[: k[b]] if tau is None else [i for r, i in enumerate(order) if r == 0 or c[b, i] >= tau]
+        x[b, taken] = x0[b, taken]
+
+
+def fast_dllm(model, prompt, new, block, steps, tau=None, cache=None, cfg=0.0, shift=False):
+    """LLaDA's generate (cache None) and Fast-dLLM's with a prefix or dual cache. Returns (tokens, model calls).
+
+    shift: the calls of Fast-dLLM's Dream, with logits shifted right. Its own loop feeds the block alone and commits
+    the block's first position at the first evaluation whatever its confidence; here one position more is fed.
+    """
+    batch, length = prompt.shape
+    x = torch.full((batch, length + new), MASK)
+    x[:, :length] = prompt
+    calls = 0
+    dual = {"dual_cache": True} if shift else {}
+    for start in range(length, length + new, block):
+        end, first = start + block, start - shift
+        counts = [transfer_counts(block, steps) for _ in range(batch)]
+        past, step = None, 0
+        while bool((x[:, start:end] == MASK).any()):
+            if past is None:
+                place, fed = 0, x
+                if cfg:
+                    hidden = x.clone()
+                    hidden[:, :length] = MASK
+                    conditional, unconditional = model(torch.cat([x, hidden])).logits.chunk(2)
+                    logits = unconditional + (cfg + 1) * (conditional - unconditional)
+                elif cache is None:
+                    logits = model(x).logits
+                else:
+                    output = model(x, use_cache=True)
+                    logits, past = output.logits, output.past_key_values
+                if cache == "prefix":
+                    past = [(k[..., :first, :], v[..., :first, :]) for k, v in past]
+            elif cache == "prefix":
+                place, fed = first, x[:, first:]
+                logits = model(fed, past_key_values=past, use_cache=True).logits
+            else:
+                place, fed = first, x[:, first:end]
+                replaced = torch.zeros_like(x, dtype=torch.bool)
+                replaced[:, first:end] = True
+                logits = model(
+                    fed, past_key_values=past, use_cache=True, replace_position=replaced, **dual
+                ).logits
+            if shift:
+                logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+            calls += 1
+            masked = (fed == MASK) & (torch.arange(fed.shape[1]) + place < end)
+            k = None if tau is not None else [counts[b][step] for b in range(batch)]
+            transfer(x[:, place : place + fed.shape[1]], logits, masked, k, tau)
+            step += 1
+    return x, calls
+
+
+@pytest.mark.parametrize("cache", INTERFACES)
+@pytest.mark.parametrize("tau", [None, 0.5])
+@pytest.mark.parametrize("shift", [False, True], ids=["llada", "dream"])
+def test_llada_and_fast_dllm(shift, cache, tau):
+    kind = FastDream if shift else LLaDA if cache is None else FastLLaDA
+    for seed in SEEDS:
+        prompt = prompts(3, 5, seed)
+        expected, calls = fast_dllm(kind(seed), prompt, 16, 8, 4, tau, cache, shift=shift)
+        sampler = MaskedDiffusionSampler.for_llada(
+            LowConfidence() if tau is None else Threshold(tau),
+            mask_id=MASK,
+            block_length=8,
+            steps=4 if tau is None else None,
+            interface=replace(INTERFACES[cache], shift_logits=shift),
+        )
+        model = kind(seed)
+        result = sampler.generate(model, prompt, 16)
+        assert torch.equal(result.sequences, expected)
+        assert result.calls == calls == len(model.calls)
+        # A row that is done early in a block waits for the others.
+        assert int(result.nfe.max()) <= calls
+        assert tau is not None or result.nfe.tolist() == [calls] * 3
+        assert not result.stuck.any()
+
+
+def test_guidance_without_a_mask():
+    for seed in SEEDS:
+        prompt = prompts(2, 4, seed)
+        expected, calls = fast_dllm(LLaDA(seed), prompt, 8, 8, 8, cfg=1.5)
+        sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=8, guidance_scale=1.5)
+        result = sampler.generate(LLaDA(seed), prompt, 8)
+        assert torch.equal(result.sequences, expected)
+        assert result.nfe.tolist() == [2 * calls] * 2
+
+
+def dream_sample(model, prompt, new, steps, score, tau=1e-3):
+    """`_sample` of Dream, greedy, a batch of one."""
+    x = torch.cat([prompt, torch.full((1, new), MASK)], 1)
+    times = torch.linspace(1, tau, steps + 1)
+    for i in range(steps):
+        masked = (x == MASK)[0].nonzero()[:, 0].tolist()
+        logits = model(x, "full", None).logits
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        p = torch.softmax(logits[0].double(), -1)
+        n = len(masked)
+        k = int(torch.tensor(float(n)) * (1 - times[i + 1] / times[i])) if i < steps - 1 else n
+        c = {"maskgit_plus": p.amax(-1), "entropy": (p * torch.log(p + 1e-300)).sum(-1)}[score].tolist()
+        taken = by_rank(c, masked)[:k]
+        x[0, taken] = logits[0, taken].argmax(-1)
+    return x
+
+
+@pytest.mark.parametrize("score", ["maskgit_plus", "entropy"])
+def test_dream(score):
+    strategy = {"maskgit_plus": MaskgitPlus(), "entropy": Entropy()}[score]
+    for seed in SEEDS:
+        sampler = MaskedDiffusionSampler.for_dream(strategy, mask_id=MASK, steps=7)
+        rows = [prompts(1, length, seed)[0] for length in (3, 6, 6)]
+        expected = [dream_sample(Dream(seed), row[None], 12, 7, score)[0] for row in rows]
+        alone = sampler.generate(Dream(seed), rows[0][None], 12)
+        assert torch.equal(alone.sequences[0], expected[0])
+        # The same rows in one padded batch, with a 4-d mask and position ids.
+        together = sampler.generate(Dream(seed), rows, 12)
+        for row, new in zip(expected, together.new_tokens):
+            assert torch.equal(new, row[-12:])
+
+
+def sdar_generate(model, prompt, new, block, steps, strategy, tau=0.85):
+    """block_diffusion_generate of SDAR, greedy; k never above the masks of the block (published code fails there)."""
+    length = prompt.shape[1]
+    blocks = -(-(length + new) // block)
+    x = torch.full((1, blocks * block), MASK)
+    x[:, :length] = prompt
+    visible = torch.ones(blocks, blocks).tril().repeat_interleave(block, 0).repeat_interleave(block, 1)[None]
+    places = torch.arange(blocks * block)[None]
+    cache, whole = Store(), length // block * block
+    if whole:
+        model(
+            x[:, :whole],
+            attention_mask=visible[:, :whole, :whole],
+            position_ids=places[:, :whole],
+            past_key_values=cache,
+            use_cache=True,
+            store_kv=True,
+        )
+    counts = transfer_counts(block, steps)
+    for start in range(whole, blocks * block, block):
+        end = start + block
+        options = dict(
+            attention_mask=visible[:, start:end, :end],
+            position_ids=places[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        current = x[:, start:end].clone()
+        for step in range(steps + 1):
+            masked = (current == MASK)[0].nonzero()[:, 0].tolist()
+            if not masked:
+                model(current, **options, store_kv=True)
+                break
+            x0, c = confidence_of(model(current, **options, store_kv=False).logits)
+            c = c[0].tolist()
+            k = counts[step]
+            if strategy == "sequential":
+                taken = [i for i in range(min(masked), min(masked) + k) if i in masked]
+            else:
+                high = [i for i in masked if c[i] > tau]
+                dynamic = strategy == "low_confidence_dynamic"
+                taken = high if dynamic and len(high) >= k else by_rank(c, masked)[:k]
+            current[0, taken] = x0[0, taken]
+        x[:, start:end] = current
+    return x[:, : length + new]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "low_confidence_static", "low_confidence_dynamic"])
+@pytest.mark.parametrize("length", [0, 3, 4, 9])
+def test_sdar(strategy, length):
+    ours = {
+        "sequential": SequentialWindow(),
+        "low_confidence_static": LowConfidence(),
+        "low_confidence_dynamic": LowConfidenceDynamic(0.6),
+    }[strategy]
+    for seed in SEEDS:
+        prompt = prompts(1, length, seed)
+        expected = sdar_generate(SDAR(seed), prompt, 10, 4, 3, strategy, 0.6)
+        sampler = MaskedDiffusionSampler.for_sdar(
+            ours, mask_id=MASK, steps=3, interface=BlockCache(new_cache=Store)
+        )
+        result = sampler.generate(SDAR(seed), prompt, 10)
+        assert torch.equal(result.sequences, expected)
+        assert torch.equal(result.sequences[:, :length], prompt)
+
+
+def test_sdar_takes_batches_of_different_lengths():
+    rows = [prompts(1, length, length)[0] for length in (9, 2, 9, 4)]
+    sampler = MaskedDiffusionSampler.for_sdar(mask_id=MASK, interface=BlockCache(new_cache=Store))
+    together = sampler.generate(SDAR(3), rows, 6)
+    for number, row in enumerate(rows):
+        alone = sampler.generate(SDAR(3), row[None], 6)
+        assert torch.equal(together.new_tokens[number], alone.new_tokens[0])
+        assert int(together.nfe[number]) == int(alone.nfe[0])
+
+
+def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_lambda=0.0):
+    """The loop of SGLang's JointThreshold, a batch of one, with the model read anew at every iteration."""
+    x = torch.cat([prompt, torch.full((1, new), MASK)], 1)
+    for start in range(prompt.shape[1], x.shape[1], block):
+        part = slice(start, start + block)
+        edits = 0
+        for _ in range(block + budget):
+            logits = model(x).logits[0, part].clone()
+            for i in range(1, block):
+                logits[i, x[0, start + i - 1]] -= penalty_lambda
+            best, p = confidence_of(logits[None])
+            best, p, current = best[0], p[0], x[0, part]
+            masked = current == MASK
+            taken = masked & (p > tau)
+            if masked.any():
+                if not taken.any():
+                    taken[by_rank(p.tolist(), masked.nonzero()[:, 0].tolist())[0]] = True
+            else:
+                edits += 1
+                if edits > budget:
+                    break
+            taken |= ~masked & (best != current) & (p > tau_edit)
+            if not taken.any():
+                break
+            x[0, part] = torch.where(taken, best, current)
+    return x
+
+
+@pytest.mark.parametrize("penalty_lambda", [0.0, 2.0])
+def test_sglang_joint_threshold(penalty_lambda):
+    edited = 0
+    for seed in range(16):
+        prompt = prompts(1, 4, seed)
+        expected = joint_threshold(LLaDA(seed), prompt, 12, 6, 0.4, 0.3, 4, penalty_lambda)
+        strategy = JointThresholdEdit(0.4, 0.3, edit_budget=4, penalty_lambda=penalty_lambda)
+        seen = []
+        sampler = MaskedDiffusionSampler(strategy, mask_id=MASK, block_length=6)
+        result = sampler.generate(LLaDA(seed), prompt, 12, callback=lambda x, *_, seen=seen: seen.append(x))
+        assert torch.equal(result.sequences, expected)
+        edited += sum(int(((a != MASK) & (a != b)).any()) for a, b in pairwise(seen))
+    assert edited > 10
+
+
+def test_the_penalty_changes_the_text():
+    texts = [
+        MaskedDiffusionSampler(
+            JointThresholdEdit(0.4, 0.3, edit_budget=4, penalty_lambda=penalty), mask_id=MASK, block_length=6
+        ).generate(LLaDA(3), prompts(4, 4, 3), 12)
+        for penalty in (0.0, 2.0)
+    ]
+    assert not torch.equal(texts[0].sequences, texts[1].sequences)
