@@ -42,11 +42,18 @@ def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
 
 def test_parts_in_order_with_the_architecture_of_the_gpu():
     names = [part.name for part in PARTS]
-    assert names[:3] == ["build", "doctor", "test"] and names[-1] == "step"
+    assert names[:3] == ["build", "doctor", "test"] and names[-2] == "step"
     assert set(gpu.OPS) < set(names)
     assert dict(PARTS[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "90a"
     assert dict(gpu.all_parts((12, 0), Path("out"))[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "120"
     assert "--no-build-isolation" in PARTS[0].command
+
+
+def test_hopper_times_its_own_attention_after_all_others():
+    assert PARTS[-1].name == "block_attention_sm_90a"
+    assert dict(PARTS[-1].environment) == {"DGEMMA_ACCEL_BLOCK_ATTENTION": "sm_90a"}
+    assert str(Path("out") / "block_attention_sm_90a.json") in PARTS[-1].command
+    assert [part for part in gpu.all_parts((12, 0), Path("out")) if part.name == PARTS[-1].name] == []
 
 
 def test_gpu_tests_run_in_several_processes_where_that_is_possible():
@@ -83,7 +90,7 @@ def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):
 
 
 def test_bench_parts_are_told_their_time():
-    step = PARTS[-1]
+    step = next(part for part in PARTS if part.name == "step")
     assert gpu.with_budget(step, 100)[-2:] == ("--budget", "75")
     assert gpu.with_budget(PARTS[0], 100) == PARTS[0].command
 

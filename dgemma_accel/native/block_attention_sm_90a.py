@@ -1,7 +1,7 @@
 """`block_attention` at head_dim 512 by the extension's wgmma kernel, for compute capability 9.0.
 
-It has never run on a GPU, so no backend comes to it by itself: `python -m bench block_attention` measures it, and with
-DGEMMA_ACCEL_BLOCK_ATTENTION=sm_90a in the environment backend "cuda" takes it wherever it can.
+It has never run on a GPU, so nothing comes to it by itself. With DGEMMA_ACCEL_BLOCK_ATTENTION=sm_90a in the environment
+backend "cuda" takes it wherever it can, and `python -m bench block_attention` measures it beside the others.
 """
 
 from __future__ import annotations
