@@ -57,9 +57,9 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "soft_embedding": {
         "reference": "dgemma_accel.backends_reference",
-        "cpp": "dgemma_accel.native.soft_embedding_chunked",
+        "cpp": "dgemma_accel.native.soft_embedding_cpp",
         "triton": "dgemma_accel.triton_kernels.soft_embedding",
-        "cuda": "dgemma_accel.native.soft_embedding_chunked",
+        "cuda": "dgemma_accel.native.soft_embedding_cuda",
     },
     "experts": {
         "reference": "dgemma_accel.backends_reference",
@@ -126,12 +126,18 @@ def load(op: str, backend: str) -> tuple[Implementation | None, str | None]:
     return Implementation(op, backend, getattr(module, op), module), None
 
 
-def requested(backend: str) -> str:
-    """The backend asked for by argument, or by environment when the argument is "auto"."""
-    if backend == "auto":
+def requested(backend: str, op: str | None = None) -> str:
+    """The backend asked for by argument, or by environment when the argument is "auto".
+
+    The environment speaks for all ops at once, so it says nothing about an op that has no such implementation.
+    """
+    by_environment = backend == "auto"
+    if by_environment:
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if by_environment and op is not None and backend not in MODULES[op]:
+        return "auto"
     return backend
 
 
@@ -147,7 +153,7 @@ def choose(op: str, backend: str, requirements: Mapping[str, object]) -> Choice:
         BackendError: a named backend is missing here or does not support the call; the message says what is
             required, what is supported and what is missing.
     """
-    backend = requested(backend)
+    backend = requested(backend, op)
     if backend != "auto":
         implementation, reason = load(op, backend)
         missing = [reason] if implementation is None else implementation.missing(requirements)
@@ -197,7 +203,7 @@ def _chosen(op: str, backend: str, names: tuple[str, ...], values: tuple) -> Cho
 def pick(op: str, backend: str, requirements: Mapping[str, object]) -> Callable:
     """`choose`, remembered for the next call alike, saying once per op and device what `auto` took and why."""
     # The environment is asked at every call.
-    name = requested(backend)
+    name = requested(backend, op)
     choice = _chosen(op, name, tuple(requirements), tuple(requirements.values()))
     if backend != "auto":
         return choice.implementation.run

@@ -40,7 +40,6 @@ def main() -> None:
     )
     prompts, expected = zip(*make_prompts(options.prompts, seed=0))
     print(f"== {len(prompts)} prompts, one at a time, with the reference and accelerated", flush=True)
-    compare(model, tokenizer, prompts[:1])  # the first call of each side pays for imports
     answers = compare(model, tokenizer, prompts, backend=options.backend)
     show_slowest_canvas(model, tokenizer, make_prompts(40, seed=2), options.backend)
     show_table(prompts, answers, expected)

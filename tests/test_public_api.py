@@ -1,5 +1,6 @@
 """The public face: names, importing without a GPU or transformers, the commands, the names of installed packages."""
 
+import importlib
 import inspect
 import json
 import subprocess
@@ -10,6 +11,7 @@ import torch
 
 import dgemma_accel
 from dgemma_accel import backends
+from dgemma_accel.__main__ import main
 
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
@@ -133,6 +135,19 @@ def test_generate_says_what_is_wrong():
     assert result.returncode == 2 and "--model no-such-folder" in result.stdout
 
 
+def test_generate_refuses_a_backend_in_one_line(capsys, monkeypatch):
+    from dgemma_accel.cli import generate
+
+    monkeypatch.setattr(generate, "load", lambda *_, **__: (None, None))
+
+    def compare(*_, backend, **__):
+        raise backends.BackendError(f"backend {backend!r} cannot accelerate a model here")
+
+    monkeypatch.setattr(generate, "compare", compare)
+    assert main(["generate", "--model", "x", "--prompt", "y", "--backend", "cuda"]) == 2
+    assert capsys.readouterr().out == "generate: backend 'cuda' cannot accelerate a model here\n"
+
+
 def _offline():
     import os
 
@@ -158,6 +173,29 @@ def test_a_named_backend_says_what_is_required_supported_and_missing(monkeypatch
     assert (
         backends.choose("row_stats", "cpp", {"device": "cpu", "dtype": torch.bfloat16}).reason == "asked for"
     )
+
+
+@pytest.mark.parametrize("op", backends.MODULES)
+def test_native_backends_run_on_their_own_device_only(op):
+    for name, own, other in (("cpp", "cpu", "cuda"), ("cuda", "cuda", "cpu")):
+        if name in backends.MODULES[op]:
+            module = importlib.import_module(backends.MODULES[op][name])
+            implementation = backends.Implementation(op, name, None, module)
+            assert implementation.missing({"device": own}) == []
+            assert implementation.missing({"device": other}) == [
+                f"device: required {other}, supported {{{own}}}"
+            ]
+    if not torch.cuda.is_available():
+        assert backends.load(op, "cuda")[0] is None
+
+
+def test_the_environment_says_nothing_of_ops_without_its_backend(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cpp")
+    query = torch.randn(1, 1, 2, 64)
+    dgemma_accel.block_attention(query, query, query)
+    with pytest.raises(backends.BackendError, match="block_attention has no cpp implementation"):
+        dgemma_accel.block_attention(query, query, query, backend="cpp")
+    assert backends.requested("auto", "row_stats") == "cpp"
 
 
 def test_ops_are_not_differentiable_and_say_so():

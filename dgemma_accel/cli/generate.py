@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..backends import BackendError
+
 SIDES = ("reference", "accelerated")
 
 
@@ -68,10 +70,14 @@ def run(options) -> int:
         print(f"--model {options.model}: {error}")
         return 2
     sides = (options.only,) if options.only else SIDES
-    answers = compare(
-        model, tokenizer, options.prompt, sides=sides, backend=options.backend, seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-    )  # fmt: skip
+    try:
+        answers = compare(
+            model, tokenizer, options.prompt, sides=sides, backend=options.backend, seed=options.seed,
+            max_new_tokens=options.max_new_tokens,
+        )  # fmt: skip
+    except (BackendError, ValueError) as error:
+        print(f"generate: {error}")
+        return 2
     if not options.no_drafts:
         show_drafts(options.prompt[0], answers[sides[-1]][0])
     show_table(options.prompt, answers)
@@ -117,6 +123,8 @@ def compare(
     from ..hf import accelerated
 
     def one_by_one() -> list[Answer]:
+        # A side's first call pays for imports, and on a GPU for compiling: no second of it belongs to an answer.
+        _generate(model, tokenizer, prompts[0], seed, max_new_tokens)
         return [_generate(model, tokenizer, prompt, seed, max_new_tokens) for prompt in prompts]
 
     answers = {}

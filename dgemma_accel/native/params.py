@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+NO_DEVICE = "no CUDA device (torch.cuda.is_available() is False)"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -35,7 +36,7 @@ def missing_cuda() -> str | None:
     if not hasattr(extension(), "row_stats_cuda"):
         return "dgemma_accel._C was built without CUDA (no nvcc at build time, or DGEMMA_ACCEL_CUDA=0)"
     if not torch.cuda.is_available():
-        return "no CUDA device (torch.cuda.is_available() is False)"
+        return NO_DEVICE
     return None
 
 

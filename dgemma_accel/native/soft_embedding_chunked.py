@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..ops.checks import FLOAT_DTYPES
 from ..reference.soft_embedding import tempered
 
 # 4,096 columns of 256 rows are 4 MB in fp32 and their part of the embedding 46 MB: enough for an efficient product.
@@ -18,14 +19,10 @@ HOST_SLICE = 4096
 # 8,192 columns of 256 rows are 8 MB in fp32: inside an L2 cache, and enough for a matrix product to be efficient.
 SLICE = 8192
 
-FEATURES = {"dtype": frozenset({torch.bfloat16, torch.float16, torch.float32})}
+DTYPES = frozenset(FLOAT_DTYPES)
 
 # PyTorch 2.8 gave its CUDA products an fp32 result of 16-bit operands.
 PRODUCT_WITH_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
-
-
-def unavailable() -> str | None:
-    return None
 
 
 def _slices(logits: Tensor) -> Iterator[slice]:
