@@ -2,3 +2,6 @@
 
 `python -m bench --help` lists the commands; docs/measuring.md says how each figure comes about.
 """
+
+# Exit status of a bench that had no time for all of its cases.
+INCOMPLETE = 3

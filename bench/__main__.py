@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0, 1 for a wrong kernel or a failed part, 2 for a request that cannot be served."""
+    """Exit status: 0, 1 for a wrong kernel or a failed part, 2 for what cannot be served, 3 for a budget too short."""
     if arguments and arguments[0] in COMMANDS:
         module = importlib.import_module(f"bench.{COMMANDS[arguments[0]]}")
         run = getattr(module, "sanitize" if arguments[0] == "sanitize" else "main")

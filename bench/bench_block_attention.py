@@ -136,7 +136,13 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _case(
-    layer: dict, prefix: int, batch: int, padded: bool, dtype: torch.dtype, backends: list[Variant]
+    layer: dict,
+    prefix: int,
+    batch: int,
+    padded: bool,
+    dtype: torch.dtype,
+    backends: list[Variant],
+    label: str = "",
 ) -> Case:
     head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
     keys = prefix + CANVAS
@@ -147,7 +153,7 @@ def _case(
     kv_bytes = 2 * batch * kv_heads * keys * head_dim * size
     return Case(
         op="block_attention",
-        label=("padded" if padded else ""),
+        label=" ".join(filter(None, ("padded" if padded else "", label))),
         shape=f"B{batch} Hq{QUERY_HEADS} Hkv{kv_heads} C{CANVAS} D{head_dim} prefix {prefix}",
         dtype=dtype,
         bytes=moved,
@@ -176,13 +182,19 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     else:
         batches = [(1, False), (4, True)]
     backends = [variant(name) for name in present]
-    found = [_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, backends) for batch, padded in batches]
     wgmma, line = sm_90a_variant(device)
-    backends = [*backends, wgmma] if wgmma else backends
     lines += [line] if line else []
-    for context in contexts:
-        for batch, padded in batches:
+    label = ""
+    if wgmma:
+        # Cases of their own: what it takes part in is not the measurement of what a user gets.
+        backends, label = [*backends, wgmma], "beside sm_90a"
+    found = []
+    # One canvas first, and of it the longest prefixes: what a budget may not reach is the least asked for.
+    for batch, padded in batches:
+        for context in sorted(contexts, reverse=True):
             # A batch at 128k does not fit beside the copies that its peers expand.
             if batch == 1 or context <= 32_768 or sizes.batch:
-                found.append(_case(GLOBAL, context, batch, padded, dtype, backends))
+                found.append(_case(GLOBAL, context, batch, padded, dtype, backends, label))
+        if not wgmma:
+            found.append(_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, backends))
     return found, lines

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from . import ceilings, environment, peers, schema, table
 from .cases import BenchError, Case, Sizes
-from .runner import Runner, within
+from .runner import NOT_REACHED, DeviceLost, Runner, exit_status, within
 
 OPS = {
     "block_attention": "bench_block_attention",
@@ -102,6 +102,7 @@ def check_sizes(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
+    has_time = within(options.budget)
     try:
         device = pick_device(options.device)
     except BenchError as error:
@@ -147,25 +148,30 @@ def main(arguments: list[str]) -> int:
     limits = ceilings.measure(device, options.quick)
     print(f"measured copy bandwidth {table.rate(limits.bandwidth, 'B/s')}")
 
-    rows, failures = run_cases(cases, device, limits, present, options)
-    for name, value in limits.flops.items():
-        print(f"measured {name} matrix ceiling {table.rate(value, 'FLOP/s')}")
+    rows: list[dict] = []
+    failures: list[str] = []
     result = {
         "schema": schema.SCHEMA,
         "kind": "ops",
         "environment": facts,
-        "clocks": {"before": clocks_before, "after": environment.clocks(device)},
-        "ceilings": limits.as_dict(),
+        "clocks": {"before": clocks_before, "after": None},
         "options": {"quick": options.quick, "ops": options.ops, "threads": torch.get_num_threads()},
         "rows": rows,
-        "problems": refused + failures,
     }
+    for found, lines in run_cases(cases, device, limits, present, options, has_time):
+        rows += found
+        failures += lines
+        result |= {"ceilings": limits.as_dict(), "problems": refused + failures}
+        # What is there is there, should the time end or the device be lost.
+        for path in targets(result, options):
+            schema.write(result, path)
+    for name, value in limits.flops.items():
+        print(f"measured {name} matrix ceiling {table.rate(value, 'FLOP/s')}")
+    result["clocks"]["after"] = environment.clocks(device)
     write_result(result, options)
     for line in failures:
         complain(line)
-    if refused or any("does not fit" in line for line in failures):
-        return 2
-    return 1 if failures else 0
+    return exit_status(refused, failures)
 
 
 def progress(cases: list[Case]) -> tuple[Iterable[Case], Callable[[str], None]]:
@@ -184,7 +190,10 @@ def progress(cases: list[Case]) -> tuple[Iterable[Case], Callable[[str], None]]:
     return tqdm(cases, unit="case", leave=False), lambda line: tqdm.write(line, file=sys.stdout)
 
 
-def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list[str]]:
+def run_cases(
+    cases, device, limits, present, options, has_time: Callable[[], bool]
+) -> Iterator[tuple[list[dict], list[str]]]:
+    """(rows, problems) of one case after the other, printed as they come."""
     bar, say = progress(cases)
 
     runner = Runner(
@@ -195,32 +204,37 @@ def run_cases(cases, device, limits, present, options) -> tuple[list[dict], list
         quick=options.quick,
         say=say,
     )
-    has_time = within(options.budget)
-    rows, failures = [], []
+    lost = None
     for case in bar:
-        if not has_time():
-            failures.append(f"{case.title}: not reached within the budget of {options.budget:g} s")
+        if lost or not has_time():
+            yield [], [f"{case.title}: {lost or f'{NOT_REACHED} of {options.budget:g} s'}"]
             continue
         if hasattr(bar, "set_description"):
             bar.set_description(case.title[:60])
-        found, lines = runner.run(case)
-        rows += found
-        failures += lines
+        try:
+            found, lines = runner.run(case)
+        except DeviceLost as error:
+            found, lines, lost = error.rows, error.problems, f"not reached: {error}"
         if found:
             say("")
             for line in table.case_lines(found):
                 say(line)
         elif lines:
             say(lines[0])
-    return rows, failures
+        yield found, lines
+
+
+def targets(result: dict, options: argparse.Namespace) -> list[Path]:
+    """The result files that were asked for."""
+    files = [options.json] if options.json else []
+    if options.save:
+        folder = environment.folder_name(result["environment"])
+        files.append(environment.ROOT / "bench" / "results" / folder / "ops.json")
+    return files
 
 
 def write_result(result: dict, options: argparse.Namespace) -> None:
-    facts = result["environment"]
-    targets = [options.json] if options.json else []
-    if options.save:
-        targets.append(environment.ROOT / "bench" / "results" / environment.folder_name(facts) / "ops.json")
-    for path in targets:
+    for path in targets(result, options):
         schema.write(result, path)
         print(f"written {path}")
     if options.plot:

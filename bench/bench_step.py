@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from . import ceilings, environment, schema, step_model, step_trace, table
 from .bench_ops import complain, pick_device
 from .cases import BenchError
-from .runner import within
+from .runner import NOT_REACHED, exit_status, within
 from .step_measure import Bench
 from .step_table import step_lines, window_line
 from .step_ways import AUTOREGRESSIVE, WAYS, Way
@@ -77,6 +78,7 @@ def prepare_model(options, device: torch.device):
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    has_time = within(options.budget)
     try:
         if options.steps < 2 or options.batch < 1 or options.repeats < 1:
             raise BenchError("--steps must be at least 2, --batch and --repeats at least 1")
@@ -85,7 +87,7 @@ def main(arguments: list[str]) -> int:
     except BenchError as error:
         complain(str(error))
         return 2
-    return bench(model, name, options, device)
+    return bench(model, name, options, device, has_time)
 
 
 def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[list[Way], int]]:
@@ -112,7 +114,9 @@ def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[l
     return plan + [([way], context) for way in late for context in contexts]
 
 
-def bench(model, name: str, options, device: torch.device) -> int:
+def bench(
+    model, name: str, options, device: torch.device, has_time: Callable[[], bool] = lambda: True
+) -> int:
     """Measure all ways at all contexts, print and write; the exit status."""
     longest = model.config.text_config.max_position_embeddings
     default = CONTEXTS if name.startswith("full") else (64, 256)
@@ -128,7 +132,6 @@ def bench(model, name: str, options, device: torch.device) -> int:
     limits = ceilings.measure(device)
     limits.matrix(model.dtype)
     print(f"{facts['device']}, {name}, {options.steps} steps, batch {options.batch}")
-    has_time = within(options.budget)
     found: dict[tuple, dict] = {}
     late = []
 
@@ -157,7 +160,7 @@ def bench(model, name: str, options, device: torch.device) -> int:
         if not has_time():
             for way in ways:
                 if (context, way.name) not in found:
-                    late.append(f"{way.name} at context {context}: not reached within {options.budget:g} s")
+                    late.append(f"{way.name} at context {context}: {NOT_REACHED} of {options.budget:g} s")
             continue
         with step_trace.reading_compiled_code() if device.type == "cpu" else contextlib.nullcontext():
             group = measured.measure(ways, context)
@@ -193,7 +196,7 @@ def bench(model, name: str, options, device: torch.device) -> int:
     write_result(result(), options, facts, name.split()[0])
     for line in failures():
         complain(line)
-    return 2 if refused else 1 if failures() else 0
+    return exit_status(refused, failures())
 
 
 def write_result(result: dict, options, facts: dict, kind: str) -> None:

@@ -7,6 +7,7 @@ theirs. Time that a part leaves over goes to those after it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,30 +15,40 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from . import INCOMPLETE
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
 ALIASES = {"attention": "block_attention", "ops": OPS}
+# Seconds that a part has at least where they are left: importing PyTorch alone takes a few.
+LEAST = 20.0
+WGMMA_TEST = "tests/test_cuda_block_attention_sm_90a.py::test_on_a_gpu"
 NO_GPU = "no NVIDIA GPU that PyTorch can use is present; nothing was run"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, what it is called, the share of the time it may take, and environment variables of its own."""
+    """A command, what it is called, the share of the time it may take, and environment variables of its own.
+
+    after: the part without whose success this one does not run.
+    """
 
     name: str
     command: tuple[str, ...]
     weight: float
     environment: tuple[tuple[str, str], ...] = ()
+    after: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended. status: "ok", "failed", "timeout" or "no time left"."""
+    """How a part ended. status: "ok", "failed", "incomplete", "timeout", "no time left" or "left out"."""
 
     name: str
     status: str
@@ -56,15 +67,26 @@ def device_facts() -> dict | None:
     return {"name": torch.cuda.get_device_name(0), "capability": torch.cuda.get_device_capability(0)}
 
 
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def side_by_side(cores: int | None = None, installed: bool | None = None) -> tuple[str, ...]:
     """pytest's options for tests in several processes, where pytest-xdist is installed.
 
     A test spends its time in the compiler (hundreds of variants of the Triton kernels), not on the GPU.
     """
     if installed is None:
-        installed = importlib.util.find_spec("xdist") is not None
+        installed = _installed("xdist")
     workers = min(8, (os.cpu_count() or 1 if cores is None else cores) // 2)
     return ("-n", str(workers), "--dist", "worksteal") if installed and workers > 1 else ()
+
+
+def with_limits(installed: bool | None = None) -> tuple[str, ...]:
+    """pytest's options that end a test which hangs, where pytest-timeout is installed: its worker with it."""
+    if installed is None:
+        installed = _installed("pytest_timeout")
+    return ("--timeout", "120", "--timeout-method", "thread") if installed else ()
 
 
 def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executable) -> list[Part]:
@@ -73,12 +95,13 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     # Architecture-specific instructions (wgmma) are there only under the suffixed name.
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
+    pytest = (python, "-m", "pytest", "-m", "gpu", "-q", *with_limits())
     weights = {"block_attention": 2.0, "commit": 0.5, "samplers": 0.5}
     parts = [
         # Without nvcc the host part is built and Triton's kernels are measured; doctor then says what is missing.
         Part("build", build, 3.0, (("DGEMMA_ACCEL_CUDA", "auto"), ("DGEMMA_ACCEL_CUDA_ARCHS", architecture))),
         Part("doctor", (python, "-m", "dgemma_accel", "doctor"), 0.2),
-        Part("test", (python, "-m", "pytest", "-m", "gpu", "-q", "--maxfail", "20", *side_by_side()), 2.0),
+        Part("test", (*pytest, "--deselect", WGMMA_TEST, "--maxfail", "20", *side_by_side()), 3.0),
     ]
 
     def timed(name: str, op: str, weight: float, *environment: tuple[str, str]) -> Part:
@@ -90,8 +113,10 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     parts.append(Part("step", step, 3.0))
     if major == 9:
         # It has never run. After all others, a kernel that hangs costs none of them anything.
-        wgmma = ("DGEMMA_ACCEL_BLOCK_ATTENTION", "sm_90a")
-        parts.append(timed("block_attention_sm_90a", "block_attention", 1.0, wgmma))
+        parts.append(Part("test_sm_90a", (*pytest, WGMMA_TEST), 0.5))
+        name, wgmma = "block_attention_sm_90a", ("DGEMMA_ACCEL_BLOCK_ATTENTION", "sm_90a")
+        part = timed(name, "block_attention", 0.5, wgmma)
+        parts.append(replace(part, command=(*part.command, "--peer", "none"), after="test_sm_90a"))
     return parts
 
 
@@ -117,56 +142,52 @@ def with_budget(part: Part, seconds: float) -> tuple[str, ...]:
     """The command, told its time where it can end by itself and still write what it has."""
     if "bench" not in part.command:
         return part.command
-    # The rest is for starting Python, the last case and the result file.
-    return (*part.command, "--budget", f"{max(5.0, 0.75 * seconds):.0f}")
+    # The rest is for starting Python and the last case.
+    return (*part.command, "--budget", f"{max(5.0, 0.8 * seconds):.0f}")
 
 
 def run_process(
     command: tuple[str, ...], environment: Mapping[str, str], seconds: float, log: Path
 ) -> int | None:
     """Run, copying the output to the terminal and to a file; the exit status, None when the time was over."""
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=dict(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        timer = _Deadline(process, seconds)
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            sink.write(line)
-        code = process.wait()
-        return None if timer.cancel() else code
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+    def copy_output() -> None:
+        with log.open("w") as sink:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                sink.write(line)
+                sink.flush()
+
+    # In a thread: the pipe stays open as long as anything that the process started holds it.
+    reader = threading.Thread(target=copy_output, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    _end_group(process)
+    reader.join(5)
+    return code
 
 
-class _Deadline:
-    """Ends a process and all it started when its time is over."""
-
-    def __init__(self, process: subprocess.Popen, seconds: float):
-        import threading
-
-        self.process, self.fired = process, False
-        self.timer = threading.Timer(seconds, self._end)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def _end(self) -> None:
-        self.fired = True
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                return
-            time.sleep(3)
-
-    def cancel(self) -> bool:
-        """Stop waiting; whether the process was ended by it."""
-        self.timer.cancel()
-        return self.fired
+def _end_group(process: subprocess.Popen) -> None:
+    """End a process and what it started; what does not end, stuck in a driver say, is left behind."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
 
 
 def run_parts(
@@ -175,13 +196,21 @@ def run_parts(
     out: Path,
     execute: Callable[..., int | None] = run_process,
     now: Callable[[], float] = time.monotonic,
+    tell: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Run parts one after another, each within its share of what is left of `seconds`."""
+    """Run parts one after another, each within its share of what is left of `seconds`.
+
+    tell: is given the outcomes so far after each part.
+    """
     end = now() + seconds
     outcomes = []
     for position, part in enumerate(parts):
         left = end - now()
         share = left * part.weight / sum(other.weight for other in parts[position:])
+        share = max(share, min(left, LEAST))
+        if any(outcome.name == part.after and outcome.status != "ok" for outcome in outcomes):
+            outcomes.append(Outcome(part.name, "left out", None, 0.0))
+            continue
         if share < 1:
             outcomes.append(Outcome(part.name, "no time left", None, 0.0))
             continue
@@ -193,8 +222,9 @@ def run_parts(
         except OSError as error:
             print(f"{part.name}: cannot be started: {error}")
             code = 127
-        status = "timeout" if code is None else "ok" if code == 0 else "failed"
+        status = {None: "timeout", 0: "ok", INCOMPLETE: "incomplete"}.get(code, "failed")
         outcomes.append(Outcome(part.name, status, code, now() - begun))
+        tell(outcomes)
     return outcomes
 
 
@@ -202,6 +232,7 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
     """The parts with their outcome, then one line for each figure in the result files they left."""
     from . import schema, table
     from .cases import BenchError
+    from .runner import NOT_REACHED
 
     lines = ["part  outcome"]
     for outcome in outcomes:
@@ -215,7 +246,7 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
         except BenchError as error:
             lines.append(str(error))
             continue
-        lines.append("")
+        lines += ["", *(line for line in result["problems"] if NOT_REACHED in line)]
         if result["kind"] == "step":
             for row in result["rows"]:
                 if row["status"] == "ok":
@@ -283,22 +314,26 @@ def main(arguments: list[str]) -> int:
     print(
         f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}"
     )
-    outcomes = run_parts(parts, 60 * options.minutes, out)
-    write_summary(outcomes, out, facts)
+    # After every part: what ends this process, too, leaves the summary of what had been done.
+    outcomes = run_parts(
+        parts, 60 * options.minutes, out, tell=lambda so_far: write_summary(so_far, out, facts)
+    )
+    print("\n== summary\n" + "\n".join(write_summary(outcomes, out, facts)))
     if problems:
         return 2
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
-def write_summary(outcomes: list[Outcome], out: Path, facts: dict) -> None:
+def write_summary(outcomes: list[Outcome], out: Path, facts: dict) -> list[str]:
+    """Write summary.md and summary.json; the summary's lines."""
     lines = summary_lines(outcomes, out)
-    print("\n== summary\n" + "\n".join(lines))
     major, minor = facts["capability"]
     head = f"{facts['name']}, compute capability {major}.{minor}"
     items = [f"- {line}" if line else "" for line in lines]
     (out / "summary.md").write_text("\n".join([f"# {head}", "", *items]) + "\n")
     record = {"device": head, "parts": [vars(outcome) for outcome in outcomes]}
     (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    return lines
 
 
 def sanitize(arguments: list[str]) -> int:

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
-from . import memory, timing
+from . import INCOMPLETE, memory, timing
 from .cases import Case, Skipped, Variant, disagreement, dtype_name
 from .ceilings import Ceilings
 
 # Time for the samples of one variant; a variant that needs longer for three samples takes what it needs.
 SECONDS = 1.0
 QUICK_SECONDS = 0.2
+
+
+# What a problem's line says of a case or a variant that no time was left for.
+NOT_REACHED = "not reached within the budget"
 
 
 def _one_line(error: BaseException) -> str:
@@ -51,6 +55,17 @@ def timed(result: timing.Timing | Exception, extra: int | None) -> dict:
     }
 
 
+class DeviceLost(RuntimeError):
+    """The device answers no more: an illegal access, say, ends all work of the process on it.
+
+    rows, problems: what `Runner.run` has of the case.
+    """
+
+    def __init__(self, message: str, rows: list[dict], problems: list[str]) -> None:
+        super().__init__(message)
+        self.rows, self.problems = rows, [*problems, message]
+
+
 class Runner:
     """Runs cases on one device.
 
@@ -79,7 +94,11 @@ class Runner:
         self.say = say
 
     def run(self, case: Case) -> tuple[list[dict], list[str]]:
-        """(one row for each backend, problems that make the run fail)."""
+        """(one row for each backend, problems that make the run fail).
+
+        Raises:
+            DeviceLost: no other case can run in this process.
+        """
         free = memory.available(self.device)
         if case.memory > free:
             line = (
@@ -87,14 +106,20 @@ class Runner:
             )
             return [], [line]
         try:
-            return self._run(case)
+            rows, problems = self._run(case)
         except torch.OutOfMemoryError as error:
-            return [], [f"{case.title}: does not fit: {_one_line(error)}"]
+            rows, problems = [], [f"{case.title}: does not fit: {_one_line(error)}"]
         except Exception as error:
-            return [], [f"{case.title}: {_one_line(error)}"]
-        finally:
-            if self.device.type == "cuda":
+            rows, problems = [], [f"{case.title}: {_one_line(error)}"]
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise DeviceLost(
+                    f"the GPU was lost in {case.title}: {_one_line(error)}", rows, problems
+                ) from error
+        return rows, problems
 
     def _run(self, case: Case) -> tuple[list[dict], list[str]]:
         inputs = case.make(self.device, 0)
@@ -214,3 +239,12 @@ def within(seconds: float | None) -> Callable[[], bool]:
     """A clock that says whether a budget, None for none, still has time."""
     end = None if seconds is None else time.monotonic() + seconds
     return lambda: end is None or time.monotonic() < end
+
+
+def exit_status(refused: list[str], problems: list[str]) -> int:
+    """2 for a request that cannot be served, 1 for what is wrong or failed, `INCOMPLETE`, or 0."""
+    if refused or any("does not fit" in line for line in problems):
+        return 2
+    if any(NOT_REACHED not in line for line in problems):
+        return 1
+    return INCOMPLETE if problems else 0

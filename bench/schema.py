@@ -117,7 +117,10 @@ def write(result: dict, path: Path) -> None:
     if problems:
         raise AssertionError(f"the bench made a result of another form: {problems[0]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    # A run that is ended while it writes leaves what it wrote the last time.
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def read(path: Path) -> dict:

@@ -38,6 +38,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", backend_params(metafunc.module.OP))
 
 
+def pytest_itemcollected(item):
+    """What a module of tests runs on its DEVICE needs a GPU where that is one."""
+    if getattr(item.module, "DEVICE", "cpu") == "cuda":
+        item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device(request) -> str:
     backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "reference"
@@ -51,6 +57,32 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_runtest_logreport(report):
+    """A line at once for each failure on a GPU: a run that its time limit ends prints no list of them."""
+    if report.failed and "gpu" in report.keywords:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(
+            f"\nfailed: {report.nodeid}: {crash.message.splitlines()[0] if crash else report.longrepr}",
+            flush=True,
+        )
+
+
+@pytest.fixture(autouse=True)
+def _the_gpu_survives(request):
+    """Ends the process whose CUDA context an illegal access has ended, lest every later test fails for it.
+
+    pytest-xdist reports the test and goes on with another worker.
+    """
+    yield
+    if "gpu" in request.keywords and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if hasattr(request.config, "workerinput"):
+                os._exit(70)
+            pytest.exit(f"the GPU was lost in {request.node.nodeid}: {error}", returncode=70)
 
 
 @pytest.fixture(autouse=True)

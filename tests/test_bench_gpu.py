@@ -42,7 +42,8 @@ def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
 
 def test_parts_in_order_with_the_architecture_of_the_gpu():
     names = [part.name for part in PARTS]
-    assert names[:3] == ["build", "doctor", "test"] and names[-2] == "step"
+    assert names[:3] == ["build", "doctor", "test"]
+    assert names[-3:] == ["step", "test_sm_90a", "block_attention_sm_90a"]
     assert set(gpu.OPS) < set(names)
     assert dict(PARTS[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "90a"
     assert dict(gpu.all_parts((12, 0), Path("out"))[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "120"
@@ -53,6 +54,12 @@ def test_hopper_times_its_own_attention_after_all_others():
     assert PARTS[-1].name == "block_attention_sm_90a"
     assert dict(PARTS[-1].environment) == {"DGEMMA_ACCEL_BLOCK_ATTENTION": "sm_90a"}
     assert str(Path("out") / "block_attention_sm_90a.json") in PARTS[-1].command
+    # Only behind its own test, which the part of all tests leaves to a process with nothing else in it.
+    assert PARTS[-1].after == PARTS[-2].name and gpu.WGMMA_TEST in PARTS[-2].command
+    tests = next(part for part in PARTS if part.name == "test").command
+    assert tests[tests.index("--deselect") + 1] == gpu.WGMMA_TEST
+    path, name = gpu.WGMMA_TEST.split("::")
+    assert f"def {name}(" in (gpu.ROOT / path).read_text()
     assert [part for part in gpu.all_parts((12, 0), Path("out")) if part.name == PARTS[-1].name] == []
 
 
@@ -60,6 +67,7 @@ def test_gpu_tests_run_in_several_processes_where_that_is_possible():
     assert gpu.side_by_side(16, True) == ("-n", "8", "--dist", "worksteal")
     assert gpu.side_by_side(5, True) == ("-n", "2", "--dist", "worksteal")
     assert gpu.side_by_side(16, False) == () and gpu.side_by_side(2, True) == ()
+    assert "--timeout" in gpu.with_limits(True) and gpu.with_limits(False) == ()
 
 
 def test_choosing_parts():
@@ -83,6 +91,26 @@ def test_a_failing_part_does_not_stop_the_others(tmp_path):
     assert clock.time <= 100
 
 
+def test_a_part_behind_one_that_failed_is_left_out_and_each_outcome_is_told(tmp_path):
+    clock, seen, told = Clock(), [], []
+    parts = [
+        Part("a", ("run",), 1.0),
+        Part("b", ("run",), 1.0, after="a"),
+        Part("c", ("run",), 1.0, after="x"),
+    ]
+    run = executor(clock, {"a": (1, gpu.INCOMPLETE)}, seen)
+    outcomes = gpu.run_parts(parts, 100, tmp_path, run, clock, lambda so_far: told.append(len(so_far)))
+    assert [outcome.status for outcome in outcomes] == ["incomplete", "left out", "ok"]
+    assert [name for name, *_ in seen] == ["a", "c"] and told == [1, 3]
+
+
+def test_a_small_part_has_time_to_start(tmp_path):
+    clock, seen = Clock(), []
+    parts = [Part("a", ("run",), 0.1), Part("b", ("run",), 10.0)]
+    gpu.run_parts(parts, 100, tmp_path, executor(clock, {}, seen), clock)
+    assert [seconds for _, seconds, _ in seen] == [gpu.LEAST, 99]
+
+
 def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):
     parts = [Part("x", ("/nonexistent/program",), 1.0), Part("y", (sys.executable, "-c", ""), 1.0)]
     outcomes = gpu.run_parts(parts, 30, tmp_path)
@@ -91,7 +119,7 @@ def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):
 
 def test_bench_parts_are_told_their_time():
     step = next(part for part in PARTS if part.name == "step")
-    assert gpu.with_budget(step, 100)[-2:] == ("--budget", "75")
+    assert gpu.with_budget(step, 100)[-2:] == ("--budget", "80")
     assert gpu.with_budget(PARTS[0], 100) == PARTS[0].command
 
 
@@ -107,12 +135,22 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_its_output_kept(tmp_pa
     assert gpu.run_process((sys.executable, "-c", "raise SystemExit(3)"), {}, 30.0, tmp_path / "log") == 3
 
 
+def test_a_part_does_not_wait_for_what_it_left_running(tmp_path):
+    code = (
+        "import subprocess, sys; print('done', flush=True); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)"
+    )
+    begun = time.monotonic()
+    assert gpu.run_process((sys.executable, "-c", code), {}, 30.0, tmp_path / "log") == 0
+    assert time.monotonic() - begun < 20 and (tmp_path / "log").read_text() == "done\n"
+
+
 def test_main_runs_all_parts_and_leaves_a_summary(monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(gpu, "device_facts", lambda: {"name": "NVIDIA Test", "capability": (9, 0)})
 
-    def run_parts(parts, seconds, out):
+    def run_parts(parts, seconds, out, tell):
         seen.extend(part.name for part in parts)
         assert seconds == 60 * 9 and out == tmp_path
         (out / "row_stats.json").write_text("{}")

@@ -13,8 +13,6 @@ transformers = pytest.importorskip("transformers")
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "tiny-dgemma"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
 
 @pytest.fixture(scope="module")
 def model():
