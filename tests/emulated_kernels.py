@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 TEST_CSRC = ROOT / "tests" / "csrc"
+# As nvcc compiles: a * b + c in one instruction. GCC does it from -O2 on.
+FUSED = ("-O2", "-mfma", "-ffp-contract=fast")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -53,9 +55,18 @@ def _compile(key: str, suffix: str, arguments: list[str | Path]) -> Path:
     return target
 
 
-def build(name: str, csrc: Path = CSRC, sanitize: bool = True) -> Path:
+def can_fuse() -> bool:
+    """Whether this machine runs what `FUSED` makes."""
+    try:
+        return " fma " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def build(name: str, csrc: Path = CSRC, sanitize: bool = True, fuse: bool = False) -> Path:
     """The program of tests/csrc/NAME.cpp, compiled unless it is there for these very sources."""
-    flags = ["-std=c++17", "-O1", "-g1", "-DDGEMMA_EMULATED", *(SANITIZERS if sanitize else ())]
+    optimised = FUSED if fuse else ("-O1",)
+    flags = ["-std=c++17", *optimised, "-g1", "-DDGEMMA_EMULATED", *(SANITIZERS if sanitize else ())]
     emulation = TEST_CSRC / "emulation"
     machine = _compile(
         f"machine-{_digest([emulation], [*compiler(), *flags])}",
@@ -68,7 +79,13 @@ def build(name: str, csrc: Path = CSRC, sanitize: bool = True) -> Path:
 
 
 def planted(
-    name: str, folder: Path, file: str, passage: str, replacement: str, sanitize: bool = True
+    name: str,
+    folder: Path,
+    file: str,
+    passage: str,
+    replacement: str,
+    sanitize: bool = True,
+    fuse: bool = False,
 ) -> Path:
     """The program built with `passage` of csrc/FILE, which stands there once, replaced."""
     copy = folder / "csrc"
@@ -76,7 +93,7 @@ def planted(
     text = (copy / file).read_text()
     assert text.count(passage) == 1, f"{file}: the passage stands {text.count(passage)} times"
     (copy / file).write_text(text.replace(passage, replacement))
-    return build(name, copy, sanitize)
+    return build(name, copy, sanitize, fuse)
 
 
 def write_case(folder: Path, numbers: dict, tensors: dict[str, torch.Tensor | None]) -> Path:

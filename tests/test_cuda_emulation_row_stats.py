@@ -4,7 +4,16 @@ import re
 
 import pytest
 import torch
-from emulated_kernels import build, planted, read_tensor, run, run_clean, skip_without_compiler, write_case
+from emulated_kernels import (
+    build,
+    can_fuse,
+    planted,
+    read_tensor,
+    run,
+    run_clean,
+    skip_without_compiler,
+    write_case,
+)
 
 from dgemma_accel.native.params import DTYPES
 from dgemma_accel.ops.row_stats import RowStats
@@ -125,6 +134,49 @@ def test_rows_without_a_distribution_and_minus_infinity(program, tmp_path):
         for name, actual, wanted in zip(OUTPUTS, result(folder, logits), expected):
             same = torch.allclose(actual.double(), wanted.double(), rtol=1e-5, atol=1e-6, equal_nan=True)
             assert same, (name, temperature, softcap, actual, wanted)
+
+
+def test_a_row_of_minus_infinity_has_a_first_token_wherever_it_begins(program, tmp_path):
+    """The softcap makes it a distribution; what its first vector holds before it is no token."""
+    logits = torch.full((3 * 401 + 5,), float("-inf")).as_strided((1, 3, 401), (3 * 401, 401, 1), 5)
+    folder = case(tmp_path / "case", logits, softcap=30.0, temperature=torch.tensor([1.0, 0.0, 1.0]),
+                  uniform=torch.tensor([0.0, 0.5, 0.5]))  # fmt: skip
+    run_clean(program, [folder])
+    found = result(folder, logits)
+    assert found.argmax.tolist() == [[0, 0, 0]] and found.sample.tolist() == [[0, 0, 200]]
+
+
+NARROW = (1.0, 1e-3, 1e-5, 1e-7, 1e-9)
+
+
+def narrow_cases(folder):
+    """(folder, logits, settings) at temperatures that leave one token, softcapped, in tiles that a row fills."""
+    logits, uniform = torch.randn(1, 2, 8192) * 3, torch.tensor([0.25, 0.75])
+    return [
+        (folder / str(t), logits, {"temperature": t, "softcap": 30.0, "uniform": uniform}) for t in NARROW
+    ]
+
+
+def narrow_problems(program, folder):
+    cases = narrow_cases(folder)
+    run_clean(program, [case(path, logits, **settings) for path, logits, settings in cases])
+    problems = []
+    for path, logits, settings in cases:
+        found = result(path, logits)
+        problems += check_row_stats(found, logits, **{**settings, "uniform": settings["uniform"][None]})
+        problems += [] if bool((found.top1_prob <= 1).all()) else ["top1_prob above 1"]
+    return problems
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this processor has no fused multiply-add")
+def test_the_largest_logit_has_no_difference_from_itself_where_products_are_fused(tmp_path):
+    """nvcc fuses a product with what is subtracted from it; at low temperatures that difference is all there is."""
+    assert not narrow_problems(build(PROGRAM, sanitize=False, fuse=True), tmp_path / "right")
+    unrounded = planted(
+        PROGRAM, tmp_path, "common/device_math.cuh", "hw::multiply_rounded(u, fmaf(p, w, scale))",
+        "u * fmaf(p, w, scale)", sanitize=False, fuse=True,
+    )  # fmt: skip
+    assert narrow_problems(unrounded, tmp_path / "wrong")
 
 
 def test_two_runs_give_the_same_bits(program, tmp_path):

@@ -77,6 +77,9 @@ DGEMMA_DEVICE float exp2_fast(float x) {
   return result;
 }
 
+// a * b, which no sum or difference that it goes into is fused with.
+DGEMMA_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // 1 / x within 1 ulp; 0 for infinity.
 DGEMMA_DEVICE float reciprocal_fast(float x) {
   float result;

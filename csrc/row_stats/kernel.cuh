@@ -382,7 +382,7 @@ DGEMMA_DEVICE void write_statistics(const RowStatsParams& params, int64_t row_in
     const int64_t token = (first + v * kRowStatsThreads) * kElements - row.head;
     DGEMMA_UNROLL
     for (int i = 0; i < kElements; ++i) {
-      const bool top = x[i] == plan.max;
+      const bool top = x[i] == plan.max && inside(row, first + v * kRowStatsThreads, i);
       rank = better(rank, {top ? int32_t(token + i) : 0x7fffffff, top ? -INFINITY : x[i]}, plan.max);
     }
   }

@@ -13,6 +13,7 @@
 #include "emulated_warpgroup.h"
 #else
 
+#include "matrix_descriptor.h"
 #include "shared_address.cuh"
 
 namespace dgemma::hw {
@@ -23,8 +24,7 @@ struct SharedMatrix {
   uint32_t offset, leading, stride;
 
   __device__ __forceinline__ uint64_t descriptor() const {
-    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-    return uint64_t(shared_address(offset) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kSwizzle128;
+    return matrix_descriptor(shared_address(offset), leading, stride);
   }
 };
 

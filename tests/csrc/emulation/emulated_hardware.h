@@ -95,6 +95,10 @@ inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 0x1p-126f ? 0.0f : result;
 }
+inline float multiply_rounded(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 inline void copy_async_16(uint32_t offset, const void* source, bool valid) {

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "common/device/matrix_descriptor.h"
 #include "emulated_hardware.h"
 
 namespace dgemma::hw {
@@ -17,6 +18,14 @@ inline void store_in_cluster(int block, uint32_t offset, Words4 value) {
 
 struct SharedMatrix {
   uint32_t offset, leading, stride;
+
+  // What the instruction makes of the descriptor. A block's shared memory begins 1 KB behind a multiple of 16 MB.
+  SharedMatrix as_described() const {
+    constexpr uint32_t kStart = 1024;
+    const uint64_t bits = matrix_descriptor(uint32_t(emulation::block_of_cluster()) << 24 | (kStart + offset), leading, stride);
+    const auto field = [bits](int first) { return uint32_t(bits >> first & 0x3fff) << 4; };
+    return {field(0) - kStart, field(16), field(32)};
+  }
 };
 
 inline void show_copies_to_multiplies() { emulation::fence_for_tensor_cores(); }
@@ -128,12 +137,13 @@ void wait_multiplies(float (&)[kTiles][4]) {
 
 template <class T>
 void multiply_rows(float (&sum)[8][4], const SharedMatrix& left, const SharedMatrix& right, bool add) {
-  start_product({&sum[0][0], 64, add, false, std::is_same_v<T, Bfloat16>, {}, left, right});
+  start_product({&sum[0][0], 64, add, false, std::is_same_v<T, Bfloat16>, {}, left.as_described(), right.as_described()});
 }
 
 template <class T>
 void multiply_columns(float (&sum)[32][4], const uint32_t (&left)[4], const SharedMatrix& right) {
-  start_product({&sum[0][0], 256, true, true, std::is_same_v<T, Bfloat16>, {left[0], left[1], left[2], left[3]}, {}, right});
+  start_product({&sum[0][0], 256, true, true, std::is_same_v<T, Bfloat16>, {left[0], left[1], left[2], left[3]}, {},
+                 right.as_described()});
 }
 
 }  // namespace dgemma::hw

@@ -268,6 +268,7 @@ void run(const Grid& grid, int threads, uint32_t shared_bytes, const std::functi
 }
 
 int thread_index() { return machine.current->thread; }
+int block_of_cluster() { return machine.current->block; }
 int thread_of_cluster() { return machine.current->block * machine.threads + machine.current->thread; }
 int block_size() { return machine.threads; }
 const Grid& block_index() { return own().index; }

@@ -53,6 +53,7 @@ void fence_for_tensor_cores();
 
 // Of all threads that run together.
 int thread_of_cluster();
+int block_of_cluster();
 
 // The asynchronous copies of the thread that runs: 16 bytes each, landed when waited for.
 void start_copy(uint32_t offset, const void* source, bool valid);
