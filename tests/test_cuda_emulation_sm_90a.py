@@ -1,7 +1,7 @@
 """The wgmma kernel of block_attention on the host, thread by thread: clusters, swizzled panels, asynchronous products.
 
-The harness is that of test_cuda_emulation_block_attention.py. What it cannot see is whether the hardware reads a
-matrix descriptor as tests/csrc/emulation/emulated_warpgroup.h does.
+The harness is that of test_cuda_emulation_block_attention.py. Matrix descriptors are made and read bit by bit; what it
+cannot see is whether the hardware lays operands out as tests/csrc/emulation/emulated_warpgroup.h does.
 """
 
 import re
@@ -161,3 +161,12 @@ def test_planted_bug_is_caught(machine, tmp_path, name):
         assert re.fullmatch(report, "") and problems, done.stderr
     else:
         assert done.returncode == 3 and report and re.search(report, done.stderr), done.stderr
+
+
+def test_a_descriptor_that_holds_the_rank_of_its_block_is_caught(machine, tmp_path):
+    """The second block of a cluster has its shared memory 16 MB further on, where a descriptor has other fields."""
+    path, masked = "../common/device/matrix_descriptor.h", "(address & 0x3ffff) >> 4"
+    done, problems = run_mutant(tmp_path, machine, mutate(tmp_path, path, masked, "address >> 4"))
+    assert problems if done.returncode == 0 else re.search("outside|never written|no fence", done.stderr), (
+        done.stderr
+    )
