@@ -12,24 +12,39 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from dgemma_accel.backends import AUTO_FILE
+from dgemma_accel.backends import AUTO_FILE, MODULES
 
-from . import schema
-from .cases import BenchError
+from .report import find_results
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = ("cuda", "triton")
 
 
+def _counts(result: dict) -> bool:
+    of_ops_on_a_gpu = result["kind"] == "ops" and result["environment"]["device_type"] == "cuda"
+    return of_ops_on_a_gpu and not result["options"].get("quick")
+
+
+def device_of(results: list[dict]) -> dict[str, str]:
+    """{compute capability: the device of it that was measured last}."""
+    facts = [result["environment"] for result in results if _counts(result)]
+    return {one["capability"]: one["device"] for one in sorted(facts, key=lambda one: one["date"])}
+
+
 def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """{(op, compute capability): {backend: geometric mean microseconds}} of cases that all its kernels passed."""
+    """{(op, compute capability): {backend: geometric mean microseconds}} of cases that all its kernels passed.
+
+    Of several devices of one compute capability the one measured last counts, and no quick run does.
+    """
+    devices = device_of(results)
     times: dict[tuple[str, str], dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
-        if result["kind"] != "ops" or result["environment"]["device_type"] != "cuda":
+        facts = result["environment"]
+        capability = facts["capability"]
+        if not _counts(result) or facts["device"] != devices[capability]:
             continue
-        capability = result["environment"]["capability"]
         for row in result["rows"]:
-            if row["backend"] in KERNELS and row["status"] == "ok":
+            if row["op"] in MODULES and row["backend"] in KERNELS and row["status"] == "ok":
                 case = row["shape"], row["dtype"], row["case"]
                 times[row["op"], capability][case][row["backend"]] = row["median_us"]
     means = {}
@@ -43,12 +58,12 @@ def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
     return means
 
 
-def updated(table: dict, means: dict[tuple[str, str], dict[str, float]], device_of: dict[str, str]) -> dict:
+def updated(table: dict, means: dict[tuple[str, str], dict[str, float]], devices: dict[str, str]) -> dict:
     """The table with an entry for everything that was measured."""
     for (op, capability), by_backend in sorted(means.items()):
         first, second = sorted(KERNELS, key=by_backend.__getitem__)
         ratio = by_backend[second] / by_backend[first]
-        basis = f"measured on {device_of[capability]}: {first} {ratio:.2f}x faster than {second}"
+        basis = f"measured on {devices[capability]}: {first} {ratio:.2f}x faster than {second}"
         table.setdefault(op, {})[capability] = {"order": [first, second, "reference"], "basis": basis}
     return table
 
@@ -58,22 +73,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=AUTO_FILE)
     options = parser.parse_args(arguments)
-    results, status = [], 0
+    found, problems = find_results(options.results)
+    print(*problems, sep="\n", end="\n" if problems else "")
     # Older files first, so that a newer measurement of a case replaces an older one.
-    for path in sorted(options.results.rglob("*.json")):
-        try:
-            results.append(schema.read(path))
-        except BenchError as error:
-            print(error)
-            status = 2
+    results = [result for _, result in found]
     results.sort(key=lambda result: result["environment"]["date"])
     means = measured(results)
-    devices = {result["environment"]["capability"]: result["environment"]["device"] for result in results}
-    table = updated(json.loads(AUTO_FILE.read_text()), means, devices)
+    table = updated(json.loads(AUTO_FILE.read_text()), means, device_of(results))
     options.output.write_text(json.dumps(table, indent=1) + "\n")
     print(
         f"{len(means)} measured entries in {options.output.name}"
         if means
         else "no GPU result with both kernels yet"
     )
-    return status
+    return 2 if problems else 0

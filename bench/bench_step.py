@@ -156,7 +156,8 @@ def bench(
         }
 
     measured = Bench(model, limits, options)
-    for ways, context in schedule(options, contexts, device):
+    plan = schedule(options, contexts, device)
+    for position, (ways, context) in enumerate(plan):
         if not has_time():
             for way in ways:
                 if (context, way.name) not in found:
@@ -171,6 +172,7 @@ def bench(
                     f"context {context}, {row['variant']}: {table.duration(row['step_ms'] * 1e3)} a step",
                     flush=True,
                 )
+        measured.keep({way.name for later, _ in plan[position + 1 :] for way in later})
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if options.json:

@@ -336,12 +336,21 @@ def write_summary(outcomes: list[Outcome], out: Path, facts: dict) -> list[str]:
     return lines
 
 
+# Tests that launch this package's CUDA kernels, and little else.
+SANITIZED = ("native_cuda", "cuda_block_attention", "block_attention", "row_stats", "commit")
+
+
 def sanitize(arguments: list[str]) -> int:
-    """The gpu tests under compute-sanitizer, one tool after another; exit 2 without a GPU or the tool."""
+    """The gpu tests of the CUDA kernels under compute-sanitizer, one tool after another; exit 2 without a GPU or it."""
     parser = argparse.ArgumentParser(prog="python -m bench sanitize", description=sanitize.__doc__)
-    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck", "initcheck"])
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck", "initcheck", "synccheck"])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("tests", nargs="*", default=["tests"])
+    parser.add_argument(
+        "--kernels",
+        default="dgemma",
+        help="only kernels with this in their names; '' for PyTorch's and Triton's too",
+    )
+    parser.add_argument("tests", nargs="*", default=[f"tests/test_{name}.py" for name in SANITIZED])
     options = parser.parse_args(arguments)
     facts = device_facts()
     if facts is None:
@@ -355,40 +364,26 @@ def sanitize(arguments: list[str]) -> int:
         return 2
     out = output_folder(facts)
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_parts(sanitizer_parts(checker, options.tools, options.tests), 60 * options.minutes, out)
+    parts = sanitizer_parts(checker, options.tools, options.tests, options.kernels)
+    outcomes = run_parts(parts, 60 * options.minutes, out)
     for outcome in outcomes:
         print(f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s")
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
 def sanitizer_parts(
-    checker: str, tools: list[str], tests: list[str], python: str = sys.executable
+    checker: str, tools: list[str], tests: list[str], kernels: str = "", python: str = sys.executable
 ) -> list[Part]:
     # PyTorch's caching allocator would hide an access past the end of a tensor inside its larger blocks.
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    return [
-        Part(
-            tool,
-            (
-                checker,
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "1",
-                "--target-processes",
-                "all",
-                python,
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                *tests,
-            ),
-            1.0,
-            environment,
-        )
-        for tool in tools
-    ]
+    only = ("--kernel-name", f"kernel_substring={kernels}") if kernels else ()
+    pytest = (python, "-m", "pytest", "-m", "gpu and not capture", "-q", "-p", "no:cacheprovider", *tests)
+
+    def command(tool: str) -> tuple[str, ...]:
+        # PyTorch probes the device by calls that may fail.
+        quiet = ("--report-api-errors", "no") if tool == "memcheck" else ()
+        return (
+            checker, "--tool", tool, *quiet, *only, "--error-exitcode", "1", "--target-processes", "all", *pytest,
+        )  # fmt: skip
+
+    return [Part(tool, command(tool), 1.0, environment) for tool in tools]

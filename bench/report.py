@@ -70,9 +70,7 @@ def _against(row: dict) -> str:
     if not timed:
         return ""
     chain = [
-        peer
-        for peer in timed
-        if "transformers" in peer["variant"] or peer["variant"].startswith("cat, repeat")
+        peer for peer in timed if "transformers" in peer["variant"] or peer["variant"].startswith("cat, ")
     ]
     chosen = [min(chain, key=lambda peer: peer["ratio"])] if chain else []
     others = [peer for peer in timed if peer not in chosen]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from dgemma_accel import captures, restore
+
 from . import ceilings, floors, memory, step_model, step_trace
+from .peers.torch_chain import as_in_a_process_of_its_own
 from .runner import _one_line
 from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
+from .timing import forget_frames
 
 # Tokens that all calls of one variant may add to its cache.
 ROOM = 4096
@@ -48,7 +53,7 @@ def per_step(
                 one = clock(lambda run=run: run(1), device)
                 found[name].append((clock(lambda run=run: run(steps), device) - one) / (steps - 1))
             except Exception as error:
-                failed[name] = error
+                failed[name] = forget_frames(error)
     return {name: failed.get(name) or statistics.median(found[name]) for name in runs}
 
 
@@ -87,7 +92,6 @@ class Bench:
     def __init__(self, model, limits: ceilings.Ceilings, options) -> None:
         self.model, self.limits, self.options = model, limits, options
         self.models: dict[str, object] = {}
-        self.validates = torch.distributions.Distribution._validate_args
 
     def runner(self, way: Way, context: int) -> Callable[[int], object]:
         if way.name not in self.models:
@@ -97,13 +101,9 @@ class Bench:
         if way.decodes:
             return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
         run = denoiser(model, cache, self.options.batch)
-
-        def as_in_a_process_of_its_own(steps: int):
-            # Compiling turns this off for the whole process, and with it a part of the reference's work.
-            torch.distributions.Distribution._validate_args = self.validates
-            return run(steps)
-
-        return as_in_a_process_of_its_own if way == REFERENCE else run
+        if way == REFERENCE:
+            return lambda steps: as_in_a_process_of_its_own(lambda: run(steps))()
+        return run
 
     def measure(self, ways: list[Way], context: int) -> list[dict]:
         """The rows of some ways at one context, timed in turn."""
@@ -134,7 +134,7 @@ class Bench:
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
         options, device = self.options, self.model.device
-        row["peak_extra_bytes"] = memory.peak_extra(lambda: run(2), device)
+        row["peak_extra_bytes"] = self._extra_memory(way, run)
         if can_count(way, device):
             row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
         if way.eager and not way.decodes:
@@ -143,6 +143,20 @@ class Bench:
             components = {name: spent / options.steps for name, spent in timeline.milliseconds().items()}
             # Nothing was seen of the layers where a loop does not call them as modules.
             row["components_ms"] = components if components["rest"] > 0 else None
+
+    def _extra_memory(self, way: Way, run: Callable[[int], object]) -> int | None:
+        extra = memory.peak_extra(lambda: run(2), self.model.device)
+        if not way.compiles or self.model.device.type != "cuda":
+            return extra
+        # A replay allocates nothing: what it works in belongs to the graph, which only ours tells.
+        graphs = sum(capture.memory_bytes for capture in captures(self.models[way.name]))
+        return extra + graphs if way.graph else None
+
+    def keep(self, names: set[str]) -> None:
+        """Let go of the models of all other ways, with what they compiled, captured and quantized."""
+        for name in self.models.keys() - names:
+            restore(self.models.pop(name))
+        gc.collect()
 
 
 def floor_of(

@@ -222,6 +222,10 @@ def random_cache(model: nn.Module, batch: int, context: int, *, kind: str, room:
             key = torch.empty(shape, dtype=dtype, device=device).normal_(generator=noise)
             value = torch.empty(shape, dtype=dtype, device=device).normal_(generator=noise)
             cache.update(key, value, layer)
+            if kind == "dynamic" and text.layer_types[layer] == "sliding_attention":
+                # transformers keeps a view of the last window, and with it the memory of the whole context.
+                kept = cache.layers[layer]
+                kept.keys, kept.values = kept.keys.clone(), kept.values.clone()
     finally:
         logger.setLevel(level)
     return cache

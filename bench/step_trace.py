@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import re
 import time
 import warnings
@@ -77,25 +79,37 @@ class Timeline:
         return {name: totals[name] for name in COMPONENTS}
 
 
-class _OpMarks(TorchDispatchMode):
-    """Marks the ops of this package on a timeline."""
+@contextlib.contextmanager
+def ops_wrapped(wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Within it each op of this package runs `wrap(op, implementation)` in place of its implementation."""
 
-    def __init__(self, timeline: Timeline):
-        super().__init__()
-        self.timeline = timeline
+    def wrapped(pick: Callable) -> Callable:
+        return lambda op, backend, requirements: wrap(op, pick(op, backend, requirements))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        component = OP_COMPONENT.get(func._opname) if func.namespace == "dgemma" else None
-        if component is None or self.timeline.stack[0] == "prompt":
-            return func(*args, **(kwargs or {}))
-        self.timeline.enter(component)
+    with contextlib.ExitStack() as stack:
+        for op in OP_COMPONENT:
+            module = importlib.import_module(f"dgemma_accel.ops.{op}")
+            stack.enter_context(mock.patch.object(module, "pick", wrapped(module.pick)))
+        yield
+
+
+def _marked(timeline: Timeline, op: str, run: Callable) -> Callable:
+    """The implementation of an op, marked on a timeline."""
+    component = OP_COMPONENT[op]
+
+    def call(*arguments):
+        if timeline.stack[0] == "prompt":
+            return run(*arguments)
+        timeline.enter(component)
         try:
-            return func(*args, **(kwargs or {}))
+            return run(*arguments)
         finally:
-            self.timeline.leave()
-            if component == "sampler" and len(self.timeline.stack) == 1:
+            timeline.leave()
+            if component == "sampler" and len(timeline.stack) == 1:
                 # A fused head has no end of its own: the decision begins with the first of its ops.
-                self.timeline.become("sampler")
+                timeline.become("sampler")
+
+    return call
 
 
 @contextlib.contextmanager
@@ -133,7 +147,8 @@ def component_timeline(model: nn.Module) -> Iterator[Timeline]:
             handles.append(module.register_forward_hook(lambda *_: timeline.leave()))
     try:
         # `generate` calls `forward` itself, past the hooks of the whole model.
-        with mock.patch.object(model, "forward", forward_and_mark), _OpMarks(timeline):
+        marks = ops_wrapped(functools.partial(_marked, timeline))
+        with mock.patch.object(model, "forward", forward_and_mark), marks:
             yield timeline
     finally:
         for handle in handles:
@@ -176,37 +191,22 @@ def counting(inside: bool = True) -> Iterator[LaunchCounter]:
     backend as one launch and the aten ops around it. Without, each is one launch, as a kernel on a GPU is, whatever its
     host implementation does.
     """
-    import importlib
-
     counter = LaunchCounter()
 
-    def counted_pick(pick: Callable) -> Callable:
-        def wrapper(op, backend, requirements):
-            run = pick(op, backend, requirements)
+    def counted(op: str, run: Callable) -> Callable:
+        def call(*arguments):
+            if counter.inside_compiled:
+                return run(*arguments)
+            if not inside or not run.__module__.startswith("dgemma_accel.reference"):
+                counter.count(f"dgemma::{op}")
+            if not inside:
+                return run(*arguments)
+            with counter:
+                return run(*arguments)
 
-            def counted(*arguments):
-                if counter.inside_compiled:
-                    return run(*arguments)
-                if not inside or not run.__module__.startswith("dgemma_accel.reference"):
-                    counter.count(f"dgemma::{op}")
-                if not inside:
-                    return run(*arguments)
-                with counter:
-                    return run(*arguments)
+        return call
 
-            return counted
-
-        return wrapper
-
-    with contextlib.ExitStack() as stack:
-        for op in OP_COMPONENT:
-            try:
-                module = importlib.import_module(f"dgemma_accel.ops.{op}")
-            except ModuleNotFoundError:
-                continue
-            if hasattr(module, "pick"):
-                stack.enter_context(mock.patch.object(module, "pick", counted_pick(module.pick)))
-        stack.enter_context(counter)
+    with ops_wrapped(counted), counter:
         yield counter
 
 

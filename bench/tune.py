@@ -81,6 +81,7 @@ class _Selection:
 def case_time(case: Case, inputs: object, selection: _Selection, device: torch.device) -> float | None:
     """Microseconds of the Triton backend, infinite where it fails or is wrong, None where the entry is not used."""
     variant = next(variant for variant in case.backends if variant.name == "triton")
+    selection.used = False
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(configs, "_select", selection))
         try:
@@ -173,7 +174,7 @@ def tune_file(options, device: torch.device, path: Path, time_of=case_time) -> i
             status = 2
             continue
         file[op] = tune(op, cases, device, file[op], time_of)
-    if options.write:
-        path.write_text(json.dumps(file, indent=1) + "\n")
-        print(f"written {path}")
+        if options.write:
+            path.write_text(json.dumps(file, indent=1) + "\n")
+            print(f"written {path}", flush=True)
     return status

@@ -1,6 +1,7 @@
 """The op bench: it checks before it times, counts what it says it counts, and serves bad requests with a line."""
 
 import json
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -279,6 +280,18 @@ def test_a_variant_that_fails_while_timed_leaves_the_others():
         {"bad": ([breaks], False), "good": ([lambda: None], False)}, CPU, seconds=0, least=4
     )
     assert isinstance(found["bad"], RuntimeError) and found["good"].runs == 4
+
+
+def test_a_failure_keeps_no_tensors_of_the_frames_it_passed():
+    alive = []
+
+    def fails():
+        tensor = torch.empty(10)
+        alive.append(weakref.ref(tensor))
+        raise RuntimeError("out of memory")
+
+    found = timing.measure({"broken": ([fails], False)}, CPU, seconds=0.0)
+    assert "out of memory" in str(found["broken"]) and alive[0]() is None
 
 
 def test_quantiles():

@@ -10,16 +10,16 @@ from dgemma_accel import backends
 pytestmark = pytest.mark.source_tree
 
 
-def result(capability, rows, device_type="cuda"):
+def result(capability, rows, device_type="cuda", device="a card", date="2026-01-01", quick=False):
     environment = {
         "device_type": device_type,
         "capability": capability,
-        "device": "a card",
-        "date": "2026-01-01",
+        "device": device,
+        "date": date,
     }
     names = ("op", "case", "backend", "status", "median_us")
     rows = [{"shape": "[1, 256]", "dtype": "bf16"} | dict(zip(names, row)) for row in rows]
-    return {"kind": "ops", "environment": environment, "rows": rows}
+    return {"kind": "ops", "environment": environment, "options": {"quick": quick}, "rows": rows}
 
 
 ROWS = [
@@ -45,6 +45,19 @@ def test_shapes_of_one_label_count_each():
         row |= {"shape": "[16, 256]", "median_us": row["median_us"] * 100}
     means = auto.measured([small, large])
     assert means["row_stats", "9.0"] == pytest.approx({"cuda": 100.0, "triton": 200.0})
+
+
+def test_one_device_of_a_capability_counts_and_neither_quick_runs_nor_other_benches():
+    slower = [(op, case, kernel, status, us and 2 * us) for op, case, kernel, status, us in ROWS]
+    results = [
+        result("9.0", slower, device="a newer card", date="2026-02-01"),
+        result("9.0", ROWS),
+        result("9.0", ROWS, device="a newer card", date="2026-03-01", quick=True),
+        result("9.0", [("samplers", *row[1:]) for row in ROWS], device="a newer card"),
+    ]
+    assert auto.device_of(results) == {"9.0": "a newer card"}
+    means = auto.measured(results)
+    assert set(means) == {("row_stats", "9.0")} and means["row_stats", "9.0"]["triton"] == pytest.approx(40.0)
 
 
 def test_the_shipped_table_names_known_ops_and_backends():
@@ -77,8 +90,10 @@ def test_order_by_architecture(monkeypatch, tmp_path):
 
 def test_command(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "summary.json").write_text("{}")
     output = tmp_path / "out" / "auto.json"
     output.parent.mkdir()
     assert auto.main(["--results", str(tmp_path), "--output", str(output)]) == 2
-    assert "not a result file" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bad.json: not a result file" in said and "summary.json" not in said
     assert json.loads(output.read_text()) == backends.auto_table()

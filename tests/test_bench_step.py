@@ -196,6 +196,16 @@ def test_a_run_takes_exactly_the_steps_asked_for(model):
         assert new == 8 and torch.allclose(result.tokens_per_forward, valid / steps)
 
 
+def test_a_sliding_layer_keeps_no_more_than_its_window(model):
+    cache = step_model.random_cache(model, 1, 200, kind="dynamic", room=0)
+    kinds = model.config.text_config.layer_types
+    for kind, layer in zip(kinds, cache.layers):
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert (tensor.shape[2] < 200) == (kind == "sliding_attention")
+    assert {"sliding_attention", "full_attention"} == set(kinds)
+
+
 def test_the_whole_bench_on_the_full_path(model, tmp_path, monkeypatch, capsys):
     # Whatever ran before may have turned this off, and with it two of the original's syncs.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)

@@ -66,6 +66,8 @@ def test_the_shape_that_is_tried_reaches_the_kernel_and_only_its_entry(monkeypat
     mine = next(i for i, entry in enumerate(entries) if configs._fits(entry["when"], {"bytes": 4}))
     selection = tune._Selection("row_stats", mine, entries[mine]["use"])
     assert tune.case_time(case, inputs, selection, CPU) > 0
+    # What one case used says nothing of the next.
+    assert tune.case_time(triton_case(torch.bfloat16), inputs, selection, CPU) is None
     other = tune._Selection("row_stats", mine - 1 if mine else mine + 1, entries[mine]["use"])
     assert tune.case_time(case, inputs, other, CPU) is None
     broken = tune._Selection("row_stats", mine, entries[mine]["use"] | {"num_warps": 64})

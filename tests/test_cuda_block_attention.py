@@ -67,6 +67,7 @@ def test_unaligned_rows(head_dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.capture
 @pytest.mark.parametrize("head_dim", [256, 512])
 def test_side_stream_and_graph_give_the_same_bits(head_dim):
     case = long_prefix(head_dim)

@@ -38,8 +38,10 @@ def test_two_runs_give_the_same_bits(canvas):
     assert same(step(*canvas, 3), step(*canvas, 3))
 
 
+@pytest.mark.capture
 def test_a_captured_graph_replays_with_a_new_seed(canvas):
     seed = torch.tensor(3, device="cuda")
+    step(*canvas, seed)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -62,6 +62,8 @@ def variants(case: Case, inputs) -> list[Variant]:
     if case.op != "block_attention":
         return []
     backends = ON_CUDA if inputs.query.is_cuda else ON_CPU
+    # transformers' use_gqa_in_sdpa: no mask, and a head size that the fused kernels take.
+    copies = inputs.start is not None or inputs.query.shape[-1] > 256
     found = []
     for name, backend in backends.items():
 
@@ -70,8 +72,11 @@ def variants(case: Case, inputs) -> list[Variant]:
 
             def call():
                 key, value = concatenated(inputs)
-                key, value = repeated(key, group), repeated(value, group)
-                return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=mask, scale=SCALE)
+                if copies:
+                    key, value = repeated(key, group), repeated(value, group)
+                return F.scaled_dot_product_attention(
+                    inputs.query, key, value, attn_mask=mask, scale=SCALE, enable_gqa=not copies
+                )
 
             return _pinned(backend, call)
 
@@ -85,6 +90,7 @@ def variants(case: Case, inputs) -> list[Variant]:
                 ),
             )
 
-        found.append(Variant(f"cat, repeat_kv, {name}", as_transformers, _outputs))
+        expanded = "repeat_kv" if copies else "enable_gqa"
+        found.append(Variant(f"cat, {expanded}, {name}", as_transformers, _outputs))
         found.append(Variant(f"{name}, enable_gqa, no cat", bare, _outputs))
     return found

@@ -27,6 +27,16 @@ def softcapped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     return scores * softcap
 
 
+def as_in_a_process_of_its_own(call):
+    """The call with the distributions' validation, which compiling turns off for the whole process: a part of the work."""
+
+    def run():
+        torch.distributions.Distribution._validate_args = __debug__
+        return call()
+
+    return run
+
+
 def sampler_step(logits: torch.Tensor, temperature: float, softcap: float):
     """Proposal, argmax and the two entropies of a step.
 
@@ -70,7 +80,9 @@ def threshold_decision(inputs):
 
 def _row_stats(case: Case, inputs) -> list[Variant]:
     def prepare(inputs):
-        return lambda: sampler_step(inputs.logits, inputs.temperature, inputs.softcap)
+        return as_in_a_process_of_its_own(
+            lambda: sampler_step(inputs.logits, inputs.temperature, inputs.softcap)
+        )
 
     def outputs(result):
         return {"argmax": result[0], "entropy": result[2]}
@@ -91,8 +103,8 @@ def _head_stats(case: Case, inputs) -> list[Variant]:
         return lambda: F.linear(inputs.hidden, inputs.weight)
 
     def chain(inputs):
-        return lambda: sampler_step(
-            F.linear(inputs.hidden, inputs.weight), inputs.temperature, inputs.softcap
+        return as_in_a_process_of_its_own(
+            lambda: sampler_step(F.linear(inputs.hidden, inputs.weight), inputs.temperature, inputs.softcap)
         )
 
     def product_then_row_stats(inputs):
