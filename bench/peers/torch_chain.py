@@ -28,7 +28,7 @@ def softcapped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 def as_in_a_process_of_its_own(call):
-    """The call with the distributions' validation, which compiling turns off for the whole process: a part of the work."""
+    """The call with the distributions' validation, part of the work, which compiling turns off for a whole process."""
 
     def run():
         torch.distributions.Distribution._validate_args = __debug__
