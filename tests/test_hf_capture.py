@@ -11,7 +11,7 @@ import torch
 from hf_models import CANVAS, WINDOW, generate, prompt, tiny_model
 
 import dgemma_accel
-from dgemma_accel.hf import bank, capture, graph, patches, registry
+from dgemma_accel.hf import bank, capture, cuda_graph, graph, patches, registry
 
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
@@ -36,24 +36,24 @@ class Again:
     made: list = []
 
     def __init__(self, function, device, pool):
-        self.function, self.pool, self.replays = function, pool, 0
-        for _ in range(capture.WARM_UP):
+        self.function, self.pool, self.replays, self.runs = function, pool, 0, 0
+        for _ in range(cuda_graph.WARM_UP):
             function()
         Again.made.append(self)
 
     @staticmethod
-    def make_pool():
+    def make_pool(device):
         return object()
 
     def begin(self):
-        pass
+        self.runs += 1
 
     def replay(self):
         self.replays += 1
         self.function()
 
     def end(self):
-        pass
+        self.runs -= 1
 
 
 @pytest.fixture
@@ -356,8 +356,9 @@ class TestGenerate:
         with dgemma_accel.accelerated(model, graph=True):
             with pytest.raises(RuntimeError, match="in a step"):
                 generate(model, ids)
+            assert recorded[0].runs == 0, "the next run waits for what this one left under way"
             assert_same(generate(model, ids), expected)
-            assert len(recorded) == 1
+            assert len(recorded) == 1 and recorded[0].runs == 0
         assert all(vars(module).keys() == before[id(module)].keys() for module in model.modules())
 
     def test_inference_mode_and_without(self, model, recorded):

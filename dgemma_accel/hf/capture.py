@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from . import graph
+from .cuda_graph import CudaRecording
 
 # Temperatures that a capture holds at a time; longer schedules are copied in parts.
 SCHEDULE = 256
-# Steps on a side stream before the recording: they compile, load kernels and let libraries take their workspaces.
-WARM_UP = 2
 
 
 class Recording(Protocol):
@@ -30,43 +29,14 @@ class Recording(Protocol):
 
     bytes: int
 
+    @staticmethod
+    def make_pool(device: torch.device) -> object: ...
+
+    def begin(self) -> None: ...
+
     def replay(self) -> None: ...
 
-
-class CudaRecording:
-    """A CUDA graph whose memory comes from `pool`."""
-
-    def __init__(self, function: Callable[[], None], device: torch.device, pool) -> None:
-        with torch.cuda.device(device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    function()
-            current.wait_stream(side)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the device.
-            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                function()
-            self.bytes = max(0, torch.cuda.memory_reserved() - before)
-            self.done = torch.cuda.Event()
-
-    @staticmethod
-    def make_pool():
-        return torch.cuda.graph_pool_handle()
-
-    def begin(self) -> None:
-        """Before the inputs are written: whatever stream ran the last replay, it is over first."""
-        torch.cuda.current_stream().wait_event(self.done)
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-    def end(self) -> None:
-        self.done.record(torch.cuda.current_stream())
+    def end(self) -> None: ...
 
 
 # By device type; others run without a recording.
@@ -111,7 +81,8 @@ class Inputs(NamedTuple):
 
 
 class CapturedStep:
-    """One step over tensors of its own. `load`, then `advance` as often as wanted, then `finish`.
+    """One step over tensors of its own. `load`, then `advance` as often as wanted, then `finish`; at last `close`,
+    also after an exception.
 
     Args:
         step: `graph.take_step` with its model and settings: (state, keys, values, prefixes, numbers, pinned) -> state.
@@ -193,6 +164,8 @@ class CapturedStep:
 
     def finish(self) -> graph.State:
         """The state after the last step, in tensors that the next run leaves alone."""
-        state = graph.State(*(tensor.clone() for tensor in self.state))
+        return graph.State(*(tensor.clone() for tensor in self.state))
+
+    def close(self) -> None:
+        """The run is over: others that share its memory may begin theirs."""
         self.recording.end()
-        return state

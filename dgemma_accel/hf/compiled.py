@@ -162,6 +162,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
             acceleration.say("graph", f"not captured: {one_line(error)}", "steps without a capture serve")
             captured = None
         if captured is not None:
+            stack.callback(captured.close)
             captured.load(inputs, offset, schedule)
         yield plain if captured is None else captured
 

@@ -30,7 +30,11 @@ class Captures:
 
     @contextmanager
     def lease(
-        self, key: tuple, weights: tuple, make_pool: Callable[[], object], make: Callable[[object], object]
+        self,
+        key: tuple,
+        weights: tuple,
+        make_pool: Callable[[torch.device], object],
+        make: Callable[[object], object],
     ) -> Iterator:
         """The `CapturedStep` for `key`, made if there is none; None while another thread replays, or after a failure.
 
@@ -44,22 +48,38 @@ class Captures:
             return
         try:
             if weights != self.weights:
-                self.found.clear()
-                self.failures.clear()
-                self.pool, self.weights = None, weights
-            if key not in self.found:
-                self.found[key] = None
-                self.found[key] = make(self._pool_on(key[0], make_pool))
-                while len(self.found) > MOST_CAPTURES:
-                    self.found.popitem(last=False)
-            self.found.move_to_end(key)
-            yield self.found[key]
+                self.clear()
+                self.weights = weights
+            # `clear` may come meanwhile, from whatever the steps call.
+            found = self.found
+            if key not in found:
+                self._make(found, key, make_pool, make)
+                while len(found) > MOST_CAPTURES:
+                    found.popitem(last=False)
+            found.move_to_end(key)
+            yield found[key]
         finally:
             self.lock.release()
 
-    def _pool_on(self, device: torch.device, make_pool: Callable[[], object]) -> object:
+    def clear(self) -> None:
+        """Let go of every capture and its memory; one that is replayed stays until its run is over."""
+        self.found, self.failures = OrderedDict(), {}
+        self.weights = self.pool = None
+
+    def _make(self, found: OrderedDict, key: tuple, make_pool, make) -> None:
+        try:
+            found[key] = make(self._pool_on(key[0], make_pool))
+        except BaseException as error:
+            # The allocator may go on taking that pool for one that is being recorded into.
+            self.pool = None
+            if isinstance(error, Exception):
+                # Not tried again. What only ends the program says nothing about the capture.
+                found[key] = None
+            raise
+
+    def _pool_on(self, device: torch.device, make_pool: Callable[[torch.device], object]) -> object:
         if self.pool is None or self.pool[0] != device:
-            self.pool = (device, make_pool())
+            self.pool = (device, make_pool(device))
         return self.pool[1]
 
 

@@ -1,0 +1,147 @@
+"""A function recorded in a CUDA graph, and what the recordings of one model on one device share.
+
+A recording that fails leaves PyTorch as it was: the stream of the caller, the allocator, the default generator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+# Calls on a side stream before the recording: they compile, load kernels and let libraries take their workspaces.
+WARM_UP = 2
+
+_quiet: dict[torch.device, threading.RLock] = {}
+
+
+def quiet(device: torch.device) -> threading.RLock:
+    """The lock that a recording on `device` holds, whichever model it is of.
+
+    Meanwhile no other thread may draw from the device's default generator, which up to torch 2.11 is in capture mode
+    for all of them, nor compile, which reads that generator and times kernels. So who does either takes it too.
+    """
+    return _quiet.setdefault(device, threading.RLock())
+
+
+class Pool:
+    """Memory that recordings share, the stream they are recorded on, and an event after the last replay of any.
+
+    The allocator gives a block only to the stream that it came from, so without one stream nothing would be shared.
+    What is shared is written by each replay, so one has to be over before the next begins.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.handle = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
+            self.done = torch.cuda.Event()
+
+
+class CudaRecording:
+    """A CUDA graph of `function`, whose memory comes from `pool`.
+
+    bytes: memory that the recording added to the pool.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device, pool: Pool) -> None:
+        self.device, self.pool, self.graph = device, pool, torch.cuda.CUDAGraph()
+        # The generator keeps tensors from its first recording on; those of inference mode could not be written later.
+        with quiet(device), torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            current = torch.cuda.current_stream(device)
+            try:
+                self.bytes = self._record(function, current)
+            except BaseException:
+                self._clear_away(current)
+                raise
+
+    @staticmethod
+    def make_pool(device: torch.device) -> Pool:
+        return Pool(device)
+
+    def _record(self, function: Callable[[], None], current) -> int:
+        side = self.pool.stream
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function()
+        current.wait_stream(side)
+        torch.cuda.synchronize(self.device)
+        # A workspace that cuBLAS keeps from before would be written by replays while others use it, and one that
+        # it keeps from the recording would be written by others.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        # The allocations and waits of other threads do not end the recording.
+        recording = torch.cuda.graph(
+            self.graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"
+        )
+        first: BaseException | None = None
+        try:
+            with recording:
+                try:
+                    function()
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as error:
+            # That such a recording cannot be ended says less than why.
+            raise first or error
+        finally:
+            first = None
+            torch._C._cuda_clearCublasWorkspaces()
+        return max(0, torch.cuda.memory_reserved(self.device) - before)
+
+    def _clear_away(self, current) -> None:
+        """What `torch.cuda.graph` leaves undone where the recording cannot be ended."""
+        torch.cuda.set_stream(current)
+        try:
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool.handle)
+            # The recording counts as a user of the pool, which only a graph that was made gives up.
+            torch._C._cuda_releasePool(self.device.index, self.pool.handle)
+        except RuntimeError:
+            # It was ended, or had not begun.
+            pass
+        try:
+            release_generator(self.device, self.pool.stream)
+        finally:
+            torch.cuda.set_stream(current)
+
+    def begin(self) -> None:
+        """Before the inputs are written: the last replay of the pool is over, whichever stream it ran on."""
+        torch.cuda.current_stream(self.device).wait_event(self.pool.done)
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def end(self) -> None:
+        """After the last replay and what reads its results, also where either failed."""
+        self.pool.done.record(torch.cuda.current_stream(self.device))
+
+
+def release_generator(device: torch.device, side) -> None:
+    """Take the default generator of `device` out of capture mode, where a recording that failed left it there.
+
+    Up to torch 2.11 the mode is the generator's and ends only with a recording: it would refuse every draw, and every
+    graph made before would refuse its replay.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    if _refuses_to_draw(device):
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"):
+                torch.zeros(1, device=device)
+        except RuntimeError:
+            pass
+        if _refuses_to_draw(device):
+            generator.graphsafe_set_state(generator.clone_state())
+    generator.set_state(state)
+
+
+def _refuses_to_draw(device: torch.device) -> bool:
+    try:
+        torch.empty(1, device=device).uniform_()
+    except RuntimeError:
+        return True
+    return False

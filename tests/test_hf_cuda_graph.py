@@ -1,0 +1,351 @@
+"""How a step is recorded in a CUDA graph. PyTorch's `torch.cuda.graph` over a device that is played on the CPU: streams,
+the allocator's pools under way and the default generator behave as those of a GPU where a recording fails."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from hf_models import CANVAS, prompt, tiny_model
+
+import dgemma_accel
+from dgemma_accel.hf import cuda_graph, registry
+
+# Has an index as a CUDA device has, and tensors.
+DEVICE = torch.device("cpu", 0)
+
+
+class Generator:
+    """The default generator: up to torch 2.11 in capture mode as a whole, and only a recording's end changes that."""
+
+    def __init__(self, played):
+        self.played, self.capturing, self.state = played, False, 0
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+    def clone_state(self):
+        twin = Generator(self.played)
+        twin.state = self.state
+        return twin
+
+    def graphsafe_set_state(self, other):
+        self.capturing, self.state = other.capturing, other.state
+        self.played.log.append("another state")
+
+    def draw(self):
+        if self.capturing and not self.played.recording:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        self.state += 1
+
+
+class Stream:
+    def __init__(self, played, name=None):
+        self.played, self.name = played, name or f"side {len(played.streams)}"
+        played.streams.append(self)
+
+    def wait_stream(self, other):
+        self.played.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.played.log.append(f"{self.name} waits for {event}")
+
+
+class Graph:
+    def __init__(self, played):
+        self.played = played
+
+    def capture_begin(self, pool=(9, 9), capture_error_mode="global"):
+        if pool in self.played.underway:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.pool = pool
+        self.played.underway.append(pool)
+        self.played.users.append(pool)
+        self.played.generator.capturing = self.played.recording = True
+        self.played.log.append(f"record on {self.played.current.name} into {pool}, {capture_error_mode}")
+
+    def capture_end(self):
+        self.played.recording = False
+        if self.played.broken:
+            self.played.broken = False
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.played.underway.remove(self.pool)
+        self.played.generator.capturing = False
+
+    def replay(self):
+        self.played.log.append(f"replay on {self.played.current.name}")
+
+
+class Played:
+    """`torch.cuda` as far as recording needs it. log: what was asked of the device, in order."""
+
+    def __init__(self, patch):
+        self.log, self.streams, self.underway, self.users = [], [], [], []
+        self.recording = self.broken = False
+        self.current, self.generator = Stream(self, "the caller's"), Generator(self)
+        handles = iter(range(1, 99))
+        cuda = {
+            "device": lambda device: contextlib.nullcontext(),
+            "Stream": lambda: Stream(self),
+            "Event": lambda: Event(self),
+            "CUDAGraph": lambda: Graph(self),
+            "current_stream": lambda device=None: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "stream": self.on,
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda device=None: 0,
+            "graph_pool_handle": lambda: (0, next(handles)),
+            "default_generators": (self.generator,),
+        }
+        for name, value in cuda.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda.graph, "default_capture_stream", None)
+        for name, value in {
+            "_cuda_endAllocateToPool": self.end_of_pool,
+            "_cuda_releasePool": lambda index, pool: self.users.remove(pool),
+            "_cuda_clearCublasWorkspaces": lambda: self.log.append("clear workspaces"),
+            "_host_emptyCache": lambda: None,
+        }.items():
+            patch.setattr(torch._C, name, value, raising=False)
+        uniform = torch.Tensor.uniform_
+        patch.setattr(torch.Tensor, "uniform_", lambda t: (self.generator.draw(), uniform(t))[1])
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def end_of_pool(self, index, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+
+class Event:
+    def __init__(self, played):
+        self.played = played
+
+    def record(self, stream):
+        self.played.log.append(f"record {self} on {stream.name}")
+
+    def __str__(self):
+        return "the last replay"
+
+
+@pytest.fixture
+def played(monkeypatch):
+    return Played(monkeypatch)
+
+
+def record(function, pool):
+    return cuda_graph.CudaRecording(function, DEVICE, pool)
+
+
+class TestARecordingThatFails:
+    """In the recording, after the warm-up, by an error that invalidates the capture."""
+
+    @pytest.fixture(params=[RuntimeError, KeyboardInterrupt])
+    def failed(self, played, request):
+        pool = cuda_graph.CudaRecording.make_pool(DEVICE)
+        calls = []
+
+        def function():
+            calls.append(1)
+            if len(calls) > cuda_graph.WARM_UP:
+                played.broken = True
+                raise request.param("in the recording")
+
+        before = played.current
+        with pytest.raises(request.param, match="in the recording"):
+            record(function, pool)
+        assert len(calls) == cuda_graph.WARM_UP + 1
+        return pool, before
+
+    def test_the_caller_s_stream_is_current(self, failed, played):
+        assert played.current is failed[1]
+
+    def test_the_pool_is_no_longer_recorded_into(self, failed, played):
+        assert not played.underway and failed[0].handle not in played.users
+        record(lambda: None, failed[0])
+
+    def test_the_generator_draws(self, failed, played):
+        assert played.generator.state == 0, "the state is what it was"
+        torch.empty(1).uniform_()
+        assert "another state" not in played.log, "graphs made before replay with the state that they know"
+
+    def test_a_generator_that_nothing_else_releases(self, played, monkeypatch):
+        played.generator.capturing = True
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no")))
+        cuda_graph.release_generator(DEVICE, played.current)
+        torch.empty(1).uniform_()
+        assert played.generator.state == 1 and "another state" in played.log
+
+
+def test_a_warm_up_that_fails(played):
+    pool, before = cuda_graph.Pool(DEVICE), played.current
+    with pytest.raises(ZeroDivisionError):
+        record(lambda: 1 / 0, pool)
+    assert played.current is before and not played.underway
+    record(lambda: None, pool)
+
+
+class TestWhatRecordingsShare:
+    def test_one_stream(self, played):
+        pool, seen = cuda_graph.Pool(DEVICE), []
+        for _ in range(2):
+            record(lambda: seen.append(played.current), pool)
+        assert set(seen) == {pool.stream} and len(seen) == 2 * (cuda_graph.WARM_UP + 1)
+        assert [line for line in played.log if line.startswith("record on")] == [
+            f"record on {pool.stream.name} into {pool.handle}, thread_local"
+        ] * 2
+
+    def test_a_run_waits_for_the_last_one_of_any(self, played):
+        pool = cuda_graph.Pool(DEVICE)
+        one, two = (record(lambda: None, pool) for _ in range(2))
+        played.log.clear()
+        one.begin()
+        one.replay()
+        one.end()
+        elsewhere = Stream(played, "another")
+        with played.on(elsewhere):
+            two.begin()
+            two.replay()
+        assert played.log == [
+            "the caller's waits for the last replay",
+            "replay on the caller's",
+            "record the last replay on the caller's",
+            "another waits for the last replay",
+            "replay on another",
+        ]
+        assert one.pool.done is two.pool.done
+
+    def test_workspaces_are_cleared_around_the_recording(self, played):
+        record(lambda: played.log.append("step"), cuda_graph.Pool(DEVICE))
+        at = [n for n, line in enumerate(played.log) if line == "clear workspaces"]
+        steps = [n for n, line in enumerate(played.log) if line == "step"]
+        assert len(at) == 2 and at[0] > steps[-2] and at[0] < steps[-1] < at[1]
+
+    def test_without_inference_mode_and_autograd(self, played):
+        """Whatever the caller is in: the generator's tensors are made in the first recording and written in all."""
+        modes = []
+        with torch.inference_mode():
+            record(
+                lambda: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled())),
+                cuda_graph.Pool(DEVICE),
+            )
+        assert modes == [(False, False)] * (cuda_graph.WARM_UP + 1)
+
+    def test_another_thread_waits_for_the_recording(self, played):
+        order = []
+
+        def elsewhere():
+            with cuda_graph.quiet(DEVICE):
+                order.append("another thread")
+
+        def function():
+            if not order:
+                thread.start()
+            thread.join(0.05)
+            order.append("recording")
+
+        thread = threading.Thread(target=elsewhere)
+        record(function, cuda_graph.Pool(DEVICE))
+        thread.join()
+        assert order == ["recording"] * (cuda_graph.WARM_UP + 1) + ["another thread"]
+
+
+class TestTheRegistry:
+    KEY = (DEVICE, "a shape")
+
+    def lease(self, captures, key, make):
+        with captures.lease(key, ("weights",), lambda device: object(), make) as captured:
+            return captured
+
+    def test_a_failure_costs_the_pool(self):
+        captures, pools = registry.Captures(), []
+
+        def fails(pool):
+            pools.append(pool)
+            raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError):
+            self.lease(captures, self.KEY, fails)
+        assert self.lease(captures, self.KEY, fails) is None and len(pools) == 1
+        assert self.lease(captures, (DEVICE, "another"), lambda pool: (pools.append(pool), "made")[1]) == "made"
+        assert pools[0] is not pools[1]
+        self.lease(captures, (DEVICE, "a third"), lambda pool: pools.append(pool))
+        assert pools[1] is pools[2]
+
+    def test_an_interrupt_is_no_failure(self):
+        captures = registry.Captures()
+
+        def interrupted(pool):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.lease(captures, self.KEY, interrupted)
+        assert self.lease(captures, self.KEY, lambda pool: "made") == "made"
+
+
+@pytest.mark.gpu
+class TestOnTheGPU:
+    def test_after_a_recording_that_failed(self):
+        device = torch.device("cuda", torch.cuda.current_device())
+        pool, before = cuda_graph.Pool(device), torch.cuda.current_stream()
+        x, total, calls = torch.ones(4, device=device), torch.zeros(4, device=device), []
+        earlier = cuda_graph.CudaRecording(lambda: total.add_(x), device, pool)
+
+        def waits():
+            calls.append(1)
+            y = x * 2
+            if len(calls) > cuda_graph.WARM_UP:
+                y.sum().item()
+
+        with pytest.raises(RuntimeError):
+            cuda_graph.CudaRecording(waits, device, pool)
+        assert torch.cuda.current_stream() == before
+        torch.randint(9, (3,), device=device)
+        later = cuda_graph.CudaRecording(lambda: total.mul_(2), device, pool)
+        total.fill_(1)
+        for recording in (earlier, later):
+            recording.begin()
+            recording.replay()
+            recording.end()
+        assert total.tolist() == [4.0] * 4
+
+    def test_a_step_that_cannot_be_recorded(self, monkeypatch):
+        """Said once; the call, later calls, draws on the device and captures of other shapes go on."""
+        from dgemma_accel.hf import graph
+
+        model = tiny_model().cuda()
+        ids = prompt(2, 20)[0].cuda()
+        with dgemma_accel.accelerated(model, graph=False):
+            expected = model.generate(ids, seed=1).sequences
+        right, before = graph.decode, torch.cuda.current_stream()
+
+        def waits(decoder, canvas, *rest):
+            if canvas.shape[0] == 2 and not torch.compiler.is_compiling():
+                canvas.sum().item()
+            return right(decoder, canvas, *rest)
+
+        def refuses(function, **options):
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setattr(torch, "compile", refuses)
+        monkeypatch.setattr(graph, "decode", waits)
+        with dgemma_accel.accelerated(model):
+            for _ in range(2):
+                assert torch.equal(model.generate(ids, seed=1).sequences, expected)
+                assert torch.cuda.current_stream() == before
+            torch.rand(3, device="cuda")
+            model.generate(ids[:1], seed=1, max_new_tokens=CANVAS)
+            reports = {report.batch: report for report in dgemma_accel.captures(model)}
+        assert not reports[2].captured and "not captured" in reports[2].problem
+        assert reports[1].captured and reports[1].problem is None
