@@ -278,7 +278,9 @@ class TestTheRegistry:
         with pytest.raises(RuntimeError):
             self.lease(captures, self.KEY, fails)
         assert self.lease(captures, self.KEY, fails) is None and len(pools) == 1
-        assert self.lease(captures, (DEVICE, "another"), lambda pool: (pools.append(pool), "made")[1]) == "made"
+        assert (
+            self.lease(captures, (DEVICE, "another"), lambda pool: (pools.append(pool), "made")[1]) == "made"
+        )
         assert pools[0] is not pools[1]
         self.lease(captures, (DEVICE, "a third"), lambda pool: pools.append(pool))
         assert pools[1] is pools[2]

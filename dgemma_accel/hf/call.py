@@ -18,7 +18,7 @@ CANVAS_STRIDE = 1 << 32
 
 def draw_seed() -> Tensor:
     """A 0-d int64 seed from torch's default generator, on the host: repeatable, and the device is not waited for."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 @dataclass(eq=False)
@@ -82,7 +82,8 @@ class Call:
     def starting_canvas(self, batch: int, length: int, vocab: int, device: torch.device) -> Tensor:
         """[B, C] int64 tokens drawn uniformly from the seed, for the canvas that begins next."""
         offset = (self.canvases_begun + 1) * CANVAS_STRIDE - 1
-        words = random_words(self.seed, torch.tensor(offset), torch.arange(batch * length, device=device))
+        rows = torch.arange(batch * length, device=device)
+        words = random_words(self.seed, torch.tensor(offset, device="cpu"), rows)
         return below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], vocab).view(batch, length)
 
     def take_drafts(self) -> Callable | None:

@@ -121,7 +121,7 @@ class Stepwise:
         device = inputs.state.canvas.device
         self.step, self.inputs, self.buffers, self.state = step, inputs, (keys, values), inputs.state
         # One copy to the device for all steps.
-        offsets = torch.arange(offset, offset + len(schedule)).to(device, non_blocking=True)
+        offsets = torch.arange(offset, offset + len(schedule), device="cpu").to(device, non_blocking=True)
         self.left = zip(offsets.unbind(), schedule.to(device, non_blocking=True).unbind())
 
     def advance(self) -> None:

@@ -85,9 +85,11 @@ class CudaRecording:
                 except BaseException as error:
                     first = error
                     raise
-        except BaseException as error:
+        except BaseException:
+            if first is None:
+                raise
             # That such a recording cannot be ended says less than why.
-            raise first or error
+            raise first from None
         finally:
             first = None
             torch._C._cuda_clearCublasWorkspaces()

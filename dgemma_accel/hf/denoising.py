@@ -105,7 +105,7 @@ class Denoiser:
         if self.acceleration.graph_on(canvas.device):
             reason = compiled.why_eager(self, canvas)
             if reason is None:
-                left = torch.arange(steps, last - 1, -1, dtype=torch.int32)
+                left = torch.arange(steps, last - 1, -1, dtype=torch.int32, device="cpu")
                 temperatures = temperature_of_step(self.logits_processor, left).expand(len(left))
                 return compiled.run(self, canvas, argmax, carry, finished, temperatures)
             self.acceleration.say("graph", reason, "step by step without compilation goes")
@@ -204,9 +204,9 @@ def temperature_of_step(logits_processor, cur_step: int | Tensor) -> Tensor:
     Computed in fp32 in the order of LinearTemperatureScheduleLogitsProcessor, whose step number is a tensor.
     """
     if not logits_processor:
-        return torch.tensor(1.0)
+        return torch.tensor(1.0, device="cpu")
     schedule = logits_processor[0]
-    share = torch.as_tensor(cur_step, dtype=torch.int32) / schedule.max_denoising_steps
+    share = torch.as_tensor(cur_step, dtype=torch.int32, device="cpu") / schedule.max_denoising_steps
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
 
 

@@ -149,7 +149,7 @@ def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
     if canvas is None:
         raise ValueError("pinned: needs decoder_input_ids [B, canvas_length], which holds the pinned tokens")
     if not isinstance(pinned, Tensor):
-        pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None)
+        pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None, device="cpu")
     if pinned.dtype == torch.bool:
         if tuple(pinned.shape) not in ((length,), tuple(canvas.shape)):
             raise ValueError(

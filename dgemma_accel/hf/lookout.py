@@ -31,7 +31,7 @@ class PinnedCopy:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         # The caching host allocator reuses pinned blocks, so this does not stop the device.
-        self.tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        self.tensors = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in tensors]
         for host, tensor in zip(self.tensors, tensors):
             host.copy_(tensor, non_blocking=True)
         self.event = torch.cuda.Event()

@@ -34,7 +34,7 @@ def row_stats(
         return out
     native = extension()
     params = row_stats_params(logits, temperature, stats_temperature, uniform, seed, offset, softcap, out)
-    workspace = torch.empty(native.row_stats_host_workspace(params), dtype=torch.uint8)
+    workspace = torch.empty(native.row_stats_host_workspace(params), dtype=torch.uint8, device="cpu")
     params.workspace = workspace.data_ptr()
     native.row_stats_host(params, torch.get_num_threads(), os.environ.get(ISA_VARIABLE, ""), statistics)
     return out

@@ -124,7 +124,7 @@ def seed_and_offset(
     keep: as in `number_or_rows`.
     """
     if seed is None:
-        seed = torch.randint(INT64_MAX, (), dtype=torch.int64)
+        seed = torch.randint(INT64_MAX, (), dtype=torch.int64, device="cpu")
     return _int64_scalar("seed", seed, device, keep), _int64_scalar("offset", offset, device, keep)
 
 
