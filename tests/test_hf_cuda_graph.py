@@ -58,7 +58,7 @@ class Graph:
     def __init__(self, played):
         self.played = played
 
-    def capture_begin(self, pool=(9, 9), capture_error_mode="global"):
+    def capture_begin(self, pool=(9, 9), capture_error_mode="global", **_):
         if pool in self.played.underway:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         self.pool = pool
