@@ -1,5 +1,5 @@
-"""How a step is recorded in a CUDA graph. PyTorch's `torch.cuda.graph` over a device that is played on the CPU: streams,
-the allocator's pools under way and the default generator behave as those of a GPU where a recording fails."""
+"""How a step is recorded in a CUDA graph. PyTorch's `torch.cuda.graph` over a device that is played on the CPU: its
+streams, the allocator's pools under way and the default generator behave as a GPU's where a recording fails."""
 
 import contextlib
 import threading

@@ -5,6 +5,7 @@ style that the model's plan names for lm_head is applied to the loaded model, we
 """
 
 import os
+from datetime import timedelta
 
 import hf_models as hf
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import dgemma_accel
+from dgemma_accel.hf import lookout
 
 pytest.importorskip("transformers.distributed.tensor_parallel")
 PLAN = getattr(pytest.importorskip("transformers").DiffusionGemmaForBlockDiffusion, "_tp_plan", None) or {}
@@ -81,7 +83,13 @@ class Traffic:
 
 def worker(rank, directory):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
+    )
     outcome = {}
     model = split_head(hf.tiny_model())
     for name, options in CASES.items():
@@ -93,6 +101,13 @@ def worker(rank, directory):
         traffic = Traffic(patch)
         outcome["bf16"] = run(bf16, {}), traffic.elements, traffic.gathers
     outcome["bf16 once"] = (run(bf16, {}, **ONCE),)
+    with pytest.MonkeyPatch.context() as patch:
+        # One rank sees its flags at once, the other when it has to wait for them.
+        patch.setattr(lookout.HostCopy, "ready", lambda copy: rank == 0)
+        outcome["at different paces"] = (run(model, {}),)
+    with pytest.MonkeyPatch.context() as patch:
+        traffic = Traffic(patch)
+        outcome["graph"] = run(model, {"graph": True}), traffic.elements, traffic.gathers
     ids, mask = hf.prompt(2, 9, left_padding=(0, 3))
     with pytest.MonkeyPatch.context() as patch:
         traffic = Traffic(patch)
@@ -139,6 +154,15 @@ def test_ranks_exchange_a_few_numbers_per_row(ranks, name):
     assert elements["all_gather"] == {7 * rows}
     # Token and probability of the sample, and the soft embeddings.
     assert elements["all_reduce"] == {2 * rows, WIDTH * rows}
+
+
+@pytest.mark.parametrize("name", ["at different paces", "graph"])
+def test_the_same_steps_on_both_ranks(ranks, name):
+    """The graph that is asked for does not serve a split head: gathering all logits is what the split saves."""
+    expected = run(hf.tiny_model(), {})
+    for rank in ranks:
+        assert torch.equal(rank[name][0], expected)
+    assert ranks[0]["graph"][2] == 0, "something gathered a split tensor"
 
 
 def test_the_original_gathers_all_logits(ranks):

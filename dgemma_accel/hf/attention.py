@@ -150,6 +150,9 @@ def _needs_original(module, hidden_states: Tensor, layer, kwargs: dict) -> str |
     """Why `block_attention` cannot serve a call whose mask it can express, or None."""
     if module.training and module.attention_dropout > 0:
         return "attention dropout is on"
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        # Norms give fp32 and projections the other dtype, which the original brings together.
+        return "autocast is on"
     if kwargs.get("output_attentions") or _attentions_are_captured():
         return "attention weights were asked for"
     # Buffers that hold nothing yet may be of an earlier dtype or device; the first update replaces them.

@@ -12,28 +12,8 @@ from torch import Tensor
 from . import capture, graph
 from .capture import CapturedStep, Inputs
 from .lookout import Lookout
-from .masks import PrefixRange
 from .patches import Acceleration
 from .registry import fingerprint
-
-
-def why_eager(denoiser, canvas: Tensor) -> str | None:
-    """Why a canvas cannot run compiled, or None."""
-    from .preallocated import PreallocatedCache
-
-    cache, decoder = denoiser.cache, denoiser.model.model.decoder
-    if type(cache) is not PreallocatedCache:
-        return f"the cache is a {type(cache).__name__}; cache_implementation='static' gives one that does not grow"
-    if any(mask is not None and type(mask) is not PrefixRange for mask in denoiser.masks.values()):
-        return "the attention mask is not a range of the prefix"
-    if any(value is not None for value in denoiser.model_kwargs.values()):
-        return f"arguments {', '.join(denoiser.model_kwargs)} go to the decoder"
-    if any(layer.key_buffer.device != canvas.device for layer in cache.layers):
-        return "the model is spread over several devices"
-    modules = [denoiser.model.lm_head, *decoder.modules()]
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules):
-        return "a module of the decoder has hooks"
-    return None
 
 
 def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: Tensor):

@@ -13,10 +13,12 @@ from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from . import compiled
 from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
+from .eager import why_eager
 from .head import logits_and_stats
 from .lookout import Lookout
 from .naming import takes_cache
 from .patches import Acceleration, Patch
+from .split_head import crosses_ranks
 from .statistics import as_given
 
 
@@ -103,13 +105,17 @@ class Denoiser:
         """All steps until every row is finished; `finished` comes back all True, which ends the caller's loop too."""
         last = 1 if self.call.max_steps is None else max(1, steps - self.call.max_steps + 1)
         if self.acceleration.graph_on(canvas.device):
-            reason = compiled.why_eager(self, canvas)
+            reason = why_eager(self, canvas)
             if reason is None:
                 left = torch.arange(steps, last - 1, -1, dtype=torch.int32, device="cpu")
                 temperatures = temperature_of_step(self.logits_processor, left).expand(len(left))
                 return compiled.run(self, canvas, argmax, carry, finished, temperatures)
             self.acceleration.say("graph", reason, "step by step without compilation goes")
-        lookout = Lookout(self.call.take_drafts(), may_finish=self.criteria is not None)
+        lookout = Lookout(
+            self.call.take_drafts(),
+            may_finish=self.criteria is not None,
+            in_step=crosses_ranks(self.model),
+        )
         for cur_step in range(steps, last - 1, -1):
             canvas, argmax, carry, finished = self.step(canvas, argmax, carry, finished, cur_step)
             if lookout.after_step(finished, argmax):

@@ -69,6 +69,27 @@ def experts_forward(
     )
 
 
+def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the experts of a layer, called with rows of `dtype` on a CUDA `device`, ask the device which of them have
+    rows, or None where they do not."""
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "func", None) is not experts_forward:
+        # Replaced once more, by something that only its author knows.
+        return None
+    if kernel_for(backend, device, dtype) is not None:
+        row = torch.empty(0, dtype=dtype, device=device)
+        if _reason_for_original(forward.args[0], module, row) is None:
+            return None
+    if type(module).__name__ == OURS:
+        return "experts is the reference, which waits for the device"
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if chosen in (None, "eager"):
+        return "the model's own experts are a loop that waits for the device"
+    if chosen == "grouped_mm" and dtype != torch.bfloat16:
+        return f"the model's own experts wait for the device in {dtype}"
+    return None
+
+
 def _scale(module: nn.Module, name: str) -> Tensor | None:
     """The scales of FP8 weights. A weight with a side that 128 does not divide may have stayed in the model's dtype."""
     return getattr(module, f"{name}_scale_inv") if getattr(module, name).dtype == FP8 else None

@@ -54,10 +54,13 @@ class Lookout:
 
     The host runs ahead of the device by at most `AHEAD` steps. Finished rows do not change, so what runs past the end
     changes nothing, and its drafts are dropped.
+
+    in_step: take as many steps whatever the device's pace. Ranks that exchange something in a step need it: one that
+    knows of the end earlier than another would leave that one waiting.
     """
 
-    def __init__(self, put_draft: Callable | None, may_finish: bool) -> None:
-        self.put_draft, self.may_finish = put_draft, may_finish
+    def __init__(self, put_draft: Callable | None, may_finish: bool, in_step: bool = False) -> None:
+        self.put_draft, self.may_finish, self.in_step = put_draft, may_finish, in_step
         self.pending: deque = deque()
         self.over = False
 
@@ -66,9 +69,12 @@ class Lookout:
         if self.put_draft is None and not self.may_finish:
             return False
         self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
-        while self.pending and not self.over and (len(self.pending) > AHEAD or self.pending[0].ready()):
+        while self.pending and not self.over and (len(self.pending) > AHEAD or self._ready()):
             self._take()
         return self.over
+
+    def _ready(self) -> bool:
+        return not self.in_step and self.pending[0].ready()
 
     def close(self) -> None:
         """After the last step: deliver what is still on its way."""

@@ -54,6 +54,18 @@ def is_split(lm_head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
+def crosses_ranks(model: nn.Module) -> bool:
+    """Whether a step of `model` may exchange something between ranks: weights of its head or decoder are split."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return True
+    parts = (model.lm_head, model.model.decoder)
+    return any(isinstance(parameter, DTensor) for part in parts for parameter in part.parameters())
+
+
 @dataclass(eq=False)
 class SplitLogits:
     """This rank's columns of the logits: [B, C, Vs] and their own `RowStats`; start: the first column's token."""

@@ -1,0 +1,63 @@
+"""Why a canvas runs step by step, neither compiled nor captured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import BackendError, choose, requirements
+from .experts import why_looping
+from .head import is_plain
+from .masks import PrefixRange
+from .split_head import crosses_ranks
+
+
+def why_eager(denoiser, canvas: Tensor) -> str | None:
+    """Why a canvas [B, C] cannot run compiled, or None."""
+    from .preallocated import PreallocatedCache
+
+    cache, model = denoiser.cache, denoiser.model
+    if type(cache) is not PreallocatedCache:
+        return f"the cache is a {type(cache).__name__}; cache_implementation='static' gives one that does not grow"
+    if any(mask is not None and type(mask) is not PrefixRange for mask in denoiser.masks.values()):
+        return "the attention mask is not a range of the prefix"
+    if any(value is not None for value in denoiser.model_kwargs.values()):
+        return f"arguments {', '.join(denoiser.model_kwargs)} go to the decoder"
+    if any(layer.key_buffer.device != canvas.device for layer in cache.layers):
+        return "the model is spread over several devices"
+    if torch.is_autocast_enabled(canvas.device.type):
+        return "autocast is on"
+    modules = [model.lm_head, *model.model.decoder.modules()]
+    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules):
+        return "a module of the decoder has hooks"
+    if crosses_ranks(model):
+        return "the weights are split over ranks"
+    return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
+
+
+def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:
+    """Which part of a step on a CUDA device would wait for it, which a capture does not survive, or None."""
+    decoder = model.model.decoder
+    embeddings, head = decoder.embed_tokens.weight, model.lm_head
+    dtype = embeddings.dtype
+    statistics = "head_stats" if is_plain(head, embeddings) else "row_stats"
+    needs = [
+        (statistics, {"dtype": dtype, "vocab": embeddings.shape[0]}),
+        ("commit", {"canvas_length": canvas.shape[1]}),
+        ("soft_embedding", {"dtype": dtype}),
+    ]
+    widths = {layer.self_attn.head_dim for layer in decoder.layers}
+    needs += [("block_attention", {"dtype": dtype, "head_dim": width}) for width in sorted(widths)]
+    for op, need in needs:
+        try:
+            choice = choose(op, acceleration.backend_of(op), requirements(canvas, **need))
+        except BackendError:
+            # The step itself says so.
+            continue
+        if choice.implementation.backend == "reference":
+            return f"{op} is the reference, which waits for the device"
+    for layer in decoder.layers:
+        reason = why_looping(layer.experts, acceleration.backend, canvas.device, dtype)
+        if reason is not None:
+            return reason
+    return None
