@@ -286,6 +286,37 @@ class TestGenerate:
         assert_same(result, alone[1])
         assert len(recorded) == 1
 
+    def test_a_returned_cache_that_goes_on_while_another_call_runs(self, model, recorded):
+        """The other one comes from the streamer of the second turn, and asks for buffers of the same batch size."""
+        ids, _ = prompt(2, 11)
+        other, _ = prompt(2, 9, seed=3)
+
+        class Nested(Drafts):
+            count = 0
+
+            def put_draft(self, value):
+                self.count += 1
+                if self.count == 1:
+                    thread = threading.Thread(
+                        target=lambda: model.generate(other, seed=4, max_new_tokens=2 * CANVAS)
+                    )
+                    thread.start()
+                    thread.join()
+
+        def talk(streamer):
+            first = model.generate(ids, seed=6)
+            turn = torch.cat([first.sequences[:, -CANVAS:], other], -1)
+            cache = {patches.acceleration_of(model).cache_argument: first.past_key_values}
+            return model.generate(
+                turn, seed=7, max_new_tokens=3 * CANVAS, streamer=streamer, **cache
+            ).sequences
+
+        with dgemma_accel.accelerated(model, graph=True):
+            expected, result = talk(None), talk(Nested())
+            lent = patches.acceleration_of(model).bank.entries.values()
+            assert not any(entry.in_use for entry in lent)
+        assert torch.equal(result, expected)
+
     def test_weights_that_moved_are_captured_again(self, model, recorded):
         model = copy.deepcopy(model)
         ids, _ = prompt(2, 20)

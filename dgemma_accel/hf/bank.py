@@ -67,6 +67,23 @@ class CacheBank:
                 del self.entries[other]
             return cache
 
+    def hold(self, cache) -> bool:
+        """A call goes on with `cache`, which an earlier one returned: its buffers are not lent until `give_back`.
+
+        False where they are not this bank's, and where another call has them.
+        """
+        with self.lock:
+            for entry in self.entries.values():
+                if entry.holder is not None and entry.holder() is cache and not entry.in_use:
+                    entry.in_use = True
+                    return True
+        return False
+
+    def clear(self) -> None:
+        """Let go of all buffers. Caches that callers hold keep theirs."""
+        with self.lock:
+            self.entries.clear()
+
     def _surplus(self) -> int:
         return len(self.entries) - MOST_BATCH_SIZES
 

@@ -66,7 +66,10 @@ def generate(
         call.put_draft = streamer.put_draft
         call.needs_logits = bool(getattr(streamer, "_takes_logits", False))
         streamer = _DraftsOnce(streamer, call)
+    bank = patch.acceleration.bank
     with calling(call):
+        if cache is not None and bank.hold(cache):
+            call.leased.append((bank, cache))
         output = patch.original()(
             input_ids=input_ids,
             streamer=streamer,
