@@ -153,6 +153,32 @@ class TestTheSameTokens:
             lines = [r.getMessage() for r in caplog.records if "no compiler here" in r.getMessage()]
             assert len(lines) == 1 and "uncompiled" in lines[0] and "no compiler here" in step.failure
 
+    @pytest.mark.parametrize("why", ["out of memory", "inside a recording"])
+    def test_a_failure_that_is_not_the_compiler_s(self, model, monkeypatch, why):
+        """It goes on to the caller, and the compiled step serves again."""
+        ids, _ = prompt(2, 9)
+        error = torch.OutOfMemoryError if why == "out of memory" else RuntimeError
+        fails, right = [True], graph.take_step
+
+        def broken_once(function, **options):
+            def step(*arguments):
+                if fails:
+                    raise error("in a step")
+                return right(*arguments)
+
+            return step
+
+        monkeypatch.setattr(torch, "compile", broken_once)
+        with dgemma_accel.accelerated(model, graph=True):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "inside a recording")
+                with pytest.raises(error, match="in a step"):
+                    generate(model, ids)
+            fails.clear()
+            generate(model, ids)
+            (step,) = patches.acceleration_of(model).compiled.values()
+            assert step.failure is None
+
     def test_a_model_of_another_dtype_is_captured_again(self):
         model = dgemma_accel.accelerate(tiny_model(), graph=True)
         ids, _ = prompt(2, 20)

@@ -27,7 +27,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     """Run a DiffusionGemma model's attention and sampler through this package.
 
     `model.generate(...)` is called as before and gives the same tokens from the same noise; its noise is drawn
-    from a seed that torch's default generator gives once per canvas, so `torch.manual_seed` makes a run
+    from a seed that torch's default generator gives once per call, so `torch.manual_seed` makes a run
     repeatable. Only this instance changes; config, weights and what `save_pretrained` writes do not. Calling it
     again, also with another backend, replaces the earlier call.
 

@@ -113,20 +113,22 @@ class CapturedStep:
         self.schedule, self.taken, self.replays = schedule, 0, 0
         self._copy_in(inputs, offset, schedule)
 
+        # Names of its own: a function that a recording keeps does not keep this object, nor its memory.
+        held, offset_now, position, temperatures = self.inputs, self.offset, self.position, self.temperatures
+
         def advance() -> None:
-            held = self.inputs
             numbers = graph.Numbers(
                 held.seed,
-                self.offset,
-                self.temperatures.index_select(0, self.position)[0],
+                offset_now,
+                temperatures.index_select(0, position)[0],
                 held.entropy_bound,
                 held.confidence,
             )
             after = step(held.state, keys, values, held.prefixes, numbers, held.pinned)
             for mine, fresh in zip(held.state, after):
                 mine.copy_(fresh)
-            self.offset.add_(1)
-            self.position.add_(1)
+            offset_now.add_(1)
+            position.add_(1)
 
         self.recording = recording(advance, device, pool)
         self.seconds = time.perf_counter() - begun

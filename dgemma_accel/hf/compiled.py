@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import types
+import weakref
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -58,8 +59,9 @@ class Step:
     def __init__(
         self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size
     ) -> None:
-        self.model, self.settings, self.acceleration = model, settings, acceleration
-        self.shape, self.calls = tuple(shape), 0
+        # Both hold this step.
+        self._model, self._acceleration = weakref.ref(model), weakref.ref(acceleration)
+        self.settings, self.shape, self.calls = settings, tuple(shape), 0
         self.seconds: float | None = None
         self.failure: str | None = None
         # A code object of its own, so that no limit on recompiling counts across shapes or models.
@@ -73,14 +75,20 @@ class Step:
 
     def __call__(self, state, keys, values, prefixes, numbers, pinned) -> graph.State:
         self.calls += 1
-        arguments = (self.model, state, keys, values, prefixes, numbers, pinned, self.settings)
+        arguments = (self._model(), state, keys, values, prefixes, numbers, pinned, self.settings)
         if self.failure is not None:
             return graph.take_step(*arguments)
         begun = time.perf_counter()
         try:
             after = self.compiled(*arguments)
         except Exception as error:
+            if torch.OutOfMemoryError in (type(error), type(getattr(error, "inner_exception", None))):
+                # Says nothing about the compiler, and the uncompiled step takes more.
+                raise
             if self.seconds is not None and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            if torch.cuda.is_current_stream_capturing():
+                # Half of the step may be in the recording already.
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.
             after = graph.take_step(*arguments)
@@ -91,7 +99,7 @@ class Step:
 
     def _give_up(self, error: Exception) -> None:
         self.failure = one_line(error)
-        self.acceleration.say("graph", f"torch.compile: {self.failure}", "the step, uncompiled, serves")
+        self._acceleration().say("graph", f"torch.compile: {self.failure}", "the step, uncompiled, serves")
 
 
 class Stepwise:

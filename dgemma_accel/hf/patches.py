@@ -59,6 +59,8 @@ class Patch:
             attributes[self.name] = self.previous
         else:
             del attributes[self.name]
+        # It holds this patch, and so the model, until somebody looks for cycles.
+        self.replacement = None
 
 
 @dataclass(eq=False)
@@ -94,6 +96,10 @@ class Acceleration:
         for patch in reversed(self.patches):
             patch.undo()
         self.patches.clear()
+        # All memory of the device that is held, at once.
+        self.compiled.clear()
+        self.captures.clear()
+        self.bank.clear()
 
     def as_argument(self, cache) -> dict:
         """`cache` as a keyword argument of the model's own methods."""

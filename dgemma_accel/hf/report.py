@@ -39,7 +39,7 @@ def captures(model: nn.Module) -> list[CaptureReport]:
         return []
     found, steps_with_capture = [], set()
     registry = acceleration.captures
-    for key, captured in registry.found.items():
+    for key, captured in list(registry.found.items()):
         _, step, lengths, shape, *_ = key
         steps_with_capture.add(id(step))
         problem = registry.failures.get(key)
@@ -56,7 +56,7 @@ def captures(model: nn.Module) -> list[CaptureReport]:
                 f"not captured: {problem}" if problem else _uncompiled(step),
             )
         )
-    for step in acceleration.compiled.values():
+    for step in list(acceleration.compiled.values()):
         if id(step) not in steps_with_capture:
             problem = _uncompiled(step)
             found.append(
