@@ -171,7 +171,7 @@ class TestTheSameTokens:
         monkeypatch.setattr(torch, "compile", broken_once)
         with dgemma_accel.accelerated(model, graph=True):
             with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "inside a recording")
+                patch.setattr(compiled, "is_recorded", lambda device: why == "inside a recording")
                 with pytest.raises(error, match="in a step"):
                     generate(model, ids)
             fails.clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import capture, graph
 from .capture import CapturedStep, Inputs
+from .cuda_graph import is_recorded
 from .lookout import Lookout
 from .patches import Acceleration
 from .registry import fingerprint
@@ -87,7 +88,7 @@ class Step:
                 raise
             if self.seconds is not None and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            if torch.cuda.is_current_stream_capturing():
+            if is_recorded(state.canvas.device):
                 # Half of the step may be in the recording already.
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.

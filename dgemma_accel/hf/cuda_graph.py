@@ -25,6 +25,11 @@ def quiet(device: torch.device) -> threading.RLock:
     return _quiet.setdefault(device, threading.RLock())
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether what this thread launches now is recorded instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Pool:
     """Memory that recordings share, the stream they are recorded on, and an event after the last replay of any.
 
