@@ -53,7 +53,11 @@ def uncompiled(monkeypatch):
 def traced(monkeypatch):
     """Traced whole by dynamo and AOT autograd, run without inductor."""
     right = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: right(function, backend="aot_eager", **o))
+
+    def without_inductor(function, *, options, **o):
+        return right(function, backend="aot_eager", **o)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
     torch._dynamo.reset()
     counters.clear()
 
@@ -233,6 +237,24 @@ class TestWhereItDoesNotRun:
     def test_bad_option(self, model):
         with pytest.raises(TypeError, match="graph: a bool or None expected, got str"):
             dgemma_accel.accelerate(model, graph="yes")
+
+
+def test_inductor_makes_no_cuda_graphs_of_its_own(model, monkeypatch):
+    """Also where the process has them on: they would be captured within the capture."""
+    from torch._inductor import compile_fx, config
+
+    seen = []
+
+    def looks(*arguments, **options):
+        with config.patch(options["config_patches"]):
+            seen.append(config.triton.cudagraphs)
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(compile_fx, "compile_fx", looks)
+    torch._dynamo.reset()
+    with config.patch({"triton.cudagraphs": True}), dgemma_accel.accelerated(model, graph=True):
+        generate(model, prompt(1, 5)[0], max_denoising_steps=1, max_new_tokens=CANVAS)
+    assert seen == [False]
 
 
 @pytest.mark.usefixtures("traced")

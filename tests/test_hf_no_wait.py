@@ -135,6 +135,22 @@ class Crossings(TorchDispatchMode):
         return result
 
 
+def traced_on_the_host(function, *arguments):
+    """What a trace of `function` would make on the host; what it reads that is there already does not count."""
+    made = []
+
+    def backend(module, inputs):
+        for node in module.graph.nodes:
+            value = node.meta.get("example_value")
+            if node.op != "placeholder" and isinstance(value, torch.Tensor) and not value.is_meta:
+                made.append(str(node.target))
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*arguments)
+    return made
+
+
 @pytest.mark.parametrize("pinned, depth", [(False, 1), (True, 1), (False, None)])
 def test_a_step_copies_nothing_from_the_host(pinned, depth):
     model, batch = tiny_model(torch.bfloat16).to("meta"), 2
@@ -169,6 +185,10 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
         after = graph.take_step(model, state, buffers, buffers, prefixes, numbers, given, settings)
     assert crossings.seen == [] and crossings.operations > 100
     assert all(tensor.is_meta for tensor in after)
+    with torch.no_grad():
+        arguments = (model, state, buffers, buffers, prefixes, numbers, given, settings)
+        assert traced_on_the_host(graph.take_step, *arguments) == []
+        assert traced_on_the_host(lambda x: x + torch.tensor(1), whole) != []
     with Crossings() as crossings:
         torch.tensor(0.5).to("meta")
         whole + torch.tensor(1)

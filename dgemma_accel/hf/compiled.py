@@ -70,7 +70,9 @@ class Step:
         code = original.__code__.replace()
         function = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
         try:
-            self.compiled = torch.compile(function, fullgraph=True, dynamic=False)
+            # A graph within the graph that is captured here, if the process has turned inductor's own on.
+            options = {"triton.cudagraphs": False}
+            self.compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         except Exception as error:
             self._give_up(error)
 

@@ -55,8 +55,18 @@ def constant(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _number(value: float, dtype: torch.dtype, keep: bool) -> Tensor:
-    return constant(value, dtype) if keep else torch.tensor(value, dtype=dtype, device="cpu")
+# For graphs that are traced: a tensor that is there already is an input and costs no kernel.
+ZEROS = {dtype: constant(0, dtype) for dtype in (torch.int64, torch.float32)}
+
+
+def _number(value: float, dtype: torch.dtype, device: torch.device, keep: bool) -> Tensor:
+    if keep:
+        return constant(value, dtype)
+    if not torch.compiler.is_compiling():
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    # A number of the host would be made by C++ that inductor writes, for which a machine with a GPU need not have a
+    # compiler; one of the device by the code that is compiled anyway.
+    return ZEROS[dtype] if value == 0 else torch.full((), value, dtype=dtype, device=device)
 
 
 def number_or_rows(
@@ -73,8 +83,8 @@ def number_or_rows(
 ) -> Tensor:
     """A parameter that is a number, a 0-d tensor or one value per row, as a 0-d or flat tensor.
 
-    A number becomes a 0-d CPU tensor, which a kernel reads without waiting for the device; numbers are
-    checked against [low, high] here and tensors where they are read (`check_values`).
+    A number becomes a 0-d CPU tensor, which a kernel reads without waiting for the device, or in a graph that is
+    traced one on `device`; numbers are checked against [low, high] here and tensors where they are read (`values_in`).
 
     Args:
         rows: the shape that stands for "one value per row".
@@ -103,7 +113,7 @@ def number_or_rows(
     if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}: must be finite and in {bracket}{low}, {high}], got {value}")
-    return _number(value, dtype, keep)
+    return _number(value, dtype, device, keep)
 
 
 def softcap_value(softcap: float | None) -> float | None:
@@ -144,7 +154,7 @@ def uniform_or_seed(
     has_dtype("uniform", uniform, (torch.float32,))
     has_shape("uniform", uniform, shape, "one value per row")
     on_device("uniform", uniform, device, "the input")
-    return uniform.reshape(-1).contiguous(), None, _number(0, torch.int64, keep)
+    return uniform.reshape(-1).contiguous(), None, _number(0, torch.int64, device, keep)
 
 
 def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bool) -> Tensor:
@@ -158,7 +168,7 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bo
         raise TypeError(f"{name}: an int or a 0-d int64 tensor expected, got {type(value).__name__}")
     if not 0 <= value <= INT64_MAX:
         raise ValueError(f"{name}: must be in [0, 2**63), got {value}")
-    return _number(value, torch.int64, keep)
+    return _number(value, torch.int64, device, keep)
 
 
 def values_in(
