@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, generate, prompt, tiny_model
+from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model
 
 import dgemma_accel
 from dgemma_accel.hf import bank, capture, cuda_graph, graph, patches, registry
@@ -316,6 +316,55 @@ class TestGenerate:
             lent = patches.acceleration_of(model).bank.entries.values()
             assert not any(entry.in_use for entry in lent)
         assert torch.equal(result, expected)
+
+    def test_a_call_waits_where_another_thread_records(self, model, recorded, monkeypatch):
+        """With its canvas, which the device's generator draws, and with compiling; steps go on."""
+        device, ids, order = torch.device("cpu"), prompt(2, 9)[0], []
+        sampler = generation.EntropyBoundSampler
+        draw = sampler.initialize_canvas
+
+        def initialize(self, batch_size, device):
+            order.append("draw")
+            return draw(self, batch_size, device)
+
+        def compiling(function, **options):
+            def first(*arguments):
+                if "compile" not in order:
+                    order.append("compile")
+                    order.append(f"others may record: {self.elsewhere_free(device)}")
+                return function(*arguments)
+
+            return first
+
+        monkeypatch.setattr(sampler, "initialize_canvas", initialize)
+        monkeypatch.setattr(torch, "compile", compiling)
+        with dgemma_accel.accelerated(model, graph=True):
+            with cuda_graph.quiet(device):
+                thread = threading.Thread(
+                    target=lambda: model.generate(ids, max_new_tokens=CANVAS, max_denoising_steps=2)
+                )
+                thread.start()
+                thread.join(1.0)
+                order.append("recorded")
+            thread.join()
+        assert order[:4] == ["recorded", "draw", "compile", "others may record: False"]
+        assert self.elsewhere_free(device)
+
+    @staticmethod
+    def elsewhere_free(device):
+        """Whether another thread could record now."""
+        found = []
+
+        def attempt():
+            lock = cuda_graph.quiet(device)
+            found.append(lock.acquire(blocking=False))
+            if found[0]:
+                lock.release()
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        return found[0]
 
     def test_weights_that_moved_are_captured_again(self, model, recorded):
         model = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import capture, graph
 from .capture import CapturedStep, Inputs
-from .cuda_graph import is_recorded
+from .cuda_graph import is_recorded, quiet
 from .lookout import Lookout
 from .patches import Acceleration
 from .registry import fingerprint
@@ -81,24 +81,30 @@ class Step:
         arguments = (self._model(), state, keys, values, prefixes, numbers, pinned, self.settings)
         if self.failure is not None:
             return graph.take_step(*arguments)
-        begun = time.perf_counter()
+        if self.seconds is not None:
+            return self._run(arguments, state.canvas.device)
+        with quiet(state.canvas.device):
+            begun = time.perf_counter()
+            after = self._run(arguments, state.canvas.device)
+            self.seconds = time.perf_counter() - begun
+        return after
+
+    def _run(self, arguments: tuple, device: torch.device) -> graph.State:
         try:
-            after = self.compiled(*arguments)
+            return self.compiled(*arguments)
         except Exception as error:
             if torch.OutOfMemoryError in (type(error), type(getattr(error, "inner_exception", None))):
                 # Says nothing about the compiler, and the uncompiled step takes more.
                 raise
             if self.seconds is not None and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            if is_recorded(state.canvas.device):
+            if is_recorded(device):
                 # Half of the step may be in the recording already.
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.
             after = graph.take_step(*arguments)
             self._give_up(error)
-        if self.seconds is None:
-            self.seconds = time.perf_counter() - begun
-        return after
+            return after
 
     def _give_up(self, error: Exception) -> None:
         self.failure = one_line(error)

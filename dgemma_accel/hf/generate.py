@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import checks
 from .call import Call, active_call, calling
+from .cuda_graph import quiet
 from .naming import takes_cache
 from .patches import Patch
 
@@ -89,7 +90,9 @@ def generate(
 def prepare_denoiser_inputs(patch: Patch, **kwargs):
     """`_prepare_denoiser_inputs` with the starting canvas of the call's seed."""
     given = "decoder_input_ids" in kwargs["model_kwargs"]
-    canvas, *rest = patch.original()(**kwargs)
+    # It draws from the device's generator.
+    with quiet(kwargs["device"]):
+        canvas, *rest = patch.original()(**kwargs)
     call = active_call()
     if call is not None and call.seed_given and not given:
         sampler = kwargs["sampler"]
