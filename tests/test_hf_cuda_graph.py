@@ -16,7 +16,7 @@ DEVICE = torch.device("cpu", 0)
 
 
 class Generator:
-    """The default generator: up to torch 2.11 in capture mode as a whole, and only a recording's end changes that."""
+    """The default generator: in torch 2.11 in capture mode as a whole, and only a recording's end changes that."""
 
     def __init__(self, played):
         self.played, self.capturing, self.state = played, False, 0

@@ -19,8 +19,8 @@ _quiet: dict[torch.device, threading.RLock] = {}
 def quiet(device: torch.device) -> threading.RLock:
     """The lock that a recording on `device` holds, whichever model it is of.
 
-    Meanwhile no other thread may draw from the device's default generator, which up to torch 2.11 is in capture mode
-    for all of them, nor compile, which reads that generator and times kernels. So who does either takes it too.
+    Meanwhile no other thread may draw from the device's default generator, which in torch 2.11 is in capture mode for
+    all of them, nor compile, which reads that generator and times kernels. So who does either takes it too.
     """
     return _quiet.setdefault(device, threading.RLock())
 
@@ -130,8 +130,8 @@ class CudaRecording:
 def release_generator(device: torch.device, side) -> None:
     """Take the default generator of `device` out of capture mode, where a recording that failed left it there.
 
-    Up to torch 2.11 the mode is the generator's and ends only with a recording: it would refuse every draw, and every
-    graph made before would refuse its replay.
+    In torch 2.11 the mode is the generator's, 2.13 has one for each recording. It ends only where a recording does: every
+    draw would be refused, and the replay of every graph made before.
     """
     generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
