@@ -118,6 +118,18 @@ def same_noise(base=1):
         yield noise
 
 
+def trace_without_inductor(monkeypatch):
+    """Compiled steps are traced whole by dynamo and AOT autograd, and run without inductor."""
+    right = torch.compile
+
+    # Options are inductor's.
+    def traced(function, *, options, **others):
+        return right(function, backend="aot_eager", **others)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+
+
 def as_argument(cache):
     """`cache` under the name that the transformers installed gives it."""
     return {cache_argument(): cache}

@@ -5,7 +5,17 @@ import re
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, as_argument, generate, generation, prompt, tiny_model, transformers
+from hf_models import (
+    CANVAS,
+    WINDOW,
+    as_argument,
+    generate,
+    generation,
+    prompt,
+    tiny_model,
+    trace_without_inductor,
+    transformers,
+)
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,14 +61,7 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Traced whole by dynamo and AOT autograd, run without inductor."""
-    right = torch.compile
-
-    def without_inductor(function, *, options, **o):
-        return right(function, backend="aot_eager", **o)
-
-    monkeypatch.setattr(torch, "compile", without_inductor)
-    torch._dynamo.reset()
+    trace_without_inductor(monkeypatch)
     counters.clear()
 
 

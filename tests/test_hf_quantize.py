@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, layers_of, prompt, tiny_model, transformers
+from hf_models import CANVAS, generate, layers_of, prompt, tiny_model, trace_without_inductor, transformers
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
@@ -72,9 +72,7 @@ def test_the_backend_named_serves_them(quantized, expected, monkeypatch, caplog,
 
 
 def test_the_step_is_traced_whole(quantized, expected, monkeypatch, caplog):
-    right = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: right(function, backend="aot_eager", **o))
-    torch._dynamo.reset()
+    trace_without_inductor(monkeypatch)
     dgemma_accel.accelerate(quantized, graph=True)
     with caplog.at_level("WARNING", logger="dgemma_accel"):
         assert torch.equal(generate(quantized, prompt(2, 9)[0].to(DEVICE)).sequences, expected)

@@ -74,6 +74,8 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
 def restore(model):
     """Put back exactly what `accelerate` replaced; a model that is not accelerated stays as it is.
 
+    Memory for captures and cache buffers is let go; caches that earlier calls returned keep theirs.
+
     Returns:
         The model.
     """

@@ -130,8 +130,8 @@ class CudaRecording:
 def release_generator(device: torch.device, side) -> None:
     """Take the default generator of `device` out of capture mode, where a recording that failed left it there.
 
-    In torch 2.11 the mode is the generator's, 2.13 has one for each recording. It ends only where a recording does: every
-    draw would be refused, and the replay of every graph made before.
+    In torch 2.11 the mode is the generator's, 2.13 has one for each recording. It ends only where a recording does:
+    every draw would be refused, and the replay of every graph made before.
     """
     generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
@@ -142,6 +142,7 @@ def release_generator(device: torch.device, side) -> None:
         except RuntimeError:
             pass
         if _refuses_to_draw(device):
+            # Graphs made before keep the state that they know, and go on refusing.
             generator.graphsafe_set_state(generator.clone_state())
     generator.set_state(state)
 

@@ -93,10 +93,10 @@ class Acceleration:
         self.patches.append(patch)
 
     def undo(self) -> None:
+        """Put every method back and let go of what calls have left: memory of the device above all."""
         for patch in reversed(self.patches):
             patch.undo()
         self.patches.clear()
-        # All memory of the device that is held, at once.
         self.compiled.clear()
         self.captures.clear()
         self.bank.clear()
