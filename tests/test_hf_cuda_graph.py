@@ -37,6 +37,7 @@ class Generator:
         self.played.log.append("another state")
 
     def draw(self):
+        self.played.log.append(f"draw on {self.played.current.name}")
         if self.capturing and not self.played.recording:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         self.state += 1
@@ -170,6 +171,8 @@ class TestARecordingThatFails:
 
     def test_the_caller_s_stream_is_current(self, failed, played):
         assert played.current is failed[1]
+        # The side stream may not be usable.
+        assert {line for line in played.log if line.startswith("draw")} == {"draw on the caller's"}
 
     def test_the_pool_is_no_longer_recorded_into(self, failed, played):
         assert not played.underway and failed[0].handle not in played.users

@@ -50,6 +50,19 @@ class TestWithoutTheGarbageCollector:
         del model
         assert gone() is None and sequences.shape[0] == 2
 
+    def test_restore_while_something_holds_the_record(self):
+        """As a call does that is running: memory goes all the same, and what it keeps does not keep the model."""
+        model = dgemma_accel.accelerate(tiny_model(), graph=True)
+        held, buffers = used(model)[1:]
+        state = patches.acceleration_of(model)
+        (step,) = state.compiled.values()
+        dgemma_accel.restore(model)
+        assert alive(held) == ["Acceleration", "Step"] and alive(buffers) == []
+        assert state.captures.pool is None and not state.captures.failures
+        gone = weakref.ref(model)
+        del model, state
+        assert gone() is None and alive(held) == ["Step"] and step.calls > 0
+
     def test_accelerate_again(self):
         model = dgemma_accel.accelerate(tiny_model(), graph=True)
         held, buffers = used(model)[1:]
