@@ -384,14 +384,6 @@ TOKENS, STATS = torch.zeros(2, 4, dtype=torch.int64), make_stats(2, 4)
             ValueError,
             r"rule.k: .* shape \(2,\) expected",
         ),
-        ((TOKENS, STATS, TopK(torch.tensor(-1)), Keep()), {}, ValueError, "k: values must be in"),
-        ((TOKENS, STATS, TopK(torch.tensor(1.0)), Keep()), {}, TypeError, "rule.k: dtype"),
-        (
-            (TOKENS, STATS, Threshold(torch.tensor(math.nan)), Keep()),
-            {},
-            ValueError,
-            "value: values must be in",
-        ),
         ((TOKENS, STATS, TopK(1), Keep()), {"candidates": TOKENS}, TypeError, "candidates: dtype"),
         ((TOKENS, STATS, TopK(1), Keep()), {"candidates": TOKENS[:1] > 0}, ValueError, "candidates: shape"),
         ((TOKENS, STATS, TopK(1), Keep()), {"stop": StableAndConfident()}, ValueError, "stop: needs a state"),
@@ -425,11 +417,39 @@ def test_bad_input(arguments, kwargs, error, text):
         (lambda: Remask(-1), ValueError), (lambda: Remask(2**31), ValueError), (lambda: Renoise(0), ValueError),
         (lambda: TopK(1, gumbel_temperature=0.0), ValueError), (lambda: StableAndConfident(-1), ValueError),
         (lambda: StableAndConfident(1, 0.0), ValueError), (lambda: Edit(0.5, 0.5, mask_id=-2), ValueError),
-        (lambda: TopK(torch.zeros(2, 2)), ValueError), (lambda: Sequential("all"), TypeError),
+        (lambda: TopK(torch.zeros(2, 2, dtype=torch.int64)), ValueError), (lambda: Sequential("all"), TypeError),
     ],
 )  # fmt: skip
 def test_bad_rules(make, error):
     with pytest.raises(error):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make, error, text",
+    [
+        (lambda: TopK(torch.tensor(-1)), ValueError, r"k: values must be in \[0, inf\), got -1"),
+        (lambda: TopK(torch.tensor(1.0)), TypeError, "k: dtype must be one of int64, int32"),
+        (lambda: TopK(torch.zeros(2, 2, dtype=torch.int64)), ValueError, "k: an int, a 0-d tensor or one value per row"),
+        (lambda: Threshold(torch.tensor(math.nan)), ValueError, "tau: values must be in"),
+        (lambda: Threshold(torch.tensor(-0.5)), ValueError, r"tau: values must be in \[0.0, 1.0\], got -0.5"),
+        (lambda: Threshold(torch.tensor([0.5, 1.5])), ValueError, r"tau: values must be in \[0.0, 1.0\], got 1.5"),
+        (lambda: EntropyBound(math.inf), ValueError, r"bound: must be in \[0.0, inf\), got inf"),
+        (lambda: EntropyBound(torch.tensor(math.inf)), ValueError, r"bound: values must be in \[0.0, inf\)"),
+        (lambda: Factor(math.inf), ValueError, r"f: must be in \[0.0, inf\), got inf"),
+        (lambda: Edit(0.5, torch.tensor(2.0), 1), ValueError, "tau_edit: values"),
+        (lambda: Remask(torch.tensor(3)), TypeError, "mask_id: an int expected, got a tensor"),
+        (lambda: StableAndConfident(torch.tensor(1)), TypeError, "stability: an int expected, got a tensor"),
+        (lambda: StableAndConfident(1, torch.zeros(2)), ValueError, "confidence: a number, a 0-d tensor expected"),
+        (lambda: Threshold(0.5, measure=Measure.ENTROPY), ValueError, "measure: must be one of .* got Measure.ENTROPY"),
+        (lambda: Factor(0.5, measure=Measure.POSITION), ValueError, "measure: must be one of"),
+        (lambda: Threshold(0.5, measure="margin"), TypeError, "measure: a samplers.Measure .* got str"),
+        (lambda: Factor(0.5, measure="margin"), TypeError, "measure: a samplers.Measure"),
+        (lambda: TopK(1, measure="margin"), TypeError, "measure: a samplers.Measure"),
+    ],
+)  # fmt: skip
+def test_rules_name_what_is_wrong_when_they_are_made(make, error, text):
+    with pytest.raises(error, match=text):
         make()
 
 

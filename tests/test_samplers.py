@@ -300,7 +300,7 @@ def test_every_proposal_is_the_mask():
         assert result.calls <= LENGTH
 
 
-def test_positions_without_a_distribution_come_last():
+def test_positions_without_a_distribution_are_not_decided():
     logits = torch.randn(1, LENGTH, VOCAB)
     logits[..., MASK] = -50
     logits[0, 2] = float("-inf")
@@ -310,7 +310,8 @@ def test_positions_without_a_distribution_come_last():
     while state.active.any():
         x = sampler.step(logits, x, state)
         order += state.committed.nonzero()[:, 1].tolist()
-    assert order[-2:] == [2, 5]
+    assert sorted(order) == [0, 1, 3, 4, 6, 7]
+    assert x[0, [2, 5]].tolist() == [MASK, MASK] and state.stuck.tolist() == [True]
 
 
 def test_greedy_and_tempered_share_the_confidence():

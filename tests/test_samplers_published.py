@@ -212,7 +212,7 @@ def test_sdar(strategy, length):
         prompt = prompts(1, length, seed)
         expected = sdar_generate(SDAR(seed), prompt, 10, 4, 3, strategy, 0.6)
         sampler = MaskedDiffusionSampler.for_sdar(
-            ours, mask_id=MASK, steps=3, interface=BlockCache(new_cache=Store)
+            ours, mask_id=MASK, steps=3, temperature=0.0, interface=BlockCache(new_cache=Store)
         )
         result = sampler.generate(SDAR(seed), prompt, 10)
         assert torch.equal(result.sequences, expected)
@@ -221,12 +221,24 @@ def test_sdar(strategy, length):
 
 def test_sdar_takes_batches_of_different_lengths():
     rows = [prompts(1, length, length)[0] for length in (9, 2, 9, 4)]
-    sampler = MaskedDiffusionSampler.for_sdar(mask_id=MASK, interface=BlockCache(new_cache=Store))
+    sampler = MaskedDiffusionSampler.for_sdar(
+        mask_id=MASK, temperature=0.0, interface=BlockCache(new_cache=Store)
+    )
     together = sampler.generate(SDAR(3), rows, 6)
     for number, row in enumerate(rows):
         alone = sampler.generate(SDAR(3), row[None], 6)
         assert torch.equal(together.new_tokens[number], alone.new_tokens[0])
         assert int(together.nfe[number]) == int(alone.nfe[0])
+
+
+def test_sdar_samples_at_temperature_1_as_published():
+    numbers = {"mask_id": MASK, "interface": BlockCache(new_cache=Store)}
+    default, sampled, greedy = (
+        MaskedDiffusionSampler.for_sdar(**numbers, **options).generate(SDAR(3), prompts(1, 5, 3), 24, seed=2)
+        for options in ({}, {"temperature": 1.0}, {"temperature": 0.0})
+    )
+    assert torch.equal(default.sequences, sampled.sequences)
+    assert not torch.equal(default.sequences, greedy.sequences)
 
 
 def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_lambda=0.0):

@@ -259,7 +259,8 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
     z = z == 0 && fabsf(max) <= kLargestFloat ? 1 : NAN;
   }
   const RowResult result = finish_row(max, second, z, s, row.stats_temperature);
-  params.entropy[row_index] = statistics ? result.entropy : NAN;
+  // Without statistics too, +inf says that the row has no distribution.
+  params.entropy[row_index] = statistics || !result.valid ? result.entropy : NAN;
   params.logsumexp[row_index] = statistics ? result.logsumexp : NAN;
   params.top1_prob[row_index] = statistics ? result.top1_prob : NAN;
   params.top2_prob[row_index] = statistics ? result.top2_prob : NAN;

@@ -43,6 +43,13 @@ def on_device(name: str, tensor: Tensor, device: torch.device, of: str) -> None:
         raise ValueError(f"{name}: must be on {device} like {of}, got {tensor.device}")
 
 
+def interval(low: float, high: float, *, low_open: bool = False, high_open: bool | None = None) -> str:
+    """How an error writes a range; open at infinity unless said otherwise."""
+    if high_open is None:
+        high_open = math.isinf(high)
+    return f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
+
+
 def may_keep_numbers(tensor: Tensor) -> bool:
     """Whether a call on `tensor` may get its numbers from `constant`: where a graph is traced they belong to it."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
@@ -111,8 +118,9 @@ def number_or_rows(
             f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
         )
     if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
-        bracket = "(" if low_open else "["
-        raise ValueError(f"{name}: must be finite and in {bracket}{low}, {high}], got {value}")
+        raise ValueError(
+            f"{name}: must be finite and in {interval(low, high, low_open=low_open)}, got {value}"
+        )
     return _number(value, dtype, device, keep)
 
 
@@ -203,5 +211,5 @@ def values_in(
     if not bool(inside.all()):
         came = tensor[~inside].flatten()[0].item()
         raise ValueError(
-            f"{name}: values must be in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}, got {came}"
+            f"{name}: values must be in {interval(low, high, low_open=low_open, high_open=high_open)}, got {came}"
         )

@@ -139,7 +139,8 @@ def row_stats(
             `torch.manual_seed` makes a run repeatable.
         offset: int or 0-d int64 tensor, e.g. the number of the step.
         statistics: False where argmax and sample are all that is read: the five other fields then hold NaN, or
-            what they are where a backend has them anyway. On the CPU a greedy row is then one search for its maximum.
+            what they are where a backend has them anyway. Entropy is +inf for a row without a distribution, and for
+            no other, in any case. On the CPU a greedy row is then one search for its maximum.
         check: read values on the device too: raise for a row without a distribution (needs `statistics`) and for
             temperatures or uniforms out of range. Waits for the device.
         backend: "auto", "reference", "cpp", "triton" or "cuda".

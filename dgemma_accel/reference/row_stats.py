@@ -76,7 +76,7 @@ def row_stats(
         seed: 0-d int64, used when `uniform` is None.
         offset: 0-d int64.
         softcap: c > 0, or None.
-        statistics: False leaves NaN in the fp32 results.
+        statistics: False leaves NaN in the fp32 results, except that entropy is +inf for a row without a distribution.
 
     Returns:
         (argmax, sample) int64 and (entropy, logsumexp, top1_prob, top2_prob, sample_prob) fp32,
@@ -103,16 +103,19 @@ def row_stats(
 
     positions = torch.arange(vocab, device=x.device)
     x = torch.where(valid[:, None], x, 0.0)
-    argmax = torch.where(x == x.amax(-1, keepdim=True), positions, vocab).amin(-1)
+    highest = x.amax(-1, keepdim=True)
+    argmax = torch.where(x == highest, positions, vocab).amin(-1)
     top = p.topk(min(2, vocab), dim=-1).values
 
     uniform = row_uniform(uniform, seed, offset, rows, x.device)
-    sample = invert_cdf(torch.softmax(x / sampling_temperature[:, None], -1), uniform)
+    # From the maximum down, so that no temperature is too low for fp32: the least ones draw the argmax.
+    sample = invert_cdf(torch.softmax((x - highest) / sampling_temperature[:, None], -1), uniform)
     sample = torch.where(greedy, argmax, sample)
 
     def finish(values: Tensor, otherwise: float) -> Tensor:
         if not statistics and values.is_floating_point():
-            return torch.full(shape, float("nan"), dtype=values.dtype, device=values.device)
+            values = torch.full_like(values, float("nan"))
+            otherwise = otherwise if otherwise == float("inf") else float("nan")
         return torch.where(valid, values, otherwise).reshape(shape)
 
     top2 = top[:, 1] if vocab > 1 else torch.zeros_like(top[:, 0])

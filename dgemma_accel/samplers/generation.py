@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import checks
 from .interfaces import Session
-from .rules import check_number
+from .numbers import check_number
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ class _Run:
             return logits
         conditional, unconditional = logits.float().chunk(2)
         guided = unconditional + (self.sampler.guidance_scale + 1) * (conditional - unconditional)
-        # A token that either half rules out has no difference to scale.
-        finite = conditional.isfinite() & unconditional.isfinite()
-        return torch.where(finite, guided, conditional)
+        # A token that the unconditional half rules out has no difference to scale; one that the other half rules out
+        # stays so. NaN and +inf in either half leave NaN or +inf.
+        return torch.where(unconditional == -math.inf, conditional, guided)
 
     def finish(self) -> None:
         """Run all blocks."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..ops import checks
+from ..ops.commit import CommitResult
 from .generation import GenerateResult, generate
 from .interfaces import DREAM, BlockCache, FullSequence, Interface
+from .numbers import PER_ROW, check_number, token_id, token_ids
 from .proposals import Proposal
-from .rules import Rule, check_number
+from .rules import Rule
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
 from .strategies.dream import Entropy
 from .strategies.llada import LowConfidence, LowConfidenceDynamic
@@ -25,8 +30,11 @@ class MaskedDiffusionSampler:
 
     Every step reads the block's logits once (`row_stats`) and decides once (`commit`).
 
-        sampler = MaskedDiffusionSampler(Threshold(0.9), mask_id=126336, block_length=32)
+        sampler = MaskedDiffusionSampler.for_llada(Threshold(0.9), block_length=32, eos_id=126081)
         result = sampler.generate(model, prompt_ids, max_new_tokens=256)
+
+    A position whose logits have no distribution (NaN, +inf, or all -inf) is never decided: it stays a mask, and a row
+    that has nothing else left ends with the flag `stuck`.
 
     Args:
         strategy: a `samplers.Strategy` (LowConfidence(), CreditThreshold(), ...) or a `samplers.Rule`, which is
@@ -36,17 +44,19 @@ class MaskedDiffusionSampler:
         block_length: positions decided together; blocks go from left to right. None: all new tokens are
             one block (Dream).
         steps: evaluations per block, >= 1. Strategies that follow a schedule spread the block over them; None
-            means one position per step. For the others it is an upper limit, and None means as many
-            as they need; a block that is not done by then ends with its masks and the flag `stuck`.
-        temperature: >= 0; a number, a tensor [B], or a function of (step, steps). 0 proposes the argmax.
+            means one position per step. For the others it is an upper limit, and None means one for each mask; a
+            block that is not done by then ends with its masks and the flag `stuck`. (Only a rule that may pass all
+            positions over, or a proposal of the mask itself, needs more steps than there are masks.)
+        temperature: >= 0; a number, a 0-d tensor, a tensor [B], or a function of (step, steps) that returns one of
+            these. 0 proposes the argmax.
         top_k, top_p, top_k_first: filters of the proposals, as in `proposals.Proposal`.
         confidence: "untempered" or "proposal", as in `proposals.Proposal`; None takes what the strategy's
             publication does.
         schedule: "masked" spreads the masks of the block over the steps, "block" the block's whole length (SDAR).
         guidance_scale: w >= 0. More than 0 takes l = l_u + (w + 1)(l_c - l_u), with l_u the logits where the
             prompt is masked; both halves go through the model as one batch of twice the size.
-        eos_id: one token or several that end a row; what follows the first becomes `pad_id`.
-        pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0.
+        eos_id: one token or several that end a row; what follows the first becomes `pad_id`. Not the mask.
+        pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
             `DualCache()`, `BlockCache()`.
         softcap: c > 0 for logits that are still to be capped, or None.
@@ -72,18 +82,20 @@ class MaskedDiffusionSampler:
 
     def __post_init__(self) -> None:
         decider = self.decider
-        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
+        self._check_tokens()
         if self.block_length is not None:
             check_number("block_length", self.block_length, 1, integer=True)
         if self.steps is not None:
             check_number("steps", self.steps, 1, integer=True)
         if not callable(self.temperature):
-            check_number("temperature", self.temperature, 0.0)
+            check_number("temperature", self.temperature, 0.0, tensor=PER_ROW)
         if self.top_k is not None:
             check_number("top_k", self.top_k, 0, integer=True)
         if self.top_p is not None:
             check_number("top_p", self.top_p, 0.0, 1.0)
         check_number("guidance_scale", self.guidance_scale, 0.0)
+        checks.softcap_value(self.softcap)
+        backends.requested(self.backend)
         if self.confidence not in (*CONFIDENCES, None):
             raise ValueError(f"confidence: must be one of {CONFIDENCES} or None, got {self.confidence!r}")
         if self.schedule not in SCHEDULES:
@@ -93,6 +105,7 @@ class MaskedDiffusionSampler:
                 f"interface: a samplers.interfaces.Interface expected, got {type(self.interface).__name__}"
             )
         decider.check(self.block_length, self.steps, self.temperature)
+        decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))
         if isinstance(self.interface, BlockCache):
             if self.block_length is None:
                 raise ValueError(
@@ -101,9 +114,22 @@ class MaskedDiffusionSampler:
             interface = replace(self.interface, block_length=self.block_length)
             object.__setattr__(self, "interface", interface)
 
+    def _check_tokens(self) -> None:
+        object.__setattr__(self, "mask_id", token_id("mask_id", self.mask_id))
+        if self.eos_id is not None:
+            object.__setattr__(self, "eos_id", token_ids("eos_id", self.eos_id))
+        if self.pad_id is not None:
+            object.__setattr__(self, "pad_id", token_id("pad_id", self.pad_id))
+        for name, ids in (("eos_id", self.eos_ids), ("pad_id", (self.pad_id,))):
+            if self.mask_id in ids:
+                raise ValueError(f"{name}: must not be the mask, got mask_id = {self.mask_id}")
+
     @classmethod
     def for_llada(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
         """LLaDA's numbers: mask 126336, low confidence unless another strategy is given.
+
+        `steps` counts the evaluations of one block; the published `steps` those of all blocks together. So published
+        numbers go in as steps=steps // (gen_length // block_length).
 
         Prompts of different lengths run as one group per length, since some revisions of the published model ignore
         their attention mask; `interface=FullSequence()` pads them, for a model that does not.
@@ -119,10 +145,14 @@ class MaskedDiffusionSampler:
 
     @classmethod
     def for_sdar(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
-        """SDAR's numbers: mask 151669, cached blocks of 4, `LowConfidenceDynamic` unless another is given."""
+        """SDAR's numbers: mask 151669, cached blocks of 4, `LowConfidenceDynamic` unless another is given.
+
+        As in the published code, tokens are sampled at temperature 1; `temperature=0.0` takes the most probable ones.
+        """
         numbers = {
             "mask_id": 151669,
             "block_length": 4,
+            "temperature": 1.0,
             "schedule": "block",
             "confidence": "proposal",
             "top_k_first": True,
@@ -139,7 +169,7 @@ class MaskedDiffusionSampler:
     def eos_ids(self) -> tuple[int, ...]:
         if self.eos_id is None:
             return ()
-        return (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
 
     @property
     def padding(self) -> int:
@@ -177,8 +207,7 @@ class MaskedDiffusionSampler:
         most = self._steps(tokens.shape[1])
         if not self.decider.scheduled:
             masked = int(masked_at_start.max()) if tokens.numel() else 0
-            needed = self.decider.most_steps(masked, tokens.shape[1])
-            most = needed if self.steps is None else min(needed, self.steps)
+            most = self.decider.most_steps(masked, tokens.shape[1], self.steps)
         state = BlockState(
             open=open,
             masked_at_start=masked_at_start,
@@ -199,7 +228,13 @@ class MaskedDiffusionSampler:
     def _proposal(self, number: int, length: int) -> Proposal:
         temperature = self.temperature
         if callable(temperature):
-            temperature = float(temperature(number, self._steps(length)))
+            temperature = temperature(number, self._steps(length))
+            if isinstance(temperature, Real):  # a number of NumPy too
+                temperature = float(temperature)
+            check_number("temperature", temperature, 0.0, tensor=PER_ROW)
+        return self._proposal_at(temperature)
+
+    def _proposal_at(self, temperature: float | Tensor) -> Proposal:
         return Proposal(
             temperature,
             self.top_k,
@@ -230,6 +265,8 @@ class MaskedDiffusionSampler:
         checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
         if state is None:
             state = self.start(tokens)
+        elif not isinstance(state, BlockState):
+            raise TypeError(f"state: what start() returned expected, got {type(state).__name__}")
         if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(tokens.shape):
             raise ValueError(
                 f"logits: shape must be [{tokens.shape[0]}, {tokens.shape[1]}, V] like tokens, "
@@ -247,10 +284,13 @@ class MaskedDiffusionSampler:
         proposal = self._proposal(state.step, tokens.shape[1])
         state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
+        # Where there is no distribution, and only there, `row_stats` says +inf, also when it leaves statistics out.
+        valid = stats.entropy != math.inf
         step = Step(
             tokens=tokens,
-            masked=masked,
-            open=owned,
+            valid=valid,
+            masked=masked & valid,
+            open=owned & valid,
             stats=stats,
             state=state,
             steps=self._steps(tokens.shape[1]),
@@ -266,16 +306,23 @@ class MaskedDiffusionSampler:
         state.offset += 1
         state.committed = result.committed
         state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
-        ended = state.active & decider.finished(step, result)
+        ended = state.active & (decider.finished(step, result) | self._repeats(step, result, proposal))
         if state.step >= state.most_steps:
             ended = state.active
-        elif proposal.greedy and decider.repeats and not decider.scheduled:
-            # The same tokens would bring the same proposals again.
-            ended = ended | state.active & (result.tokens == tokens).all(-1)
-        if not decider.starts_from_noise:
-            state.stuck = state.stuck | ended & state.masks_left
+        undecided = (owned & ~valid).any(-1) if decider.starts_from_noise else state.masks_left
+        state.stuck = state.stuck | ended & undecided
         state.active = state.active & ~ended
         return result.tokens
+
+    def _repeats(self, step: Step, result: CommitResult, proposal: Proposal) -> Tensor:
+        """[B] bool: rows that nothing can happen to any more, as the same tokens would bring the same logits again."""
+        decider, unchanged = self.decider, (result.tokens == step.tokens).all(-1)
+        if proposal.greedy and decider.repeats and not decider.scheduled:
+            return unchanged
+        # Not even a draw or a later step of the schedule could: no logits here have a distribution.
+        if decider.starts_from_noise:
+            return unchanged & ~step.open.any(-1)
+        return unchanged & step.state.masks_left & ~step.masked.any(-1)
 
     def generate(
         self,

@@ -9,11 +9,13 @@ filtered whole, a few rows at a time. The vocabulary is never sorted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from ..ops.row_stats import RowStats, row_stats
 from ..reference.row_stats import apply_softcap, row_uniform
 
@@ -225,6 +227,9 @@ class Proposal:
                 statistics=self.statistics,
                 backend=self.backend,
             )
+        # As `row_stats` checks it, which will see rows that are tempered already.
+        rows = checks.number_or_rows("temperature", temperature, tuple(logits.shape[:-1]), logits.device)
+        checks.values_in("temperature", rows, 0.0, math.inf, high_open=True)
         drawn = self._filtered_stats(logits, seed, offset)
         if not untempered:
             return drawn
@@ -232,8 +237,11 @@ class Proposal:
             logits, temperature=0.0, softcap=self.softcap, seed=seed, offset=offset, backend=self.backend
         )
         x = apply_softcap(logits.gather(-1, drawn.sample[..., None])[..., 0], self.softcap)
-        probability = torch.where(stats.logsumexp.isnan(), 0.0, torch.exp(x - stats.logsumexp))
-        return stats._replace(sample=drawn.sample, sample_prob=probability)
+        # A temperature too low for fp32 leaves a row without a distribution to draw from, though it has statistics.
+        invalid = drawn.entropy.isinf()
+        probability = torch.where(invalid, 0.0, torch.exp(x - stats.logsumexp))
+        entropy = torch.where(invalid, math.inf, stats.entropy)
+        return stats._replace(sample=drawn.sample, sample_prob=probability, entropy=entropy)
 
     def _tempered(self, x: Tensor, temperature, part: Tensor) -> Tensor:
         """x [r, N] fp32 as the filters see it; not divided where T = 0. `part` are its rows among all."""
@@ -246,7 +254,7 @@ class Proposal:
     def _flat_temperature(self, logits: Tensor):
         temperature = self._temperature(logits)
         if isinstance(temperature, Tensor):
-            return temperature.expand(logits.shape[:-1]).reshape(-1).to(torch.float32)
+            return temperature.expand(logits.shape[:-1]).reshape(-1).to(logits.device, torch.float32)
         return temperature
 
     def filtered_chunks(self, logits: Tensor, rows: Tensor | None = None):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Number = float | int | Tensor
+from .numbers import PER_ROW, SCALAR, Number, check_number
 
 
 class Measure(enum.IntEnum):
@@ -27,6 +27,10 @@ class Measure(enum.IntEnum):
     MARGIN = 3  # top-1 minus top-2 probability
     RANDOM = 4  # a uniform draw (Philox word 3)
     POSITION = 5  # minus the position
+
+
+# Measures in [0, 1], which a threshold can be compared with.
+PROBABILITIES = (Measure.SAMPLE_PROB, Measure.TOP1_PROB, Measure.MARGIN)
 
 
 class Select(enum.IntEnum):
@@ -72,27 +76,19 @@ class EncodedRule(NamedTuple):
     mask_id: int = -1
 
 
-def check_number(
-    name: str, value: Number, low: float, high: float = float("inf"), *, integer: bool = False
-) -> None:
-    """Raise ValueError unless a Python number lies in [low, high]; tensors are checked where they are read."""
-    if isinstance(value, Tensor):
-        if value.ndim > 1:
-            raise ValueError(
-                f"{name}: a number, a 0-d tensor or one value per row [B] expected, got shape {tuple(value.shape)}"
-            )
-        return
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+def _check_measure(measure: Measure, allowed: tuple[Measure, ...] = tuple(Measure)) -> None:
+    if not isinstance(measure, Measure):
         raise TypeError(
-            f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
+            f"measure: a samplers.Measure such as Measure.SAMPLE_PROB expected, got {type(measure).__name__}"
         )
-    if not low <= value <= high:
-        raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
+    if measure not in allowed:
+        names = ", ".join(f"Measure.{one.name}" for one in allowed)
+        raise ValueError(f"measure: must be one of {names}, which lie in [0, 1], got Measure.{measure.name}")
 
 
 def _check_count(name: str, k: Number | None) -> None:
     if k is not None:
-        check_number(name, k, 0, integer=True)
+        check_number(name, k, 0, integer=True, tensor=PER_ROW)
 
 
 def _given_count(rule: Rule) -> Number:
@@ -121,8 +117,9 @@ class TopK(Rule):
 
     Args:
         k: >= 0, an int, 0-d tensor or [B].
-        measure: what confidence means; the probability of the proposed token by default.
-        gumbel_temperature: None, or tau > 0: rank score / tau + Gumbel noise (Dream's `alg_temp`).
+        measure: what confidence means, a `Measure`; the probability of the proposed token by default.
+        gumbel_temperature: None, or tau >= 1e-30 (a number, 0-d tensor or [B]): rank score / tau + Gumbel noise
+            (Dream's `alg_temp`).
     """
 
     k: Number
@@ -130,9 +127,10 @@ class TopK(Rule):
     gumbel_temperature: Number | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 0, integer=True)
+        check_number("k", self.k, 0, integer=True, tensor=PER_ROW)
+        _check_measure(self.measure)
         if self.gumbel_temperature is not None:
-            check_number("gumbel_temperature", self.gumbel_temperature, 1e-30)
+            check_number("gumbel_temperature", self.gumbel_temperature, 1e-30, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         if self.gumbel_temperature is None:
@@ -196,6 +194,8 @@ class Threshold(Rule):
     Args:
         tau: in [0, 1], a number, 0-d tensor or [B].
         min_count: >= 0, an int, 0-d tensor or [B].
+        slack: None, or >= 0: a number, 0-d tensor or [B].
+        measure: a `Measure` in [0, 1]: SAMPLE_PROB, TOP1_PROB or MARGIN.
     """
 
     tau: Number
@@ -205,10 +205,11 @@ class Threshold(Rule):
     measure: Measure = Measure.SAMPLE_PROB
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("min_count", self.min_count, 0, integer=True)
+        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
+        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
+        _check_measure(self.measure, PROBABILITIES)
         if self.slack is not None:
-            check_number("slack", self.slack, 0.0)
+            check_number("slack", self.slack, 0.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         flags = Flag.STRICT if self.strict else Flag.NONE
@@ -228,6 +229,7 @@ class Factor(Rule):
 
     Args:
         f: >= 0, a number, 0-d tensor or [B].
+        measure: as in `Threshold`.
     """
 
     f: Number
@@ -235,7 +237,8 @@ class Factor(Rule):
     measure: Measure = Measure.SAMPLE_PROB
 
     def __post_init__(self) -> None:
-        check_number("f", self.f, 0.0)
+        check_number("f", self.f, 0.0, tensor=PER_ROW)
+        _check_measure(self.measure, PROBABILITIES)
 
     def encode(self) -> EncodedRule:
         flags = Flag.LAST_RANK_QUIRK if self.last_rank_quirk else Flag.NONE
@@ -258,7 +261,7 @@ class EntropyBound(Rule):
     inclusive: bool = False
 
     def __post_init__(self) -> None:
-        check_number("bound", self.bound, 0.0)
+        check_number("bound", self.bound, 0.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         flags = Flag.INCLUSIVE if self.inclusive else Flag.NONE
@@ -276,7 +279,7 @@ class Bernoulli(Rule):
     p: Number
 
     def __post_init__(self) -> None:
-        check_number("p", self.p, 0.0, 1.0)
+        check_number("p", self.p, 0.0, 1.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(Measure.RANDOM, Select.BERNOULLI, value=self.p)
@@ -297,9 +300,9 @@ class RunBest(Rule):
     min_count: Number = 1
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("low", self.low, 0.0, 1.0)
-        check_number("min_count", self.min_count, 0, integer=True)
+        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
+        check_number("low", self.low, 0.0, 1.0, tensor=PER_ROW)
+        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(
@@ -328,10 +331,10 @@ class Edit(Rule):
     min_count: Number = 1
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("tau_edit", self.tau_edit, 0.0, 1.0)
+        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
+        check_number("tau_edit", self.tau_edit, 0.0, 1.0, tensor=PER_ROW)
         check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
-        check_number("min_count", self.min_count, 0, integer=True)
+        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(
@@ -393,17 +396,15 @@ class StableAndConfident:
 
     Args:
         stability: number of previous canvases, >= 0; 0 asks for confidence alone.
-        confidence: > 0, a number or a 0-d tensor.
+        confidence: >= 1e-30, a number or a 0-d tensor.
     """
 
     stability: int = 1
     confidence: Number = 0.005
 
     def __post_init__(self) -> None:
-        if isinstance(self.stability, Tensor):
-            raise TypeError("stability: an int expected, it is the length of the history")
         check_number("stability", self.stability, 0, integer=True)
-        check_number("confidence", self.confidence, 1e-30)
+        check_number("confidence", self.confidence, 1e-30, tensor=SCALAR)
 
 
 @dataclass(frozen=True)

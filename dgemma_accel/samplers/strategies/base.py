@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult, commit
 from ...ops.row_stats import RowStats
-from ..rules import Edit, EncodedRule, EntropyBound, Flag, Measure, Remask, Rule, check_number
+from ..proposals import Proposal
+from ..rules import Edit, EncodedRule, EntropyBound, Flag, Measure, Remask, Rule
 
 CONFIDENCES = ("untempered", "proposal")
 SCHEDULES = ("masked", "block")
@@ -42,7 +43,8 @@ class BlockState:
     open: [B, C] bool, positions that belong to the sampler; the others were given and never change.
     masked_at_start: [B] int64.
     active: [B] bool, rows that still have something to decide.
-    stuck: [B] bool, rows that ended although masks remain, because no progress was possible.
+    stuck: [B] bool, rows that ended although masks remain, or positions whose logits have no distribution, because
+        no progress was possible.
     nfe: [B] int64, steps taken while the row was active: its function evaluations.
     committed: [B, C] bool, what the last step committed.
     most_steps: the block ends after this many steps in any case.
@@ -71,11 +73,13 @@ class BlockState:
 class Step:
     """What a strategy decides from: one step of one block.
 
-    tokens: [B, C] int64. masked: [B, C] bool, open mask tokens of active rows. open: [B, C] bool, positions
-    of active rows that the strategy may write. stats: `RowStats` [B, C]. steps: evaluations per block.
+    tokens: [B, C] int64. valid: [B, C] bool, False where the logits have no distribution (NaN, +inf, or all -inf).
+    masked: [B, C] bool, valid open mask tokens of active rows. open: [B, C] bool, valid positions of active rows
+    that the strategy may write. stats: `RowStats` [B, C]. steps: evaluations per block.
     """
 
     tokens: Tensor
+    valid: Tensor
     masked: Tensor
     open: Tensor
     stats: RowStats
@@ -101,13 +105,16 @@ class Step:
     def commit(
         self, rule: Rule, write=None, candidates: Tensor | None = None, tokens=None, **kwargs
     ) -> CommitResult:
-        """`commit` of this step: masked positions are the candidates and what is not committed is masked again."""
+        """`commit` of this step: masked positions are the candidates and what is not committed is masked again.
+
+        Candidates that are given lose those whose logits have no distribution.
+        """
         return commit(
             self.tokens if tokens is None else tokens,
             self.stats,
             rule,
             Remask(self.mask_id) if write is None else write,
-            candidates=self.masked if candidates is None else candidates,
+            candidates=self.masked if candidates is None else candidates & self.valid,
             seed=self.state.seed,
             offset=self.state.offset,
             backend=self.backend,
@@ -140,9 +147,19 @@ class Strategy:
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
         """Raise ValueError where the sampler's numbers make no sense for this strategy."""
 
-    def most_steps(self, masked: int, length: int) -> int:
-        """Steps after which a block of `length` with `masked` open masks ends in any case, if not scheduled."""
-        return masked
+    def check_proposal(self, proposal: Proposal) -> None:
+        """Raise ValueError where the strategy cannot take proposals of this kind.
+
+        A temperature that is a function of the step stands in `proposal` as 1.
+        """
+
+    def most_steps(self, masked: int, length: int, steps: int | None) -> int:
+        """Steps after which a block of `length` with `masked` open masks ends in any case, if not scheduled.
+
+        `steps` is what the sampler was given, and None stands for one step per mask. A step need not commit: a rule
+        may pass all positions over, and a proposal may be the mask.
+        """
+        return masked if steps is None else steps
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         """Prepare `state.memory` at the start of a block."""
@@ -225,10 +242,3 @@ def as_strategy(strategy: Strategy | Rule) -> Strategy:
         f"strategy: a samplers.Strategy such as LowConfidence(), or a samplers.Rule such as Threshold(0.9), "
         f"expected, got {type(strategy).__name__}"
     )
-
-
-def check_positive(name: str, value, low: float = 0.0, high: float = float("inf")) -> None:
-    """`check_number` with an open lower end."""
-    check_number(name, value, low, high)
-    if not isinstance(value, Tensor) and value == low:
-        raise ValueError(f"{name}: must be more than {low}, got {value}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...ops.commit import CommitResult
 from ...reference.philox import WORD_RENOISE_HIGH, WORD_RENOISE_LOW, below, random_words
-from ..rules import CanvasState, EntropyBound, Renoise, StableAndConfident, check_number
+from ..numbers import check_number
+from ..rules import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .base import BlockState, Step, Strategy
 
 
@@ -19,7 +20,8 @@ class EntropyBoundRenoise(Strategy):
 
     The block starts as uniform noise, every position is decided anew at every step, and what becomes text is
     the argmax of the last step. A row ends when that argmax has been the same for `stability` more
-    steps and the mean entropy is below `stop_confidence` nats.
+    steps and the mean entropy is below `stop_confidence` nats. A position whose logits have no distribution at the
+    last step becomes the mask token, and the row is `stuck`.
 
     Args:
         vocab_size: tokens are drawn from [0, vocab_size).
@@ -57,6 +59,8 @@ class EntropyBoundRenoise(Strategy):
         state.memory["canvas"] = CanvasState(canvas.draft, canvas.history, ~state.active)
 
     def decide(self, step: Step) -> CommitResult:
+        draft = torch.where(step.valid, step.stats.argmax, step.mask_id)
+        step = replace(step, stats=step.stats._replace(argmax=draft))
         result = step.commit(
             EntropyBound(self.bound),
             write=Renoise(self.vocab_size),

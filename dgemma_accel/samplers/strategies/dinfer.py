@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
-from ..rules import Keep, Remask, Rule, RunBest, Threshold, TopK, check_number
+from ..numbers import check_number
+from ..rules import Keep, Remask, Rule, RunBest, Threshold, TopK
 from .base import BlockState, Step, Strategy
 
 
@@ -94,19 +95,20 @@ class CreditThreshold(DInferThreshold):
         check_number("gamma", self.gamma, 0.0)
         check_number("beta", self.beta, 0.0, 1.0)
 
+    def check_proposal(self, proposal) -> None:
+        if proposal.filtered:
+            raise ValueError("top_k, top_p: CreditThreshold has no filter")
+        if proposal.confidence != "untempered" and not proposal.greedy:
+            raise ValueError("confidence: CreditThreshold takes 'untempered' only")
+
     def start(self, state: BlockState, tokens: Tensor) -> None:
         state.memory["credit"] = _Credit(
             tokens.new_empty(*tokens.shape, 0), torch.empty(*tokens.shape, 0, device=tokens.device)
         )
 
     def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
-        if proposal.filtered:
-            raise ValueError("top_k, top_p: CreditThreshold has no filter")
-        if proposal.greedy or proposal.confidence == "untempered":
-            plain = replace(proposal, temperature=0.0, confidence="untempered")
-            base = plain.stats(step_logits, state.seed, state.offset)
-        else:
-            raise ValueError("confidence: CreditThreshold takes 'untempered' only")
+        plain = replace(proposal, temperature=0.0, confidence="untempered")
+        base = plain.stats(step_logits, state.seed, state.offset)
         credit = state.memory["credit"].after_step(base, masked, self.gamma, self.beta)
         state.memory["credit"] = credit
         boost = self.alpha * torch.log1p(credit.values)
@@ -132,7 +134,8 @@ class _Credit:
 
     def after_step(self, stats: RowStats, masked: Tensor, gamma: float, beta: float) -> _Credit:
         values = self.values * beta
-        gain = torch.where(masked, stats.top1_prob.pow(gamma), 0.0)[..., None]
+        # Not where there is no distribution: 0 ^ 0 is 1.
+        gain = torch.where(masked & ~stats.logsumexp.isnan(), stats.top1_prob.pow(gamma), 0.0)[..., None]
         top = stats.argmax[..., None]
         known = (self.tokens == top) & (values > 0)
         values = torch.where(known, values + gain, values)

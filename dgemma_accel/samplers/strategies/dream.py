@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops.row_stats import RowStats
-from ..rules import Bernoulli, Measure, Rule, TopK, check_number
-from .base import BlockState, Step, Strategy, check_positive
+from ..numbers import check_number
+from ..rules import Bernoulli, Measure, Rule, TopK
+from .base import BlockState, Step, Strategy
 
 
 @lru_cache(maxsize=64)
@@ -35,9 +36,12 @@ def _count(step: Step, eps: float, batch_mean: bool) -> Tensor:
 
 
 def _check(strategy) -> None:
-    check_positive("eps", strategy.eps, 0.0, 1.0)
-    if getattr(strategy, "alg_temp", None) is not None:
-        check_number("alg_temp", strategy.alg_temp, 0.0)
+    check_number("eps", strategy.eps, 0.0, 1.0, low_open=True)
+    alg_temp = getattr(strategy, "alg_temp", None)
+    if alg_temp is not None:
+        check_number("alg_temp", alg_temp, 0.0)
+        # The least that `TopK` divides by.
+        check_number("alg_temp", alg_temp or 1.0, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ class Entropy(_TimedTopK):
         super().__post_init__()
         check_number("epsilon", self.epsilon, 0.0)
 
+    def check_proposal(self, proposal) -> None:
+        if self.epsilon and proposal.confidence != "proposal":
+            raise ValueError("epsilon: Entropy takes it with confidence='proposal' only")
+
     def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
         stats = super().propose(step_logits, state, masked, proposal)
         if not self.epsilon:
             return stats
-        if proposal.confidence != "proposal":
-            raise ValueError("epsilon: Entropy takes it with confidence='proposal' only")
         parts = [
             -(p * torch.log(p + self.epsilon)).sum(-1)
             for p in (torch.softmax(x, -1) for _, x in proposal.filtered_chunks(step_logits))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.commit import CommitResult
-from ..rules import Keep, Rule, Sequential, Threshold, TopK, check_number
+from ..numbers import check_number
+from ..rules import Keep, Rule, Sequential, Threshold, TopK
 from .base import Step, Strategy
 
 

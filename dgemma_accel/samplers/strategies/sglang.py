@@ -10,7 +10,8 @@ from torch import Tensor
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
 from ...reference.row_stats import apply_softcap
-from ..rules import Edit, Keep, Rule, Threshold, check_number
+from ..numbers import check_number
+from ..rules import Edit, Keep, Rule, Threshold
 from .base import BlockState, Step, Strategy
 
 
@@ -72,14 +73,15 @@ class JointThresholdEdit(Strategy):
         return replace(proposal, softcap=None).stats(lowered, state.seed, state.offset)
 
     def check(self, block_length, steps, temperature) -> None:
-        if isinstance(temperature, (int, float)) and temperature == 0:
+        if not callable(temperature) and bool(torch.as_tensor(temperature == 0).all()):
             return
         raise ValueError(
             "temperature: JointThresholdEdit edits until nothing changes, which needs temperature 0"
         )
 
-    def most_steps(self, masked: int, length: int) -> int:
-        return length + self.edit_budget
+    def most_steps(self, masked: int, length: int, steps: int | None) -> int:
+        most = length + self.edit_budget
+        return most if steps is None else min(most, steps)
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         state.memory["edits"] = torch.zeros_like(state.masked_at_start)

@@ -1,0 +1,171 @@
+"""What a sampler, a strategy, a proposal and a step refuse, when, and by which name."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from samplers_models import MASK, VOCAB
+
+from dgemma_accel.samplers import (
+    Bernoulli,
+    CreditThreshold,
+    DInferThreshold,
+    Entropy,
+    HierarchyWithRemask,
+    JointThresholdEdit,
+    LowConfidence,
+    MaskedDiffusionSampler,
+    MaskgitPlus,
+    MinimalTopK,
+    Proposal,
+    Threshold,
+)
+
+LENGTH = 8
+TOKENS = torch.full((1, LENGTH), MASK)
+LOGITS = torch.randn(1, LENGTH, VOCAB)
+
+
+def sampler_of(strategy=None, **options):
+    return MaskedDiffusionSampler(
+        strategy or LowConfidence(), **{"mask_id": MASK, "block_length": LENGTH, **options}
+    )
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, -0.5, math.inf])
+def test_temperatures_are_refused_with_and_without_filters(value, filters):
+    for temperature in (value, torch.tensor(value), torch.tensor([value])):
+        with pytest.raises(ValueError, match="^temperature: .*must be"):
+            sampler_of(temperature=temperature, **filters)
+        with pytest.raises(ValueError, match="^temperature: .*must be"):
+            Proposal(temperature, **filters).stats(LOGITS, torch.tensor(1), 0)
+        with pytest.raises(ValueError, match="^temperature: .*must be"):
+            sampler_of(temperature=lambda *_, t=temperature: t, **filters).step(LOGITS, TOKENS)
+
+
+def test_temperature_of_the_step_may_be_any_number():
+    for value in (np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])):
+        torch.manual_seed(0)
+        ours = sampler_of(Threshold(0.1), temperature=lambda *_, t=value: t).step(LOGITS, TOKENS)
+        torch.manual_seed(0)
+        expected = sampler_of(Threshold(0.1), temperature=0.5).step(LOGITS, TOKENS)
+        assert torch.equal(ours, expected)
+    with pytest.raises(TypeError, match="temperature: a number or a tensor expected, got str"):
+        sampler_of(temperature=lambda *_: "hot").step(LOGITS, TOKENS)
+
+
+def steps_of(strategy, steps, **options):
+    """Steps that a block takes whose proposal is always the mask."""
+    logits = torch.zeros(1, LENGTH, VOCAB)
+    logits[..., MASK] = 40.0
+    sampler = sampler_of(strategy, steps=steps, **options)
+    state, tokens = sampler.start(TOKENS, seed=0), TOKENS
+    while state.active.any():
+        tokens = sampler.step(logits, tokens, state)
+    assert state.stuck.all()
+    return int(state.nfe)
+
+
+def test_steps_are_honoured_where_a_step_may_commit_nothing():
+    assert steps_of(Bernoulli(0.0), 30) == 30
+    assert steps_of(Bernoulli(0.5), 30) == 30
+    assert steps_of(Threshold(1.0, min_count=0), 30, temperature=0.5) == 30
+    assert steps_of(Threshold(0.5), 30, temperature=0.5) == 30
+    assert steps_of(DInferThreshold(0.5), 30, temperature=0.5) == 30
+    assert steps_of(CreditThreshold(0.5), 30) == 30
+    # Greedy and without a draw the same step would come again.
+    assert steps_of(Threshold(0.5), 30) == 1
+    # Without a number: one step for each mask. The edits have a budget of their own.
+    assert steps_of(Bernoulli(0.5), None) == LENGTH
+    assert steps_of(JointThresholdEdit(edit_budget=3), 30) <= LENGTH + 3
+    assert steps_of(Bernoulli(0.5), 3) == 3
+
+
+def test_more_steps_than_masks_finish_what_fewer_would_leave():
+    logits = torch.zeros(1, LENGTH, VOCAB)
+    logits[..., 4] = 9.0
+    for steps, done in ((None, False), (200, True)):
+        sampler = sampler_of(Bernoulli(0.1), steps=steps)
+        state, tokens = sampler.start(TOKENS, seed=0), TOKENS
+        while state.active.any():
+            tokens = sampler.step(logits, tokens, state)
+        assert bool((tokens == 4).all()) is done
+        assert bool(state.stuck) is not done
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sampler_of(eos_id=MASK), ValueError, "eos_id: must not be the mask"),
+        (lambda: sampler_of(eos_id=(1, MASK)), ValueError, "eos_id: must not be the mask"),
+        (lambda: sampler_of(pad_id=MASK), ValueError, "pad_id: must not be the mask"),
+        (lambda: sampler_of(eos_id=-1), ValueError, "eos_id: a token id in"),
+        (lambda: sampler_of(eos_id=[1, -1]), ValueError, "eos_id: a token id in"),
+        (lambda: sampler_of(pad_id=-1), ValueError, "pad_id: a token id in"),
+        (lambda: sampler_of(mask_id=2**31), ValueError, "mask_id: a token id in"),
+        (lambda: sampler_of(mask_id=1.0), TypeError, "mask_id: a token id .* got float"),
+        (lambda: sampler_of(mask_id=None), TypeError, "mask_id: a token id .* got NoneType"),
+        (lambda: sampler_of(mask_id=True), TypeError, "mask_id: a token id .* got bool"),
+        (lambda: sampler_of(eos_id="</s>"), TypeError, "eos_id: a token id .* got str"),
+        (lambda: sampler_of(eos_id=[2.5]), TypeError, "eos_id: a token id .* got float"),
+        (lambda: sampler_of(pad_id=1.5), TypeError, "pad_id: a token id .* got float"),
+        (lambda: sampler_of(guidance_scale=math.inf), ValueError, r"guidance_scale: must be in \[0.0, inf\)"),
+        (lambda: sampler_of(guidance_scale=torch.ones(1)), TypeError, "guidance_scale: .* got a tensor"),
+        (lambda: sampler_of(steps=torch.ones(1).long()), TypeError, "steps: an int expected, got a tensor"),
+        (lambda: sampler_of(block_length=torch.tensor(3)), TypeError, "block_length: .* got a tensor"),
+        (lambda: sampler_of(top_k=torch.tensor([3])), TypeError, "top_k: an int expected, got a tensor"),
+        (lambda: sampler_of(top_p=torch.tensor([0.3])), TypeError, "top_p: a number expected, got a tensor"),
+        (lambda: sampler_of(temperature=torch.ones(1, 2)), ValueError, "temperature: .* got shape"),
+        (lambda: sampler_of(temperature="hot"), TypeError, "temperature: .* got str"),
+        (lambda: MaskgitPlus(torch.ones(1)), TypeError, "alg_temp: a number expected, got a tensor"),
+        (lambda: MaskgitPlus(math.inf), ValueError, r"alg_temp: must be in \[0.0, inf\), got inf"),
+        (lambda: MaskgitPlus(1e-40), ValueError, "alg_temp: must be in"),
+        (lambda: MaskgitPlus(eps=0), ValueError, r"eps: must be in \(0.0, 1.0\], got 0"),
+        (lambda: CreditThreshold(alpha=math.inf), ValueError, r"alpha: must be in \[0.0, inf\), got inf"),
+        (lambda: CreditThreshold(gamma=math.inf), ValueError, "gamma: must be in"),
+        (lambda: CreditThreshold(alpha=torch.ones(1)), TypeError, "alpha: a number expected, got a tensor"),
+        (lambda: HierarchyWithRemask(rho=torch.ones(1)), TypeError, "rho: a number expected, got a tensor"),
+        (lambda: MinimalTopK(torch.tensor(2)), TypeError, "m: an int expected, got a tensor"),
+        (lambda: sampler_of(softcap=-1.0), ValueError, "softcap: must be finite and > 0"),
+        (lambda: sampler_of(softcap="30"), TypeError, "softcap: a number or None"),
+        (lambda: sampler_of(backend="gpu"), ValueError, "backend: must be one of"),
+        (lambda: sampler_of(CreditThreshold(), top_k=3), ValueError, "CreditThreshold has no filter"),
+        (lambda: sampler_of(CreditThreshold(), top_p=0.5), ValueError, "CreditThreshold has no filter"),
+        (
+            lambda: sampler_of(CreditThreshold(), confidence="proposal", temperature=1.0),
+            ValueError,
+            "confidence: CreditThreshold takes 'untempered' only",
+        ),
+        (
+            lambda: sampler_of(CreditThreshold(), confidence="proposal", temperature=lambda *_: 0.0),
+            ValueError,
+            "confidence: CreditThreshold takes 'untempered' only",
+        ),
+        (
+            lambda: sampler_of(Entropy(epsilon=1e-3), confidence="untempered"),
+            ValueError,
+            "epsilon: Entropy takes it with confidence='proposal' only",
+        ),
+        (lambda: sampler_of(JointThresholdEdit(), temperature=lambda *_: 0.0), ValueError, "temperature: Joint"),
+        (
+            lambda: sampler_of(JointThresholdEdit(), temperature=torch.tensor([0.0, 0.1])),
+            ValueError,
+            "temperature: Joint",
+        ),
+        (lambda: sampler_of().step(LOGITS, TOKENS, "x"), TypeError, "state: what start.. returned .* got str"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_called(make, error, message):
+    with pytest.raises(error, match=f"^.*{message}"):
+        make()
+
+
+def test_what_is_taken():
+    sampler = sampler_of(mask_id=np.int64(MASK), eos_id=[np.int32(2), 3], pad_id=np.uint8(0))
+    assert (sampler.mask_id, sampler.eos_ids, sampler.padding) == (MASK, (2, 3), 0)
+    assert all(type(one) is int for one in (sampler.mask_id, *sampler.eos_ids, sampler.padding))
+    for zero in (torch.tensor(0.0), torch.zeros(1)):
+        sampler_of(JointThresholdEdit(), temperature=zero).step(LOGITS, TOKENS)
+    sampler_of(CreditThreshold(), confidence="proposal", top_k=0, top_p=1.0).step(LOGITS, TOKENS)
