@@ -148,13 +148,21 @@ def test_more_steps_than_masks_finish_what_fewer_would_leave():
             ValueError,
             "epsilon: Entropy takes it with confidence='proposal' only",
         ),
-        (lambda: sampler_of(JointThresholdEdit(), temperature=lambda *_: 0.0), ValueError, "temperature: Joint"),
+        (
+            lambda: sampler_of(JointThresholdEdit(), temperature=lambda *_: 0.0),
+            ValueError,
+            "temperature: Joint",
+        ),
         (
             lambda: sampler_of(JointThresholdEdit(), temperature=torch.tensor([0.0, 0.1])),
             ValueError,
             "temperature: Joint",
         ),
-        (lambda: sampler_of().step(LOGITS, TOKENS, "x"), TypeError, "state: what start.. returned .* got str"),
+        (
+            lambda: sampler_of().step(LOGITS, TOKENS, "x"),
+            TypeError,
+            "state: what start.. returned .* got str",
+        ),
     ],
 )
 def test_what_is_refused_before_a_model_is_called(make, error, message):

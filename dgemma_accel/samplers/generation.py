@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ..ops import checks
+from ..reference.row_stats import apply_softcap
 from .interfaces import Session
 from .numbers import check_number
+from .prompts import check_tokens, device_of, prompt_rows
+from .strategies.base import EveryStep
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class GenerateResult:
     rows_fed: rows in these calls together, those of guidance included. A row that has ended is not fed any more.
     ended: [B] bool, rows that wrote an end token.
     stuck: [B] bool, rows that stopped with masks left because no further progress was possible in the
-        steps given. Their masks are still in `sequences`.
+        steps given, or with logits that have no distribution. Their masks are still in `sequences`.
     """
 
     sequences: Tensor
@@ -43,35 +46,42 @@ class GenerateResult:
         return self.sequences[:, self.prompt_length :]
 
 
-def _rows_of(prompt_ids, attention_mask: Tensor | None, device) -> list[Tensor]:
-    """The prompts one by one, without padding."""
-    if isinstance(prompt_ids, Tensor):
-        checks.has_dtype("prompt_ids", prompt_ids, (torch.int64,))
-        if prompt_ids.ndim != 2:
-            raise ValueError(f"prompt_ids: shape must be [B, L], got {tuple(prompt_ids.shape)}")
-        if attention_mask is None:
-            return list(prompt_ids)
-        checks.is_tensor("attention_mask", attention_mask)
-        checks.has_shape("attention_mask", attention_mask, tuple(prompt_ids.shape), "as prompt_ids")
-        return [row[keep.bool()] for row, keep in zip(prompt_ids, attention_mask)]
-    if attention_mask is not None:
-        raise ValueError("attention_mask: only with prompt_ids as one tensor [B, L]")
-    rows = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in prompt_ids]
-    for number, row in enumerate(rows):
-        if row.ndim != 1:
-            raise ValueError(
-                f"prompt_ids[{number}]: a sequence of token ids expected, got shape {tuple(row.shape)}"
-            )
-    return rows
+def _check_listeners(streamer, callback, rows: int) -> None:
+    if streamer is not None:
+        for name in ("put", "end"):
+            if not callable(getattr(streamer, name, None)):
+                raise TypeError(
+                    f"streamer: an object with put() and end() expected, got {type(streamer).__name__}"
+                )
+        if rows > 1:
+            raise ValueError(f"streamer: one prompt at a time, got {rows}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: a callable or None expected, got {type(callback).__name__}")
 
 
-def _device_of(model: Callable, prompt_ids) -> torch.device:
-    if isinstance(prompt_ids, Tensor):
-        return prompt_ids.device
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+def _numbers_per_row(owner, names) -> dict[str, Tensor]:
+    """The fields among `names` of a dataclass that hold one value per row."""
+    values = {name: getattr(owner, name) for name in names}
+    return {name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 1}
+
+
+def _by_groups(sampler, groups: list[list[int]], rows: int):
+    """The sampler for each group of rows: its temperature and its rule's numbers are those of the group's rows."""
+    rule = sampler.decider.fixed if isinstance(sampler.decider, EveryStep) else None
+    own = _numbers_per_row(sampler, ("temperature",))
+    ruled = {} if rule is None else _numbers_per_row(rule, (field.name for field in fields(rule)))
+    for name, values in (own | ruled).items():
+        if len(values) != rows:
+            raise ValueError(f"{name}: one value per prompt is {rows} values, got {len(values)}")
+    if not own and not ruled:
+        return [sampler] * len(groups)
+    samplers = []
+    for group in groups:
+        changed = {name: values[group] for name, values in own.items()}
+        if ruled:
+            changed["strategy"] = replace(rule, **{name: values[group] for name, values in ruled.items()})
+        samplers.append(replace(sampler, **changed))
+    return samplers
 
 
 @torch.no_grad()
@@ -82,12 +92,10 @@ def generate(
     if not callable(model):
         raise TypeError(f"model: a callable that returns logits expected, got {type(model).__name__}")
     check_number("max_new_tokens", max_new_tokens, 1, integer=True)
-    device = _device_of(model, prompt_ids)
-    rows = _rows_of(prompt_ids, attention_mask, device)
-    if not rows:
-        raise ValueError("prompt_ids: at least one prompt expected, got none")
-    if streamer is not None and len(rows) > 1:
-        raise ValueError(f"streamer: one prompt at a time, got {len(rows)}")
+    device = device_of(model, prompt_ids)
+    rows = prompt_rows(prompt_ids, attention_mask, device)
+    _check_listeners(streamer, callback, len(rows))
+    check_tokens(sampler, model, rows)
     if sampler.block_length is None:
         # One block; what the strategy says about its length can be said only now.
         sampler = replace(sampler, block_length=max_new_tokens)
@@ -103,13 +111,7 @@ def generate(
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     stuck = torch.zeros_like(ended)
     calls, rows_fed, offset = 0, 0, 0
-    temperature = sampler.temperature
-    by_row = isinstance(temperature, Tensor) and temperature.ndim == 1
-    if by_row and len(temperature) != len(rows):
-        raise ValueError(f"temperature: one value per prompt is {len(rows)} values, got {len(temperature)}")
-    for group in groups:
-        if by_row:
-            sampler = replace(sampler, temperature=temperature[group])
+    for sampler, group in zip(_by_groups(sampler, groups, len(rows)), groups):
         run = _Run(sampler, model, [rows[i] for i in group], max_new_tokens, seed, offset, streamer, callback)
         run.finish()
         sequences[group, longest - run.prompt_length :] = run.tokens[:, : run.prompt_length + max_new_tokens]
@@ -122,6 +124,11 @@ class _Run:
     """One batch from its prompts to its end."""
 
     def __init__(self, sampler, model, rows, max_new_tokens, seed, offset, streamer, callback):
+        self.guided = sampler.guidance_scale > 0
+        # The halves of guidance are capped before they are put together, and not once more.
+        self.softcap = sampler.softcap if self.guided else None
+        if self.softcap is not None:
+            sampler = replace(sampler, softcap=None)
         self.sampler, self.seed, self.offset = sampler, seed, offset
         self.streamer, self.callback = streamer, callback
         self.prompt_length = max(len(row) for row in rows)
@@ -140,7 +147,6 @@ class _Run:
         self.nfe = torch.zeros(len(rows), dtype=torch.int64, device=device)
         self.ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         self.stuck = torch.zeros_like(self.ended)
-        self.guided = sampler.guidance_scale > 0
         self.session: Session = sampler.interface.open(model, self._both(self.valid, self.valid))
         # Rows that are fed; None: all. Rows without a decision to make are not, as far as the interface can do that.
         self.fed: Tensor | None = None
@@ -180,7 +186,7 @@ class _Run:
     def _guide(self, logits: Tensor) -> Tensor:
         if not self.guided:
             return logits
-        conditional, unconditional = logits.float().chunk(2)
+        conditional, unconditional = apply_softcap(logits.float(), self.softcap).chunk(2)
         guided = unconditional + (self.sampler.guidance_scale + 1) * (conditional - unconditional)
         # A token that the unconditional half rules out has no difference to scale; one that the other half rules out
         # stays so. NaN and +inf in either half leave NaN or +inf.

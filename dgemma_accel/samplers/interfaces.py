@@ -53,14 +53,14 @@ def past_of(output: Any) -> Any:
     )
 
 
-def _parameters_of(model: Callable) -> frozenset[str]:
-    """Names of the parameters that a model's `forward`, or a plain callable, declares."""
+def _parameters_of(model: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters that a model's `forward`, or a plain callable, declares; none where it has no signature."""
     # A module that torch.compile wraps declares (*args, **kwargs).
     model = getattr(model, "_orig_mod", model)
     try:
-        return frozenset(inspect.signature(getattr(model, "forward", model)).parameters)
+        return dict(inspect.signature(getattr(model, "forward", model)).parameters)
     except (TypeError, ValueError):  # a callable without a signature
-        return frozenset()
+        return {}
 
 
 class Session:
@@ -81,6 +81,11 @@ class Session:
         # Asked of the model, not of transformers: published code keeps the earlier name under every release.
         renamed = "cache" in self.parameters and "past_key_values" not in self.parameters
         self.cache_name = "cache" if renamed else "past_key_values"
+
+    def takes(self, name: str) -> bool:
+        """Whether the model can be given an argument of this name, as far as it says."""
+        rest = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        return not self.parameters or rest or name in self.parameters
 
     def select(self, rows: Tensor) -> bool:
         """From now on the tokens fed are those of the batch's `rows` [R] int64, rising; False where that cannot be."""
@@ -149,6 +154,13 @@ class _FullSession(Session):
 
     def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
         kwargs = self.interface.padding_arguments(self.valid)
+        for name in kwargs:
+            if not self.takes(name):
+                shifted = ", shift_logits=True" if self.interface.shift_logits else ""
+                raise TypeError(
+                    f"model: its forward takes no {name}, which a padded batch needs; "
+                    f"interface=FullSequence(attention_mask=None{shifted}) runs prompts of different lengths in groups"
+                )
         return self.block_of(self.checked(self.call(tokens, **kwargs), tokens), start, end)
 
 
