@@ -199,11 +199,11 @@ def test_guidance_is_of_capped_logits():
             output.logits = output.logits * 20
             return output
 
-    cap, w = 4.0, 2.0
+    cap, w, model = 4.0, 2.0, Loud(2)
     texts = {}
     for guided in (True, False):
 
-        def capped(tokens, model=Loud(2), guided=guided):
+        def capped(tokens, guided=guided):
             # Guidance by hand over capped halves, or over plain ones whose guided logits are capped.
             hidden = tokens.clone()
             hidden[:, :5] = MASK
@@ -214,7 +214,7 @@ def test_guidance_is_of_capped_logits():
             return out if guided else cap * torch.tanh(out / cap)
 
         texts[guided] = sampler_of().generate(capped, prompts(4, 5, 2), 8).sequences
-    ours = sampler_of(softcap=cap, guidance_scale=w).generate(Loud(2), prompts(4, 5, 2), 8).sequences
+    ours = sampler_of(softcap=cap, guidance_scale=w).generate(model, prompts(4, 5, 2), 8).sequences
     assert not torch.equal(texts[True], texts[False])
     assert torch.equal(ours, texts[True])
 

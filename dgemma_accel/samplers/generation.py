@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -111,8 +110,8 @@ def generate(
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     stuck = torch.zeros_like(ended)
     calls, rows_fed, offset = 0, 0, 0
-    for sampler, group in zip(_by_groups(sampler, groups, len(rows)), groups):
-        run = _Run(sampler, model, [rows[i] for i in group], max_new_tokens, seed, offset, streamer, callback)
+    for own, group in zip(_by_groups(sampler, groups, len(rows)), groups):
+        run = _Run(own, model, [rows[i] for i in group], max_new_tokens, seed, offset, streamer, callback)
         run.finish()
         sequences[group, longest - run.prompt_length :] = run.tokens[:, : run.prompt_length + max_new_tokens]
         nfe[group], ended[group], stuck[group] = run.nfe, run.ended, run.stuck
