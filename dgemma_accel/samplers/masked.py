@@ -23,6 +23,9 @@ from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy,
 from .strategies.dream import Entropy
 from .strategies.llada import LowConfidence, LowConfidenceDynamic
 
+# As a tensor, a comparison with it costs half as much.
+_INFINITY = checks.constant(math.inf, torch.float32)
+
 
 @dataclass(frozen=True)
 class MaskedDiffusionSampler:
@@ -285,12 +288,14 @@ class MaskedDiffusionSampler:
         state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
         # Where there is no distribution, and only there, `row_stats` says +inf, also when it leaves statistics out.
-        valid = stats.entropy != math.inf
+        valid = stats.entropy != _INFINITY
+        # Where it can be asked without waiting for a device, the usual step is spared what follows from it.
+        whole = valid.is_cpu and bool(valid.all())
         step = Step(
             tokens=tokens,
             valid=valid,
-            masked=masked & valid,
-            open=owned & valid,
+            masked=masked if whole else masked & valid,
+            open=owned if whole else owned & valid,
             stats=stats,
             state=state,
             steps=self._steps(tokens.shape[1]),
@@ -306,23 +311,27 @@ class MaskedDiffusionSampler:
         state.offset += 1
         state.committed = result.committed
         state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
-        ended = state.active & (decider.finished(step, result) | self._repeats(step, result, proposal))
-        if state.step >= state.most_steps:
-            ended = state.active
-        undecided = (owned & ~valid).any(-1) if decider.starts_from_noise else state.masks_left
+        ended = decider.finished(step, result)
+        if proposal.greedy and decider.repeats and not decider.scheduled:
+            # The same tokens would bring the same proposals again.
+            ended = ended | (result.tokens == tokens).all(-1)
+        elif not whole:
+            ended = ended | self._hopeless(step, result)
+        ended = state.active & ended if state.step < state.most_steps else state.active
+        undecided = state.masks_left
+        if decider.starts_from_noise:
+            undecided = (owned & ~valid).any(-1)
         state.stuck = state.stuck | ended & undecided
         state.active = state.active & ~ended
         return result.tokens
 
-    def _repeats(self, step: Step, result: CommitResult, proposal: Proposal) -> Tensor:
-        """[B] bool: rows that nothing can happen to any more, as the same tokens would bring the same logits again."""
-        decider, unchanged = self.decider, (result.tokens == step.tokens).all(-1)
-        if proposal.greedy and decider.repeats and not decider.scheduled:
-            return unchanged
-        # Not even a draw or a later step of the schedule could: no logits here have a distribution.
-        if decider.starts_from_noise:
-            return unchanged & ~step.open.any(-1)
-        return unchanged & step.state.masks_left & ~step.masked.any(-1)
+    def _hopeless(self, step: Step, result: CommitResult) -> Tensor:
+        """[B] bool: rows for which no draw and no later step can do anything, as no logits have a distribution."""
+        if self.decider.starts_from_noise:
+            left = step.open.any(-1)
+        else:
+            left = step.masked.any(-1) | ~step.state.masks_left
+        return ~left & (result.tokens == step.tokens).all(-1)
 
     def generate(
         self,
