@@ -288,3 +288,16 @@ def test_environment_names_the_backend(monkeypatch):
         dgemma_accel.row_stats(LOGITS)
     monkeypatch.setenv("DGEMMA_ACCEL_BACKEND", "reference")
     assert dgemma_accel.row_stats(LOGITS).argmax.shape == (2, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_infinite_entropy_is_a_row_without_a_distribution(temperature, backend, device):
+    logits = torch.randn(2, 4, 300)
+    logits[0, 1] = -math.inf
+    logits[0, 2, 299] = math.nan
+    logits[1, 3, 7] = math.inf
+    for statistics in (True, False):
+        stats = dgemma_accel.row_stats(
+            logits.to(device), temperature=temperature, seed=1, statistics=statistics, backend=backend
+        )
+        assert stats.entropy.isinf().nonzero().tolist() == [[0, 1], [0, 2], [1, 3]]

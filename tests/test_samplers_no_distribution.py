@@ -8,6 +8,7 @@ import torch
 from dgemma_accel.backends import load
 from dgemma_accel.samplers import (
     Bernoulli,
+    BlockState,
     CreditThreshold,
     DInferThreshold,
     Entropy,
@@ -210,3 +211,32 @@ def test_guidance():
     result = sampler.generate(model, [[1]], LENGTH)
     assert (result.new_tokens == MASK).nonzero()[:, 1].tolist() == [2, 5]
     assert result.stuck.tolist() == [True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, "by row", lambda *_: 0.3], ids=repr)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_a_step_on_a_device_waits_for_nothing(strategy, temperature):
+    """Reading a value of the "meta" device fails, as waiting for a GPU does not."""
+    if isinstance(strategy, JointThresholdEdit) and temperature != 0.0:
+        pytest.skip("greedy only")
+    if isinstance(strategy, Entropy) and strategy.epsilon:
+        pytest.skip("goes over the rows by number")
+    if temperature == "by row":
+        temperature = torch.full((2,), 0.5, device="meta")
+    tokens = torch.full((2, LENGTH), MASK, device="meta")
+    count = torch.zeros(2, dtype=torch.int64, device="meta")
+    sampler = sampler_of(strategy, temperature=temperature)
+    state = BlockState(
+        open=tokens == MASK,
+        masked_at_start=count,
+        active=count == 0,
+        stuck=count != 0,
+        nfe=count,
+        committed=tokens != MASK,
+        seed=torch.tensor(1),
+        most_steps=3,
+    )
+    sampler.decider.start(state, tokens)
+    for _ in range(3):
+        tokens = sampler.step(torch.empty(2, LENGTH, VOCAB, device="meta"), tokens, state)
+    assert tokens.is_meta and state.stuck.is_meta
