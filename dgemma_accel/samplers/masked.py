@@ -358,5 +358,9 @@ class MaskedDiffusionSampler:
 
         Returns:
             `GenerateResult`.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, dtype, shape or value; token ids that the model, where it
+                says how many it has, does not have.
         """
         return generate(self, model, prompt_ids, max_new_tokens, attention_mask, seed, streamer, callback)
