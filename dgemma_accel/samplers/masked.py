@@ -360,7 +360,7 @@ class MaskedDiffusionSampler:
             `GenerateResult`.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, dtype, shape or value; token ids that the model, where it
-                says how many it has, does not have.
+            TypeError, ValueError: an argument of a wrong type, dtype, shape or value; a token id outside the vocabulary
+                of a model that says how large it is.
         """
         return generate(self, model, prompt_ids, max_new_tokens, attention_mask, seed, streamer, callback)
