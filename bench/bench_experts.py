@@ -14,7 +14,7 @@ from torch import Tensor
 import dgemma_accel
 from dgemma_accel.reference import experts as reference
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import scale_shape
+from dgemma_accel.reference.quantization import scale_shape
 
 from . import planted
 from .cases import (

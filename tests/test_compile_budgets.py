@@ -210,15 +210,24 @@ def test_configuration_files_answer_every_call():
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
         for rows in ("few", "many"):
             uses = {
-                size: configs._select(name, "experts", (("bytes", size), ("rows", rows)))
-                for size in (1, 2, 4)
+                (size, kind): configs._select(
+                    name, "experts", (("bytes", size), ("format", kind), ("rows", rows))
+                )
+                for size, kind in (
+                    (2, "plain"),
+                    (1, "fp8"),
+                    (0.5, "nvfp4"),
+                    (4, "plain"),
+                    (4, "fp8"),
+                    (4, "nvfp4"),
+                )
             }
             for use in uses.values():
                 assert all(use[key] % 16 == 0 for key in ("block_m", "up_n", "up_k", "down_n", "down_k"))
-            # One of the two weights may be FP8 alone, and both take the same tiles of rows.
-            assert uses[1]["block_m"] == uses[2]["block_m"]
+            # The two weights may differ in format, and both take the same tiles of rows.
+            assert len({use["block_m"] for (size, _), use in uses.items() if size < 4}) == 1
             # FP8 weights, of fp32 rows too: a pass stays inside a block of scales, a tile's rows reach two at most.
-            for use in (uses[1], uses[4]):
+            for use in (uses[1, "fp8"], uses[4, "fp8"]):
                 assert all(128 % use[key] == 0 for key in ("up_n", "up_k", "down_n", "down_k"))
         with pytest.raises(LookupError, match=f"configs/{name}.json: no entry of commit"):
             configs._select(name, "commit", (("block", 2048),))

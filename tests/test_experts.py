@@ -5,7 +5,7 @@ import torch
 
 import dgemma_accel
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import dequantize, quantize, scale_shape
+from dgemma_accel.reference.quantization import dequantize, quantize, scale_shape
 
 OP = "experts"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -319,13 +319,13 @@ GS, DS = S8["gate_up_scale"], S8["down_scale"]
             (H, I, W, GU.half(), D),
             {},
             TypeError,
-            "gate_up: dtype must be one of float32, float8_e4m3fn, got float16",
+            "gate_up: dtype must be one of float32, float8_e4m3fn, uint8, got float16",
         ),
         (
             (H, I, W, GU, D.half()),
             {},
             TypeError,
-            "down: dtype must be one of float32, float8_e4m3fn, got float16",
+            "down: dtype must be one of float32, float8_e4m3fn, uint8, got float16",
         ),
         ((H, I, W, GU, D[:, :5]), {}, ValueError, r"down: shape must be \[X, 6, I\] like hidden"),
         ((H, I, W, GU, D[0]), {}, ValueError, "down: shape must be"),
@@ -370,7 +370,7 @@ GS, DS = S8["gate_up_scale"], S8["down_scale"]
             ValueError,
             "gate_up_scale: must be on cpu like gate_up",
         ),
-        ((H, I, W, GU8.view(torch.uint8), D), {}, TypeError, "gate_up: dtype must be one of float32, float8"),
+        ((H, I, W, GU8.view(torch.int8), D), {}, TypeError, "gate_up: dtype must be one of float32, float8"),
         ((GU8[0], I, W, GU8, D), {}, TypeError, "hidden: dtype must be one of"),
         ((H, I, W, GU, D), {"activation": "relu"}, ValueError, "activation: must be one of"),
         ((H, I, W, GU, D), {"backend": "cpp"}, dgemma_accel.backends.BackendError, "no cpp implementation"),

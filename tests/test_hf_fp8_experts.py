@@ -10,7 +10,7 @@ from test_experts import uneven_fp8
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.experts import dequantize
+from dgemma_accel.reference.quantization import dequantize
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")

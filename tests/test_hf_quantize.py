@@ -11,7 +11,7 @@ import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
 from dgemma_accel.hf.quantize import WEIGHTS, QuantizedExperts
 from dgemma_accel.ops.experts import FP8
-from dgemma_accel.reference.experts import dequantize, quantize
+from dgemma_accel.reference.quantization import dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Experts of more than one block, which the up projection shares with the gate, and a last block that is not whole.

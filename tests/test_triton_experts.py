@@ -128,7 +128,9 @@ def test_older_architectures_read_bytes_and_compute_the_same(monkeypatch, dtype)
     seen, run = [], triton_experts._experts
     monkeypatch.setattr(triton_experts, "is_before", lambda architecture, tensor: True)
     monkeypatch.setattr(
-        triton_experts, "_experts", lambda *a: (seen.append((a[3].dtype, a[4].dtype)), run(*a))[1]
+        triton_experts,
+        "_experts",
+        lambda *a: (seen.append((a[3].weight.dtype, a[4].weight.dtype)), run(*a))[1],
     )
     assert torch.equal(triton_experts.experts(*case, "gelu_tanh", *scales.values()), expected)
     assert seen == [(torch.int8, torch.int8)]

@@ -8,11 +8,13 @@ Both products are computed transposed, weights @ rows^T. Matrix instructions are
 sm_90, 16 elsewhere) and narrow in the second (8): the weights have enough columns for the one, and the 16 rows
 that an expert gets from a canvas are enough for the other.
 
-FP8 weights go through the same kernels: a tile is widened to the dtype of the rows in registers, which is exact, and
-the scale of its block multiplies the fp32 product over the block's columns, so that no weight is rounded a second time.
+FP8 and NVFP4 weights go through the same kernels; `expert_weights` has what becomes of them in registers. No weight is
+rounded a second time.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,9 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..reference.experts import SCALE_BLOCK as SCALED_BY
+from ..reference.quantization import NVFP4
 from .common import CAPABILITIES, DEVICES, FUSED, INTERPRET, capability, on_device, unavailable
 from .expert_routing import route
+from .expert_weights import (
+    IN_WORD,
+    SCALE_BLOCK,
+    SCALE_GROUP,
+    by_quarters,
+    load_global_scale,
+    load_group_scales,
+    load_quarters,
+    load_scale,
+    load_tile,
+    nvfp4_dot,
+    quarter_place,
+    widen,
+)
 
 __all__ = ["FEATURES", "experts", "unavailable"]
 
@@ -39,8 +55,6 @@ PAIRS_AT_ONCE = 32_768
 FEW = 24
 # Rows and columns that a program of `combine_kernel` adds up.
 COMBINE_ROWS, COMBINE_BLOCK = 4, 512
-# Rows and columns of the weights that share a scale.
-SCALE_BLOCK = tl.constexpr(SCALED_BY)
 # The first architecture that has an instruction for e4m3; older ones take its bits apart.
 E4M3_INSTRUCTION = (8, 9)
 # Before this one e4m3 goes to bf16 by way of fp16 and fp32. The compiler's own way on sm_90 is an instruction
@@ -59,59 +73,23 @@ def activate(gate, ACTIVATION: tl.constexpr):
     return gate / (1.0 + tl.exp2(-u * LOG2E))
 
 
-@triton.jit
-def load_tile(p, o_k, left, EVEN: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile whose last dimension has `left` columns of its row left."""
-    if EVEN:
-        b = tl.load(p)
-    else:
-        b = tl.load(p, mask=(o_k < left)[None, :], other=0.0)
-    if UPCAST:
-        b = b.to(tl.float32)
-    return b
-
-
-@triton.jit
-def widen(b, DTYPE: tl.constexpr, BY_FP16: tl.constexpr):
-    """A tile of e4m3 numbers, or of their bytes as int8, in DTYPE: bf16, fp16 and fp32 hold all of them.
-
-    A byte's sign, exponent and mantissa go to their places in fp32; the difference of the biases (127 and 7) is a
-    power of two, which brings subnormal numbers out right as well. The code of NaN comes out as 480.
-    """
-    if b.dtype == tl.int8:
-        b_bits = (b.to(tl.int32) << 20) & -0x78100000
-        b = b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    elif BY_FP16:
-        b = b.to(tl.float16).to(tl.float32)
-    return b.to(DTYPE)
-
-
-@triton.jit
-def load_scale(p, other, o_n, left, WHOLE: tl.constexpr):
-    """The scale of a tile's rows o_n: one number, or where the tile crosses a block's border a column of two.
-
-    Two scalars and a selection, since a gather would go through shared memory in every pass of the loop.
-    """
-    b_s = tl.load(p)
-    if not WHOLE:
-        b_s = tl.where(o_n < left, b_s, tl.load(other))[:, None]
-    return b_s
-
-
 @triton.jit(do_not_specialize=["tiles_most"])
 def gate_up_kernel(
-    hidden, gate_up, scale, order, tiles, middle, tiles_most: tl.int32,
+    hidden, gate_up, scale, global_scale, order, tiles, middle, tiles_most: tl.int32,
     stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SCALED: tl.constexpr, BY_FP16: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, FORMAT: tl.constexpr, BY_FP16: tl.constexpr,
+    PAIRS: tl.constexpr, QUARTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns.
+    """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns, by quarters with QUARTERS.
 
-    scale [X, blocks of 2 * WIDTH, blocks of HIDDEN] with SCALED.
+    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of 2 * WIDTH, blocks of HIDDEN]; "nvfp4", gate_up words
+    [X, 2 * WIDTH, HIDDEN / 8], scale [X, 2 * WIDTH, HIDDEN / 16] as int8, global_scale [X], hidden by quarters.
     """
+    # A pass over NVFP4 weights is four products BLOCK_K deep.
+    COLUMNS: tl.constexpr = 4 * BLOCK_K if FORMAT == "nvfp4" else BLOCK_K
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    EVEN: tl.constexpr = HIDDEN % BLOCK_K == 0
+    EVEN: tl.constexpr = HIDDEN % COLUMNS == 0
     # Columns vary fastest: tiles of one expert run close together, so L2 hands its weights to all of them.
     i_n = tl.program_id(0) % TILES_N
     i_t = tl.program_id(0) // TILES_N
@@ -132,7 +110,27 @@ def gate_up_kernel(
     # [BLOCK_N, BLOCK_M]
     b_gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if SCALED:
+    if FORMAT == "nvfp4":
+        o_8, o_16 = tl.arange(0, COLUMNS // IN_WORD), tl.arange(0, COLUMNS // SCALE_GROUP)
+        # Strides that the compiler knows: it copies 16 bytes at a time where it sees that they are aligned.
+        o_w += i_e.to(tl.int64) * (2 * WIDTH)
+        p_g = gate_up + (o_w * (HIDDEN // IN_WORD))[:, None] + o_8[None, :]
+        p_u = p_g + WIDTH * (HIDDEN // IN_WORD)
+        p_sg = scale + (o_w * (HIDDEN // SCALE_GROUP))[:, None] + o_16[None, :]
+        p_su = p_sg + WIDTH * (HIDDEN // SCALE_GROUP)
+        for k in range(0, HIDDEN, COLUMNS):
+            # 4 x [BLOCK_K, BLOCK_M]; words and their scales [BLOCK_N, COLUMNS / 8] twice
+            k_8, left_8, left_16 = k // IN_WORD, (HIDDEN - k) // IN_WORD, (HIDDEN - k) // SCALE_GROUP
+            b_x = load_quarters(p_x + k // 4, o_k, (HIDDEN - k) // 4, HIDDEN // 4, EVEN, UPCAST)
+            b_s = load_group_scales(p_sg + k // SCALE_GROUP, o_16, left_16, EVEN, b_x[0].dtype, PAIRS)
+            b_g = load_tile(p_g + k_8, o_8, left_8, EVEN, False)
+            b_gate = nvfp4_dot(b_gate, b_g, b_s, b_x, PRECISION, PAIRS)
+            b_s = load_group_scales(p_su + k // SCALE_GROUP, o_16, left_16, EVEN, b_x[0].dtype, PAIRS)
+            b_u = load_tile(p_u + k_8, o_8, left_8, EVEN, False)
+            b_up = nvfp4_dot(b_up, b_u, b_s, b_x, PRECISION, PAIRS)
+        b_gate *= load_global_scale(global_scale + i_e)
+        b_up *= load_global_scale(global_scale + i_e)
+    elif FORMAT == "fp8":
         tl.static_assert(
             SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in two blocks at most"
         )
@@ -165,23 +163,27 @@ def gate_up_kernel(
             b_u = load_tile(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST)
             b_up = tl.dot(b_u, b_x, b_up, input_precision=PRECISION)
     b_middle = activate(b_gate, ACTIVATION) * b_up
-    p_o = middle + (o_m.to(tl.int64) * WIDTH)[None, :] + o_n[:, None]
+    o_o = quarter_place(o_n, WIDTH) if QUARTERS else o_n
+    p_o = middle + (o_m.to(tl.int64) * WIDTH)[None, :] + o_o[:, None]
     tl.store(p_o, b_middle.to(middle.dtype.element_ty), mask=(o_m < end)[None, :] & (o_n < WIDTH)[:, None])
 
 
 @triton.jit(do_not_specialize=["tiles_most"])
 def down_kernel(
-    middle, down, scale, order, tiles, partial, tiles_most: tl.int32, stride_x: tl.int64, stride_n: tl.int64,
+    middle, down, scale, global_scale, order, tiles, partial, tiles_most: tl.int32,
+    stride_x: tl.int64, stride_n: tl.int64,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    SCALED: tl.constexpr, BY_FP16: tl.constexpr,
+    FORMAT: tl.constexpr, BY_FP16: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial [pairs, HIDDEN] fp32: middle @ down^T of BLOCK_M places x BLOCK_N columns, stored in the pairs' order.
 
-    scale [X, blocks of HIDDEN, blocks of WIDTH] with SCALED.
+    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of HIDDEN, blocks of WIDTH]; "nvfp4", down words
+    [X, HIDDEN, WIDTH / 8], scale [X, HIDDEN, WIDTH / 16] as int8, global_scale [X], middle by quarters.
     """
+    COLUMNS: tl.constexpr = 4 * BLOCK_K if FORMAT == "nvfp4" else BLOCK_K
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0
+    EVEN: tl.constexpr = WIDTH % COLUMNS == 0
     i_n = tl.program_id(0) % TILES_N
     i_t = tl.program_id(0) // TILES_N
     i_e = tl.load(tiles + i_t)
@@ -198,7 +200,20 @@ def down_kernel(
     p_w = down + i_e.to(tl.int64) * stride_x + (o_w * stride_n)[:, None] + o_k[None, :]
     # [BLOCK_N, BLOCK_M]
     b_o = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if SCALED:
+    if FORMAT == "nvfp4":
+        o_8, o_16 = tl.arange(0, COLUMNS // IN_WORD), tl.arange(0, COLUMNS // SCALE_GROUP)
+        o_w += i_e.to(tl.int64) * HIDDEN
+        p_w = down + (o_w * (WIDTH // IN_WORD))[:, None] + o_8[None, :]
+        p_s = scale + (o_w * (WIDTH // SCALE_GROUP))[:, None] + o_16[None, :]
+        for k in range(0, WIDTH, COLUMNS):
+            # 4 x [BLOCK_K, BLOCK_M]; words and their scales [BLOCK_N, COLUMNS / 8]
+            b_x = load_quarters(p_x + k // 4, o_k, (WIDTH - k) // 4, WIDTH // 4, EVEN, UPCAST)
+            left = (WIDTH - k) // SCALE_GROUP
+            b_s = load_group_scales(p_s + k // SCALE_GROUP, o_16, left, EVEN, b_x[0].dtype, PAIRS)
+            b_w = load_tile(p_w + k // IN_WORD, o_8, (WIDTH - k) // IN_WORD, EVEN, False)
+            b_o = nvfp4_dot(b_o, b_w, b_s, b_x, PRECISION, PAIRS)
+        b_o *= load_global_scale(global_scale + i_e)
+    elif FORMAT == "fp8":
         tl.static_assert(
             SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in one block only"
         )
@@ -254,6 +269,8 @@ def experts(
     activation: str = "gelu_tanh",
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    gate_up_global_scale: Tensor | None = None,
+    down_global_scale: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result: `reference.experts`.
 
@@ -263,17 +280,50 @@ def experts(
     output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if output.numel() == 0 or index.numel() == 0:
         return output.zero_()
-    hidden, gate_up, down = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, gate_up, down))
-    scales = [None if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale)]
-    if is_before(E4M3_INSTRUCTION, hidden):
-        gate_up, down = (t if s is None else t.view(torch.int8) for t, s in zip((gate_up, down), scales))
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    matrices = (
+        Matrix.of(gate_up, gate_up_scale, gate_up_global_scale, hidden),
+        Matrix.of(down, down_scale, down_global_scale, hidden),
+    )
     at_once = max(1, PAIRS_AT_ONCE // index.shape[1])
     with on_device(hidden):
         for first in range(0, hidden.shape[0], at_once):
             part = slice(first, first + at_once)
             rows = (hidden[part], index[part].contiguous(), weights[part])
-            _experts(*rows, gate_up, down, *scales, activation, output[part])
+            _experts(*rows, *matrices, activation, output[part])
     return output
+
+
+class Matrix(NamedTuple):
+    """The weights of one product as a kernel takes them: [X, N, K], or NVFP4's words [X, N, K / 8].
+
+    bytes: of a weight.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    global_scale: Tensor | None
+    format: str
+    bytes: float
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor | None, global_scale: Tensor | None, hidden: Tensor) -> Matrix:
+        """From the op's arguments, for a launch on `hidden`."""
+        if weight.dtype == NVFP4:
+            scale = scale.view(torch.int8).contiguous()
+            return cls(as_words(weight), scale, global_scale.contiguous(), "nvfp4", 0.5)
+        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        if scale is None:
+            return cls(weight, None, None, "plain", weight.element_size())
+        if is_before(E4M3_INSTRUCTION, hidden):
+            weight = weight.view(torch.int8)
+        return cls(weight, scale.contiguous(), None, "fp8", 1)
+
+
+def as_words(weight: Tensor) -> Tensor:
+    """Bytes [..., N, K / 2] as int32 [..., N, K / 8], contiguous; a copy where words of them would not be aligned."""
+    weight = weight.contiguous()
+    return (weight if weight.storage_offset() % 4 == 0 else weight.clone()).view(torch.int32)
 
 
 def is_before(architecture: tuple[int, int], tensor: Tensor) -> bool:
@@ -283,15 +333,16 @@ def is_before(architecture: tuple[int, int], tensor: Tensor) -> bool:
 
 
 def _experts(
-    hidden, index, weights, gate_up, down, gate_up_scale, down_scale, activation: str, output
-) -> None:
-    (rows, embedding), top_k, (count, _, width) = hidden.shape, index.shape[1], down.shape
+    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, activation: str, output: Tensor
+) -> None:  # fmt: skip
+    (rows, embedding), top_k, count = hidden.shape, index.shape[1], len(down.weight)
+    width = gate_up.weight.shape[1] // 2
     crowd = "few" if index.numel() <= FEW * count else "many"
 
-    def config_for(weight: Tensor) -> dict:
+    def config_for(matrix: Matrix) -> dict:
         # Products of fp32 rows are bound by arithmetic, however the weights are stored.
-        size = hidden.element_size() if hidden.dtype == torch.float32 else weight.element_size()
-        return configs.select("experts", capability(hidden), bytes=size, rows=crowd)
+        size = hidden.element_size() if hidden.dtype == torch.float32 else matrix.bytes
+        return configs.select("experts", capability(hidden), bytes=size, format=matrix.format, rows=crowd)
 
     first, second = config_for(gate_up), config_for(down)
     # Tiles are cut once for both products.
@@ -305,17 +356,22 @@ def _experts(
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "UPCAST": INTERPRET and hidden.dtype == torch.bfloat16,
         "BY_FP16": hidden.dtype == torch.bfloat16 and is_before(BF16_INSTRUCTION, hidden),
+        # The interpreter has no instructions for pairs.
+        "PAIRS": hidden.dtype != torch.float32 and not INTERPRET,
     }  # fmt: skip
+    if gate_up.format == "nvfp4":
+        hidden = by_quarters(hidden)
     gate_up_kernel[(total * triton.cdiv(width, first["up_n"]),)](
-        hidden, gate_up, gate_up_scale, order, tiles, middle, total,
-        hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
-        TOP_K=top_k, ACTIVATION=activation, SCALED=gate_up_scale is not None,
+        hidden, gate_up.weight, gate_up.scale, gate_up.global_scale, order, tiles, middle, total,
+        hidden.stride(0), gate_up.weight.stride(0), gate_up.weight.stride(1),
+        TOP_K=top_k, ACTIVATION=activation, FORMAT=gate_up.format, QUARTERS=down.format == "nvfp4",
         BLOCK_N=first["up_n"], BLOCK_K=first["up_k"],
         **FUSED, num_warps=first["up_warps"], num_stages=first["up_stages"], **common,
     )  # fmt: skip
     down_kernel[(total * triton.cdiv(embedding, second["down_n"]),)](
-        middle, down, down_scale, order, tiles, partial, total, down.stride(0), down.stride(1),
-        SCALED=down_scale is not None, BLOCK_N=second["down_n"], BLOCK_K=second["down_k"],
+        middle, down.weight, down.scale, down.global_scale, order, tiles, partial, total,
+        down.weight.stride(0), down.weight.stride(1),
+        FORMAT=down.format, BLOCK_N=second["down_n"], BLOCK_K=second["down_k"],
         **FUSED, num_warps=second["down_warps"], num_stages=second["down_stages"], **common,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(rows, COMBINE_ROWS) * triton.cdiv(embedding, COMBINE_BLOCK),)](

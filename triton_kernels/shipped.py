@@ -16,7 +16,7 @@ import torch
 
 from .. import configs
 from ..reference.commit import CommitCall
-from ..reference.experts import scale_shape
+from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
 from ..samplers import EntropyBound, Renoise
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
@@ -39,8 +39,8 @@ MATRIX_KERNELS = (
     "down_kernel",
 )
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-# The bytes that an entry of `experts` names are those of a weight, and one byte is FP8 with rows in bf16.
-FP8 = torch.float8_e4m3fn
+# The bytes that an entry of `experts` names are those of a weight; less than two mean rows in bf16.
+QUANTISED = {1: FP8, 0.5: NVFP4}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -119,18 +119,23 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     return launch
 
 
-def _experts(when: dict, fp8: bool) -> Callable[[], object]:
+def _experts(when: dict, kind: torch.dtype | None) -> Callable[[], object]:
     # One canvas through the 128 experts of a layer, top 8, or the rows of a prompt.
     rows, count, top_k, width = (4096 if when.get("rows") == "many" else CANVAS), 128, 8, 704
 
     def launch():
         dtype = DTYPES.get(when["bytes"], torch.bfloat16)
         index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
-        matrices, scales = [], []
-        for shape in ((count, 2 * width, EMBEDDING), (count, EMBEDDING, width)):
-            matrices.append(_empty(*shape, dtype=FP8 if fp8 else dtype))
-            scales.append(_empty(*scale_shape(shape)) if fp8 else None)
-        return experts(_empty(rows, EMBEDDING, dtype=dtype), index, weights, *matrices, "gelu_tanh", *scales)
+        matrices, scales, totals = [], [], []
+        for *outer, columns in ((count, 2 * width, EMBEDDING), (count, EMBEDDING, width)):
+            stored = columns // 2 if kind == NVFP4 else columns
+            matrices.append(_empty(*outer, stored, dtype=kind or dtype))
+            groups = _empty(*outer, columns // SCALE_GROUP, dtype=FP8)
+            blocks = _empty(*scale_shape((*outer, columns)))
+            scales.append({NVFP4: groups, FP8: blocks}.get(kind))
+            totals.append(_empty(count) if kind == NVFP4 else None)
+        hidden = _empty(rows, EMBEDDING, dtype=dtype)
+        return experts(hidden, index, weights, *matrices, "gelu_tanh", *scales, *totals)
 
     return launch
 
@@ -165,9 +170,10 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "soft_embedding":
                 yield label, when["bytes"] == 2, _soft_embedding(when, entry["use"])
             elif op == "experts":
-                yield label, when["bytes"] < 4, _experts(when, when["bytes"] == 1)
-                if when["bytes"] == 4:
-                    yield label + " fp8 weights", False, _experts(when, True)
+                kind = NVFP4 if when.get("format") == "nvfp4" else QUANTISED.get(when["bytes"])
+                yield label, when["bytes"] < 4, _experts(when, kind)
+                if when["bytes"] == 4 and kind is None:
+                    yield label + " fp8 weights", False, _experts(when, FP8)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import FP8, experts
-from ..reference.experts import SCALE_BLOCK, scale_shape
+from ..reference.quantization import SCALE_BLOCK, scale_shape
 from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.

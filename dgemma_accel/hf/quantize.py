@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import FP8, experts
-from ..reference.experts import quantize, scale_shape
+from ..reference.quantization import quantize, scale_shape
 from .check import check_model
 from .experts import ACTIVATIONS, PLAIN
 from .patches import acceleration_of

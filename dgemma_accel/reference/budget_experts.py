@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .budget import _within
-from .experts import activate, dequantize, experts
+from .experts import activate, experts
+from .quantization import dequantize
 
 
 def check_experts(
@@ -19,32 +20,37 @@ def check_experts(
     activation: str = "gelu_tanh",
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    gate_up_global_scale: Tensor | None = None,
+    down_global_scale: Tensor | None = None,
 ) -> list[str]:
     """Violations of the budget by the result of `experts`.
 
     Truth is the reference in fp64. Plain PyTorch is the reference model's form: every intermediate result in the
-    dtype of the rows, choices weighted in fp32 and rounded as they are added. FP8 weights times their scales are
-    the truth as they are; plain PyTorch rounds the product to the dtype of the rows.
+    dtype of the rows, choices weighted in fp32 and rounded as they are added. Quantised weights times their
+    scales are the truth as they are; plain PyTorch rounds the product to the dtype of the rows.
     """
     if result.shape != hidden.shape or result.dtype != hidden.dtype:
         return [
             f"experts: {tuple(result.shape)} {result.dtype} instead of {tuple(hidden.shape)} {hidden.dtype}"
         ]
     # The reference widens the weights of one expert at a time.
-    truth = experts(hidden.double(), index, weights, gate_up, down, activation, gate_up_scale, down_scale)
+    scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
+    truth = experts(hidden.double(), index, weights, gate_up, down, activation, *scales)
     plain = torch.zeros_like(hidden)
 
-    def widened(weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
+    def widened(weight: Tensor, scale: Tensor | None, total: Tensor | None, expert: int) -> Tensor:
         if scale is None:
             return weight[expert]
-        return dequantize(weight[expert], scale[expert], torch.float32).to(hidden.dtype)
+        total = None if total is None else total[expert]
+        return dequantize(weight[expert], scale[expert], torch.float32, total).to(hidden.dtype)
 
     for expert in index.unique().tolist():
         if not 0 <= expert < down.shape[0]:
             continue
         row, choice = torch.where(index == expert)
-        gate, up = (hidden[row] @ widened(gate_up, gate_up_scale, expert).T).chunk(2, dim=-1)
-        mixed = (activate(gate, activation) * up) @ widened(down, down_scale, expert).T
+        both = hidden[row] @ widened(gate_up, gate_up_scale, gate_up_global_scale, expert).T
+        gate, up = both.chunk(2, dim=-1)
+        mixed = (activate(gate, activation) * up) @ widened(down, down_scale, down_global_scale, expert).T
         plain.index_add_(0, row, (mixed * weights[row, choice, None].float()).to(plain.dtype))
     ulp = torch.finfo(hidden.dtype).eps * truth.abs() + torch.finfo(torch.float32).eps
     return _within("experts", result, truth, plain, ulp)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .quantization import dequantize
 from .row_stats import compute_dtype
 
 ACTIVATIONS = ("gelu_tanh", "silu")
-# Rows and columns of FP8 weights that share a scale.
-SCALE_BLOCK = 128
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:
@@ -23,44 +20,6 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of FP8 weights [..., N, K]: [..., ceil(N / 128), ceil(K / 128)]."""
-    return (*shape[:-2], *(-(-size // SCALE_BLOCK) for size in shape[-2:]))
-
-
-def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """[..., rows, columns]: the scale of every weight."""
-    scale = scale.repeat_interleave(SCALE_BLOCK, -2)[..., :rows, :]
-    return scale.repeat_interleave(SCALE_BLOCK, -1)[..., :columns]
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn numbers, fp32 scales) of weights [..., N, K], computed in fp32.
-
-    A scale brings the largest weight of its block of 128 x 128 to the largest finite number, 448; a block of zeros has
-    the smallest normal one. Numbers are rounded to nearest even. Weights that are not finite leave scales that are not.
-    """
-    rows, columns = weight.shape[-2:]
-    *_, down, across = scale_shape(weight.shape)
-    weight = weight.float()
-    whole = torch.nn.functional.pad(weight, (0, across * SCALE_BLOCK - columns, 0, down * SCALE_BLOCK - rows))
-    blocks = whole.unflatten(-1, (across, SCALE_BLOCK)).unflatten(-3, (down, SCALE_BLOCK))
-    largest = blocks.abs().amax((-3, -1))
-    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weight / _spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
-
-
-def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight [..., N, K] in `dtype`, times the scale of its block, scale [..., ceil(N / 128), ceil(K / 128)].
-
-    The product is rounded once, to `dtype`; in fp64 it is exact.
-    """
-    weight = weight.to(dtype)
-    if scale is None:
-        return weight
-    return weight * _spread(scale.to(dtype), *weight.shape[-2:])
-
-
 def experts(
     hidden: Tensor,
     index: Tensor,
@@ -70,6 +29,8 @@ def experts(
     activation: str = "gelu_tanh",
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    gate_up_global_scale: Tensor | None = None,
+    down_global_scale: Tensor | None = None,
 ) -> Tensor:
     """sum over the row's choices (e, w) of w * down_e (act(gate_e x) * (up_e x)), in fp32 (fp64 for fp64 rows).
 
@@ -78,13 +39,15 @@ def experts(
         index: [R, K] int64 expert numbers in [0, X); a choice outside that range adds nothing, an expert chosen
             twice by a row counts twice.
         weights: [R, K] router weights.
-        gate_up: [X, 2 * I, E], the gate's rows first.
-        down: [X, E, I].
+        gate_up: [X, 2 * I, E], the gate's rows first; uint8 [X, 2 * I, E / 2] in NVFP4 (see `quantization`).
+        down: [X, E, I], or uint8 [X, E, I / 2] in NVFP4.
         activation: of the gate, one of `ACTIVATIONS`.
         gate_up_scale: None, or for float8_e4m3fn weights [X, ceil(2 * I / 128), ceil(E / 128)] fp32: what a block of
             128 x 128 is multiplied with. The gate's rows and those of the up projection are counted as one, so the two
-            share a block where I is no multiple of 128.
-        down_scale: likewise, [X, ceil(E / 128), ceil(I / 128)].
+            share a block where I is no multiple of 128. Of NVFP4 weights [X, 2 * I, E / 16] float8_e4m3fn.
+        down_scale: likewise, [X, ceil(E / 128), ceil(I / 128)] or [X, E, I / 16].
+        gate_up_global_scale: None, or for NVFP4 weights [X] fp32: what an expert's matrix is multiplied with.
+        down_global_scale: likewise, [X].
 
     Returns:
         [R, E] in the dtype of `hidden`.
@@ -97,14 +60,15 @@ def experts(
     x = hidden.to(compute)
     output = torch.zeros_like(x)
 
-    def widened(weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
-        return dequantize(weight[expert], None if scale is None else scale[expert], compute)
+    def widened(weight: Tensor, scale: Tensor | None, total: Tensor | None, expert: int) -> Tensor:
+        scale, total = (None if one is None else one[expert] for one in (scale, total))
+        return dequantize(weight[expert], scale, compute, total)
 
     for expert in index.unique().tolist():
         if not 0 <= expert < gate_up.shape[0]:
             continue
         row, choice = torch.where(index == expert)
-        gate, up = (x[row] @ widened(gate_up, gate_up_scale, expert).T).chunk(2, dim=-1)
-        result = (activate(gate, activation) * up) @ widened(down, down_scale, expert).T
+        gate, up = (x[row] @ widened(gate_up, gate_up_scale, gate_up_global_scale, expert).T).chunk(2, dim=-1)
+        result = (activate(gate, activation) * up) @ widened(down, down_scale, down_global_scale, expert).T
         output.index_add_(0, row, result * weights[row, choice, None].to(compute))
     return output.to(hidden.dtype)
