@@ -1,6 +1,6 @@
 """Cases of `experts`: a canvas through the 128 experts of a layer, with even and with skewed routing, and a prompt.
 
-Each of them with the released weights, and a canvas and a prompt with FP8 weights and their scales.
+Each of them with the released weights, and a canvas and a prompt with FP8 and NVFP4 weights and their scales.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 import dgemma_accel
 from dgemma_accel.reference import experts as reference
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.quantization import scale_shape
+from dgemma_accel.reference.quantization import E2M1, FP8, NVFP4, SCALE_GROUP, scale_shape
 
 from . import planted
 from .cases import (
@@ -38,7 +38,7 @@ SKEW = 1.0
 class Inputs(NamedTuple):
     """hidden [R, E]; index [R, K] int64; weights [R, K] fp32; gate_up [X, 2I, E]; down [X, E, I].
 
-    The scales of FP8 weights, or None.
+    The scales of quantised weights, or None.
     """
 
     hidden: Tensor
@@ -48,16 +48,18 @@ class Inputs(NamedTuple):
     down: Tensor
     gate_up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    gate_up_global_scale: Tensor | None = None
+    down_global_scale: Tensor | None = None
 
     @property
     def scales(self) -> dict[str, Tensor | None]:
-        return {"gate_up_scale": self.gate_up_scale, "down_scale": self.down_scale}
+        return {name: value for name, value in self._asdict().items() if name.endswith("_scale")}
 
 
 def need_plain_weights(inputs: Inputs) -> None:
     """Peers get the weights as the model was released with."""
     if inputs.gate_up_scale is not None:
-        raise Skipped("no form of it that takes FP8 weights with scales by blocks is called here")
+        raise Skipped("no form of it that takes FP8 or NVFP4 weights with scales by blocks is called here")
 
 
 def route(
@@ -78,32 +80,41 @@ def make_inputs(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    fp8: bool = False,
+    form: str | None = None,
 ) -> Inputs:
+    """form: of the weights, "FP8" or "NVFP4"; None for `dtype`."""
     noise = planted.generator(device, seed)
 
     def normal(*shape: int, deviation: float) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=noise)
 
-    def matrix(*sides: int) -> tuple[Tensor, Tensor | None]:
-        """Weights that keep the size of their rows, and their scales."""
+    def matrix(*sides: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weights that keep the size of their rows, their scales and their global scales."""
         deviation = sides[-1] ** -0.5
-        if not fp8:
-            return normal(experts, *sides, deviation=deviation), None
+        if form is None:
+            return normal(experts, *sides, deviation=deviation), None, None
+        if form == "NVFP4":
+            rows, columns = sides
+            weight = torch.empty(experts, rows, columns // 2, dtype=NVFP4, device=device)
+            weight.random_(256, generator=noise)
+            scale = torch.rand(experts, rows, columns // SCALE_GROUP, generator=noise, device=device) + 0.5
+            # Every code is as frequent.
+            size = (sum(value**2 for value in E2M1) / len(E2M1)) ** 0.5
+            return weight, scale.to(FP8), torch.full((experts,), deviation / size, device=device)
         # An expert at a time: there is no normal distribution in FP8, and a copy in bf16 is twice the matrix.
-        weight = torch.empty(experts, *sides, dtype=torch.float8_e4m3fn, device=device)
+        weight = torch.empty(experts, *sides, dtype=FP8, device=device)
         # The few beyond the largest number would be NaN with some releases of PyTorch and that number with others.
         largest = torch.finfo(weight.dtype).max
         for expert in weight:
             expert.copy_(normal(*sides, deviation=100.0).clamp(-largest, largest))
         scale = torch.rand(scale_shape(weight.shape), generator=noise, device=device) + 0.5
-        return weight, scale * (deviation / 100)
+        return weight, scale * (deviation / 100), None
 
     index, weights = route(rows, experts, skewed, noise, device)
     hidden = normal(rows, HIDDEN, deviation=1.0)
-    gate_up, gate_up_scale = matrix(2 * width, HIDDEN)
-    down, down_scale = matrix(HIDDEN, width)
-    return Inputs(hidden, index, weights, gate_up, down, gate_up_scale, down_scale)
+    (gate_up, *gate_up_scales), (down, *down_scales) = matrix(2 * width, HIDDEN), matrix(HIDDEN, width)
+    scales = (scale for pair in zip(gate_up_scales, down_scales) for scale in pair)
+    return Inputs(hidden, index, weights, gate_up, down, *scales)
 
 
 def variant(backend: str) -> Variant:
@@ -141,13 +152,18 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     scale_bytes = 4 * sum(
         math.prod(scale_shape((EXPERTS, *sides))) for sides in ((2 * width, HIDDEN), (HIDDEN, width))
     )
-    weight_bytes = {False: numbers * dtype.itemsize, True: numbers + scale_bytes}
-    kinds = [(rows, "uniform routing", False, False), (rows, "skewed routing", True, False)]
-    # A CPU has no kernel for FP8 weights, and what it takes to widen them says nothing.
+    weight_bytes = {
+        None: numbers * dtype.itemsize,
+        "FP8": numbers + scale_bytes,
+        "NVFP4": numbers // 2 + numbers // SCALE_GROUP + 2 * 4 * EXPERTS,
+    }
+    kinds = [(rows, "uniform routing", False, None), (rows, "skewed routing", True, None)]
+    # A CPU has no kernel for quantised weights, and what it takes to widen them says nothing.
     if device.type == "cuda":
-        kinds.append((rows, "uniform routing, FP8 weights", False, True))
+        kinds += [(rows, f"uniform routing, {form} weights", False, form) for form in ("FP8", "NVFP4")]
         if not sizes.quick and sizes.rows is None:
-            kinds += [(PROMPT, "prompt", False, False), (PROMPT, "prompt, FP8 weights", False, True)]
+            kinds.append((PROMPT, "prompt", False, None))
+            kinds += [(PROMPT, f"prompt, {form} weights", False, form) for form in ("FP8", "NVFP4")]
     return [
         Case(
             op="experts",
@@ -155,15 +171,15 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
             shape=f"[{rows}, {HIDDEN}] top {TOP_K} of {EXPERTS} x {width}",
             dtype=dtype,
             # Counted as if every expert were chosen at least once, which 256 rows of 8 nearly always do.
-            bytes=weight_bytes[fp8] + 2 * rows * HIDDEN * dtype.itemsize,
+            bytes=weight_bytes[form] + 2 * rows * HIDDEN * dtype.itemsize,
             flops=2 * rows * TOP_K * 3 * width * HIDDEN,
-            memory=2 * weight_bytes[fp8] + rows * TOP_K * (HIDDEN * 16 + 3 * width * 8),
-            make=lambda device, seed, rows=rows, skewed=skewed, fp8=fp8: make_inputs(
-                rows, EXPERTS, width, skewed, dtype, device, seed, fp8
+            memory=2 * weight_bytes[form] + rows * TOP_K * (HIDDEN * 16 + 3 * width * 8),
+            make=lambda device, seed, rows=rows, skewed=skewed, form=form: make_inputs(
+                rows, EXPERTS, width, skewed, dtype, device, seed, form
             ),
             backends=tuple(variant(name) for name in present),
             check=check,
             expected=expected,
         )
-        for rows, label, skewed, fp8 in kinds
+        for rows, label, skewed, form in kinds
     ], lines

@@ -102,11 +102,11 @@ def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[l
         if not options.way or any(text in way.name for text in options.way)
     ]
     if device.type == "cpu" and not options.compiled:
-        left_out = "transformers' compiled variants and FP8 experts"
+        left_out = "transformers' compiled variants and quantized experts"
         print(f"{left_out} are left out on a CPU (--compiled includes them)")
-        ways = [way for way in ways if not way.compiles or (way.graph and not way.fp8)]
+        ways = [way for way in ways if not way.compiles or (way.graph and not way.experts)]
     eager = [way for way in ways if not way.compiles]
-    graph = [way for way in ways if way.graph and not way.fp8]
+    graph = [way for way in ways if way.graph and not way.experts]
     late = sorted((way for way in ways if way.compiles and way not in graph), key=lambda way: not way.ours)
     plan = [(eager, context) for context in (contexts[:1] if graph else contexts) if eager]
     if graph:

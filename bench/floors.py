@@ -31,8 +31,8 @@ class Precision:
     """Bytes of an element, and the matrix rate relative to the ceiling.
 
     Layer weights (experts, attention projections, dense MLP) may be narrower than the embedding, the activations and
-    the cache, which keep `element`; the experts' alone where `expert` is given. That leaves their products at the
-    rate of `element`.
+    the cache, which keep `element`; the experts' alone where `expert` is given, their scales included. That leaves
+    their products at the rate of `element`.
     """
 
     element: int = 2
@@ -43,6 +43,8 @@ class Precision:
 
 BF16 = Precision()
 FP8_WEIGHTS = Precision(weight=1, weight_rate=2.0)
+# Bytes of an expert's weight by the format of `quantize_experts`. FP8's scales are a 4096th of its bytes.
+EXPERT_BYTES = {"fp8": 1, "nvfp4": 0.5 + 1 / 16}
 
 
 def components(

@@ -111,7 +111,7 @@ class Bench:
         rows, runs = {}, {}
         for way in ways:
             canvas = 1 if way.decodes else self.model.config.canvas_length
-            floor = floor_of(self.model, self.limits, context, options.batch, canvas, fp8=way.fp8)
+            floor = floor_of(self.model, self.limits, context, options.batch, canvas, experts=way.experts)
             rows[way.name] = blank_row(way, options, context, floor)
             try:
                 runs[way.name] = self.runner(way, context)
@@ -160,11 +160,11 @@ class Bench:
 
 
 def floor_of(
-    model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int, *, fp8: bool = False
+    model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int, *, experts: str | None = None
 ) -> dict[str, float]:
     figures, wide = step_model.text_figures(model.config)
     size = model.dtype.itemsize
-    precision = floors.Precision(size, size, expert=1 if fp8 else None)
+    precision = floors.Precision(size, size, expert=floors.EXPERT_BYTES.get(experts))
     parts = floors.components(figures, canvas, context, batch, precision, global_layers=wide)
     if canvas == 1:
         # A decoded token is not fed back as a soft embedding.

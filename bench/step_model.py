@@ -11,7 +11,7 @@ from torch import nn
 
 from . import memory
 from .cases import BenchError
-from .floors import Precision, components, layer_counts, load_figures
+from .floors import EXPERT_BYTES, Precision, components, layer_counts, load_figures
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-dgemma" / "checkpoint"
 
@@ -175,17 +175,18 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def room_for_fp8(model: nn.Module) -> None:
-    """Raise unless the experts' weights fit once more, in FP8.
+def room_for_experts(model: nn.Module, form: str) -> None:
+    """Raise unless the experts' weights fit once more, in a format of `quantize_experts`.
 
     Raises:
         BenchError: they do not.
     """
     weights = {p for name, p in model.named_parameters() if ".experts." in name}
-    free, needed = memory.available(model.device), sum(weight.numel() for weight in weights)
+    numbers = sum(weight.numel() for weight in weights)
+    free, needed = memory.available(model.device), numbers * EXPERT_BYTES[form]
     if needed > free:
         raise BenchError(
-            f"FP8 experts do not fit beside the model: {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"{form.upper()} experts do not fit beside the model: {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
 
 

@@ -19,8 +19,8 @@ HISTORY = 64
 class Way:
     """One way to take a step. cache: of `step_model.random_cache`. compiles: torch.compile is at work, for minutes.
 
-    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas. fp8: the experts' weights
-    are those of `quantize_experts`, beside which the model's own stay in memory.
+    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas. experts: the format of
+    `quantize_experts` that the experts' weights have; the model's own stay in memory beside them.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Way:
     graph: bool = False
     compiles: bool = False
     decodes: bool = False
-    fp8: bool = False
+    experts: str | None = None
 
     @property
     def eager(self) -> bool:
@@ -41,8 +41,11 @@ COMPILED_REFERENCE = Way("transformers, static cache, compiled", "static", compi
 OURS = Way("ours, dynamic cache", "dynamic", ours=True)
 OURS_STATIC = Way("ours, static cache", "ours", ours=True)
 GRAPH = Way("ours, graph", "ours", ours=True, graph=True, compiles=True)
-GRAPH_FP8 = Way("ours, graph, FP8 experts", "ours", ours=True, graph=True, compiles=True, fp8=True)
-WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH, GRAPH_FP8)
+GRAPH_FP8, GRAPH_NVFP4 = (
+    Way(f"ours, graph, {form.upper()} experts", "ours", ours=True, graph=True, compiles=True, experts=form)
+    for form in ("fp8", "nvfp4")
+)
+WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH, GRAPH_FP8, GRAPH_NVFP4)
 AUTOREGRESSIVE = (
     Way("autoregressive, dynamic cache", "dynamic", decodes=True),
     Way("autoregressive, static cache, compiled", "static", compiles=True, decodes=True),
@@ -53,15 +56,15 @@ def model_of(model, way: Way, backend: str):
     """The way's own model over the weights that all share, accelerated where the way is ours.
 
     Raises:
-        BenchError: the experts' FP8 weights do not fit beside the others.
+        BenchError: the experts' quantized weights do not fit beside the others.
     """
     own = step_model.twin(model)
     if way.ours:
         import dgemma_accel
 
-        if way.fp8:
-            step_model.room_for_fp8(model)
-            dgemma_accel.quantize_experts(own)
+        if way.experts:
+            step_model.room_for_experts(model, way.experts)
+            dgemma_accel.quantize_experts(own, format=way.experts)
         dgemma_accel.accelerate(own, backend=backend, graph=way.graph)
     return own
 

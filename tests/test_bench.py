@@ -213,7 +213,7 @@ def test_attention_and_experts_cases_judge_by_their_error():
     result = bench_experts.variant("reference").prepare(small)()
     assert bench_experts.check(result, small) == []
     assert bench_experts.check(result * 1.01, small)
-    small = bench_experts.make_inputs(4, 16, 96, True, torch.float32, CPU, 0, fp8=True)
+    small = bench_experts.make_inputs(4, 16, 96, True, torch.float32, CPU, 0, "FP8")
     assert small.gate_up.dtype == torch.float8_e4m3fn and small.gate_up_scale.shape == (16, 2, 22)
     result = bench_experts.variant("reference").prepare(small)()
     assert bench_experts.check(result, small) == []
@@ -223,13 +223,24 @@ def test_attention_and_experts_cases_judge_by_their_error():
     assert bench_experts.check(result, small)
 
 
-def test_the_floor_of_fp8_experts_counts_weights_and_scales():
+def test_nvfp4_experts_cases_judge_by_their_error():
+    small = bench_experts.make_inputs(4, 16, 96, True, torch.float32, CPU, 0, "NVFP4")
+    assert small.gate_up.dtype == torch.uint8 and small.gate_up_scale.shape == (16, 192, 176)
+    result = bench_experts.variant("reference").prepare(small)()
+    assert bench_experts.check(result, small) == []
+    assert 0.01 < float(result.std()) < 1
+    small.down_global_scale.mul_(1.01)
+    assert bench_experts.check(result, small)
+
+
+def test_the_floor_of_quantised_experts_counts_weights_and_scales():
     cases = {case.label: case for case in bench_experts.cases(torch.device("cuda"), Sizes())[0]}
-    plain, fp8 = cases["uniform routing"], cases["uniform routing, FP8 weights"]
+    plain, fp8, nvfp4 = (cases["uniform routing" + end] for end in ("", ", FP8 weights", ", NVFP4 weights"))
     rows = 2 * 256 * 2816 * 2
     assert plain.bytes - rows == 128 * 3 * 704 * 2816 * 2
     assert fp8.bytes - rows == 128 * 3 * 704 * 2816 + 128 * (11 * 22 + 22 * 6) * 4
-    assert fp8.flops == plain.flops
+    assert nvfp4.bytes - rows == 128 * 3 * 704 * 2816 * 9 / 16 + 128 * 2 * 4
+    assert nvfp4.flops == fp8.flops == plain.flops
 
 
 def test_attention_traffic_leaves_out_what_padding_hides():

@@ -56,6 +56,16 @@ def test_the_floor_of_fp8_experts_and_all_else_in_bf16():
     assert floors.step_ms(small, *RTX_PRO)["total"] == pytest.approx(16.79, abs=0.01)
 
 
+def test_the_floor_of_nvfp4_experts():
+    text = floors.load_figures()["text_config"]
+    precision = floors.Precision(expert=floors.EXPERT_BYTES["nvfp4"])
+    plain, small = (floors.components(text, 256, 1024, precision=p) for p in (floors.BF16, precision))
+    # 4.5 bits of 16.
+    assert small["experts"][0][0] == pytest.approx(plain["experts"][0][0] * 9 / 32)
+    assert floors.step_ms(small, *H200)["total"] == pytest.approx(5.26, abs=0.01)
+    assert floors.step_ms(small, *RTX_PRO)["total"] == pytest.approx(11.21, abs=0.01)
+
+
 def test_experts_of_few_rows_are_not_all_touched():
     text = floors.load_figures()["text_config"]
     (one, _), (many, _) = (floors.components(text, rows, 0)["experts"][0] for rows in (1, 256))
@@ -301,32 +311,44 @@ def test_compilers_come_last():
     assert names[1:3] == [([*eager, "ours, graph"], 64), ([*eager, "ours, graph"], 128)]
     late = (
         "ours, graph, FP8 experts",
+        "ours, graph, NVFP4 experts",
         "transformers, static cache, compiled",
         "autoregressive, static cache, compiled",
     )
     assert names[3:] == [([name], context) for name in late for context in (64, 128)]
     plan = bench_step.schedule(bench_step.parser().parse_args([]), [64], CPU)
-    assert not any(way.fp8 or (way.compiles and not way.graph) for ways, _ in plan for way in ways)
+    assert not any(way.experts or (way.compiles and not way.graph) for ways, _ in plan for way in ways)
 
 
-def test_fp8_experts_stand_beside_the_models_own(model):
+@pytest.mark.parametrize(
+    "way, dtype",
+    [(step_ways.GRAPH_FP8, torch.float8_e4m3fn), (step_ways.GRAPH_NVFP4, torch.uint8)],
+    ids=["fp8", "nvfp4"],
+)
+def test_quantized_experts_stand_beside_the_models_own(model, way, dtype):
     options = bench_step.parser().parse_args(["--steps", "2", "--repeats", "1"])
     limits = ceilings.measure(CPU)
-    eager = dataclasses.replace(step_ways.GRAPH_FP8, graph=False, compiles=False)
+    eager = dataclasses.replace(way, graph=False, compiles=False)
     measured = step_measure.Bench(model, limits, options)
     plain, small = (row for way in (step_ways.OURS_STATIC, eager) for row in measured.measure([way], 20))
     assert plain["status"] == small["status"] == "ok" and small["host_syncs"] == 0
     assert small["floor_ms"] < plain["floor_ms"]
     twin = measured.models[eager.name]
-    assert twin.model.decoder.layers[0].experts.gate_up_proj.dtype == torch.float8_e4m3fn
+    assert twin.model.decoder.layers[0].experts.gate_up_proj.dtype == dtype
     assert model.model.decoder.layers[0].experts.gate_up_proj.dtype == model.dtype
     assert twin.lm_head.weight is model.lm_head.weight
 
 
-def test_fp8_experts_that_do_not_fit_are_refused(model, monkeypatch):
-    monkeypatch.setattr(step_model.memory, "available", lambda device: 10)
+def test_quantized_experts_that_do_not_fit_are_refused(model, monkeypatch):
+    weights = {p for name, p in model.named_parameters() if ".experts." in name}
+    numbers = sum(weight.numel() for weight in weights)
+    monkeypatch.setattr(step_model.memory, "available", lambda device: int(0.6 * numbers))
+    step_ways.model_of(model, step_ways.GRAPH_NVFP4, "auto")
     with pytest.raises(BenchError, match="FP8 experts do not fit beside the model"):
         step_ways.model_of(model, step_ways.GRAPH_FP8, "auto")
+    monkeypatch.setattr(step_model.memory, "available", lambda device: int(0.5 * numbers))
+    with pytest.raises(BenchError, match="NVFP4 experts do not fit beside the model"):
+        step_ways.model_of(model, step_ways.GRAPH_NVFP4, "auto")
 
 
 def test_the_compiled_reference_is_marked_where_it_is_wrong(model):

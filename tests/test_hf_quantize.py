@@ -1,4 +1,4 @@
-"""`quantize_experts`: FP8 weights for the experts of a model, with and without the kernels."""
+"""`quantize_experts`: FP8 and NVFP4 weights for the experts of a model, with and without the kernels."""
 
 import copy
 import weakref
@@ -9,9 +9,8 @@ from hf_models import CANVAS, generate, layers_of, prompt, tiny_model, trace_wit
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
-from dgemma_accel.hf.quantize import WEIGHTS, QuantizedExperts
-from dgemma_accel.ops.experts import FP8
-from dgemma_accel.reference.quantization import dequantize, quantize
+from dgemma_accel.hf.quantize import FORMATS, WEIGHTS, QuantizedExperts
+from dgemma_accel.reference.quantization import FP8, NVFP4, dequantize, quantize, quantize_nvfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Experts of more than one block, which the up projection shares with the gate, and a last block that is not whole.
@@ -22,25 +21,38 @@ def wide_model(dtype=torch.float32):
     return tiny_model(dtype, expert_width=WIDTH).to(DEVICE)
 
 
-def rounded(model):
-    """The model with weights of experts that were rounded to FP8 and back."""
+def there_and_back(weight, format):
+    """A weight rounded to a format, in fp32."""
+    if format == "fp8":
+        return dequantize(*quantize(weight), torch.float32)
+    codes, scale, total = quantize_nvfp4(weight)
+    return dequantize(codes, scale, torch.float32, total)
+
+
+def rounded(model, format):
+    """The model with weights of experts that were rounded to a format and back."""
     for experts in {layer.experts.gate_up_proj: layer.experts for layer in layers_of(model)}.values():
         with torch.no_grad():
             for name in WEIGHTS:
                 weight = getattr(experts, name)
-                weight.copy_(dequantize(*quantize(weight), torch.float32))
+                weight.copy_(there_and_back(weight, format))
     return model
 
 
+@pytest.fixture(scope="module", params=FORMATS)
+def format(request):
+    return request.param
+
+
 @pytest.fixture
-def quantized():
-    return dgemma_accel.quantize_experts(wide_model())
+def quantized(format):
+    return dgemma_accel.quantize_experts(wide_model(), format=format)
 
 
 @pytest.fixture(scope="module")
-def expected():
+def expected(format):
     """The tokens of the reference with rounded weights."""
-    return generate(rounded(wide_model()), prompt(2, 9)[0].to(DEVICE)).sequences
+    return generate(rounded(wide_model(), format), prompt(2, 9)[0].to(DEVICE)).sequences
 
 
 def test_tokens_are_those_of_the_rounded_weights(quantized, expected):
@@ -80,34 +92,51 @@ def test_the_step_is_traced_whole(quantized, expected, monkeypatch, caplog):
 
 
 def test_rounding_matters(expected):
-    """The seed is one at which FP8 changes the tokens, so that the tests above see the scales."""
+    """The seed is one at which either format changes the tokens, so that the tests above see the scales."""
     assert not torch.equal(generate(wide_model(), prompt(2, 9)[0].to(DEVICE)).sequences, expected)
 
 
-def test_weights_are_shared_and_the_old_ones_released():
+def test_weights_are_shared_and_the_old_ones_released(format):
     model = wide_model(torch.bfloat16)
     before = {name: weakref.ref(getattr(layers_of(model)[0].experts, name)) for name in WEIGHTS}
     sizes = {name: reference().nbytes for name, reference in before.items()}
-    assert dgemma_accel.quantize_experts(model) is model
+    assert dgemma_accel.quantize_experts(model, format=format) is model
+    dtype, share = {"fp8": (FP8, 2), "nvfp4": (NVFP4, 4)}[format]
     assert all(reference() is None for reference in before.values())
     encoder, decoder = model.model.encoder.language_model.layers, model.model.decoder.layers
     for mine, theirs in zip(encoder, decoder, strict=True):
         assert mine.experts is not theirs.experts
         for name in WEIGHTS:
             weight = getattr(mine.experts, name)
-            assert weight.dtype == FP8 and 2 * weight.nbytes == sizes[name] and not weight.requires_grad
-            for shared in (name, f"{name}_scale_inv"):
+            assert weight.dtype == dtype and share * weight.nbytes == sizes[name] and not weight.requires_grad
+            for shared in (name, *(name + ending for ending in FORMATS[format][1])):
                 assert getattr(mine.experts, shared) is getattr(theirs.experts, shared)
     assert encoder[0].experts.gate_up_proj is not encoder[1].experts.gate_up_proj
 
 
-def test_quantizing_twice_changes_nothing(quantized):
+def test_fp8_is_the_default():
+    model = dgemma_accel.quantize_experts(wide_model())
+    assert all(layer.experts.format == "fp8" for layer in layers_of(model))
+
+
+def test_a_released_size_in_each_format():
+    """Bits by weight, scales included, at DiffusionGemma's hidden sizes."""
+    weights = torch.randn(1408, 2816), torch.randn(2816, 704)
+    for function, bits in ((quantize, 8 + 32 / 128**2), (quantize_nvfp4, 4 + 8 / 16)):
+        found = 8 * sum(part.nbytes for weight in weights for part in function(weight))
+        assert found / sum(weight.numel() for weight in weights) == pytest.approx(bits, rel=1e-3)
+
+
+def test_quantizing_twice_changes_nothing(quantized, format):
     before = [layer.experts for layer in layers_of(quantized)]
-    dgemma_accel.quantize_experts(quantized)
+    dgemma_accel.quantize_experts(quantized, format=format)
+    other = "fp8" if format == "nvfp4" else "nvfp4"
+    with pytest.raises(ValueError, match=f"format: its experts were quantized to '{format}' before"):
+        dgemma_accel.quantize_experts(quantized, format=other)
     assert all(layer.experts is held for layer, held in zip(layers_of(quantized), before))
 
 
-def test_a_model_of_another_dtype_keeps_its_fp8_weights(quantized):
+def test_a_model_of_another_dtype_keeps_its_quantized_weights(quantized):
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items() if ".experts." in name}
     for move in (quantized.bfloat16, quantized.half, quantized.float):
         move()
@@ -120,14 +149,14 @@ def test_a_model_of_another_dtype_keeps_its_fp8_weights(quantized):
     assert all(tensor.is_meta for tensor in quantized.parameters())
 
 
-def test_copies_and_state_dicts(quantized, expected):
+def test_copies_and_state_dicts(quantized, expected, format):
     ids = prompt(2, 9)[0].to(DEVICE)
     assert torch.equal(generate(copy.deepcopy(quantized), ids).sequences, expected)
     quantized.tie_weights()
     other = wide_model()
     for parameter in other.parameters():
         torch.nn.init.ones_(parameter)
-    dgemma_accel.quantize_experts(other).load_state_dict(quantized.state_dict())
+    dgemma_accel.quantize_experts(other, format=format).load_state_dict(quantized.state_dict())
     assert torch.equal(generate(other, ids).sequences, expected)
 
 
@@ -185,18 +214,30 @@ class TestBadInput:
             dgemma_accel.quantize_experts(model)
         assert self.untouched(model)
 
-    def test_weights_that_are_not_finite(self):
+    def test_another_format(self):
+        model = wide_model()
+        with pytest.raises(ValueError, match=r"format: must be one of \('fp8', 'nvfp4'\), got 'int4'"):
+            dgemma_accel.quantize_experts(model, format="int4")
+        assert self.untouched(model)
+
+    def test_columns_that_are_no_whole_groups(self):
+        model = tiny_model()
+        with pytest.raises(ValueError, match="down_proj of its experts has 24 columns, and 16 share a scale"):
+            dgemma_accel.quantize_experts(model, format="nvfp4")
+        assert self.untouched(model)
+
+    def test_weights_that_are_not_finite(self, format):
         model = wide_model()
         with torch.no_grad():
             layers_of(model)[0].experts.down_proj[3, 40, 90] = float("inf")
         with pytest.raises(ValueError, match="down_proj of its experts is not finite"):
-            dgemma_accel.quantize_experts(model)
+            dgemma_accel.quantize_experts(model, format=format)
 
 
-def test_a_padded_batch_and_several_canvases(quantized):
+def test_a_padded_batch_and_several_canvases(quantized, format):
     """Prompt and commit passes go through them too."""
     ids, mask = (tensor.to(DEVICE) for tensor in prompt(2, 20, left_padding=(0, 6)))
-    plain = rounded(wide_model())
+    plain = rounded(wide_model(), format)
     settings = {"attention_mask": mask, "max_new_tokens": 2 * CANVAS}
     expected = generate(plain, ids, **settings).sequences
     with dgemma_accel.accelerated(quantized, graph=False):

@@ -104,9 +104,10 @@ def test_its_own_noise_answers_as_well(model, tokenizer, pairs):
 
 
 @pytest.mark.slow
-def test_fp8_experts_answer_as_well(model, tokenizer, pairs):
-    """The same noise: rounding the experts to FP8 changes no more than a few answers of 500."""
-    small = dgemma_accel.accelerate(dgemma_accel.quantize_experts(copy.deepcopy(model)))
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_quantized_experts_answer_as_well(model, tokenizer, pairs, format):
+    """The same noise: rounding the experts changes no more than a few answers of 500."""
+    small = dgemma_accel.accelerate(dgemma_accel.quantize_experts(copy.deepcopy(model), format=format))
     scores = []
     for one in (model, small):
         texts = []

@@ -54,7 +54,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--backend", default="auto", help="auto, reference, cpp, triton or cuda")
     parser.add_argument("--only", choices=SIDES, help="run one side")
     parser.add_argument(
-        "--fp8-experts", action="store_true", help="round the experts' weights to FP8, on both sides"
+        "--experts", choices=("fp8", "nvfp4"), help="round the experts' weights to this format, on both sides"
     )
     parser.add_argument("--no-drafts", action="store_true", help="do not show the canvas settling")
     parser.set_defaults(run=run)
@@ -65,7 +65,7 @@ def run(options) -> int:
         print(f"--max-new-tokens: must be at least 1, got {options.max_new_tokens}")
         return 2
     try:
-        model, tokenizer = load(options.model, fp8_experts=options.fp8_experts)
+        model, tokenizer = load(options.model, experts=options.experts)
     except (OSError, ImportError, TypeError, ValueError) as error:
         print(f"--model {options.model}: {error}")
         return 2
@@ -84,10 +84,10 @@ def run(options) -> int:
     return 0
 
 
-def load(path: str | Path, *, fp8_experts: bool = False):
+def load(path: str | Path, *, experts: str | None = None):
     """(model, tokenizer) of a checkpoint, on the GPU when there is one.
 
-    With fp8_experts the GPU has to hold the quantized weights only.
+    With a format for the experts, of `quantize_experts`, the GPU has to hold the quantized weights only.
     """
     try:
         from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
@@ -97,10 +97,10 @@ def load(path: str | Path, *, fp8_experts: bool = False):
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype="auto").eval()
-    if fp8_experts:
+    if experts is not None:
         from ..hf import quantize_experts
 
-        quantize_experts(model)
+        quantize_experts(model, format=experts)
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
-from ..ops.experts import FP8, experts
-from ..reference.quantization import SCALE_BLOCK, scale_shape
+from ..ops.experts import experts
+from ..reference.quantization import FP8, NVFP4, SCALE_BLOCK, scale_shape
 from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.
@@ -62,8 +62,7 @@ def experts_forward(
         top_k_weights,
         module.gate_up_proj,
         module.down_proj,
-        gate_up_scale=_scale(module, "gate_up_proj"),
-        down_scale=_scale(module, "down_proj"),
+        **scales_of(module),
         activation=activation,
         backend=backend,
     )
@@ -90,9 +89,20 @@ def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: to
     return None
 
 
-def _scale(module: nn.Module, name: str) -> Tensor | None:
-    """The scales of FP8 weights. A weight with a side that 128 does not divide may have stayed in the model's dtype."""
-    return getattr(module, f"{name}_scale_inv") if getattr(module, name).dtype == FP8 else None
+def scales_of(module: nn.Module) -> dict[str, Tensor]:
+    """The scales of a module's weights, by the op's names for them.
+
+    Of an `FP8Experts` a weight with a side that 128 does not divide may have stayed in the model's dtype.
+    """
+    scales = {}
+    for name in ("gate_up", "down"):
+        dtype = getattr(module, f"{name}_proj").dtype
+        if dtype == FP8:
+            scales[f"{name}_scale"] = getattr(module, f"{name}_proj_scale_inv")
+        elif dtype == NVFP4:
+            scales[f"{name}_scale"] = getattr(module, f"{name}_proj_scale")
+            scales[f"{name}_global_scale"] = getattr(module, f"{name}_proj_global_scale")
+    return scales
 
 
 def _original(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -151,10 +161,11 @@ def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str
 
 def _other_weight(module: nn.Module, name: str, hidden: Tensor) -> str | None:
     weight = getattr(module, name)
-    allowed = FLOAT_DTYPES if type(module).__name__ == PLAIN else (*FLOAT_DTYPES, FP8)
+    quantised = {PLAIN: (), FINE_GRAINED: (FP8,), OURS: (FP8, NVFP4)}[type(module).__name__]
+    allowed = (*FLOAT_DTYPES, *quantised)
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in allowed:
         return f"{name} is a {type(weight).__name__} of {weight.dtype}"
-    if weight.dtype not in (hidden.dtype, FP8):
+    if weight.dtype not in (hidden.dtype, *quantised):
         return f"dtypes {hidden.dtype} and {weight.dtype} of rows and weights"
     if weight.device != hidden.device:
         return f"{name} is on {weight.device} and the rows are on {hidden.device}"

@@ -1,35 +1,42 @@
-"""`quantize_experts`: FP8 weights for the experts of a DiffusionGemma, made from the model's own."""
+"""`quantize_experts`: FP8 or NVFP4 weights for the experts of a DiffusionGemma, made from the model's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
-from ..ops.experts import FP8, experts
-from ..reference.quantization import quantize, scale_shape
+from ..ops.experts import experts
+from ..reference.quantization import SCALE_GROUP, quantize, quantize_nvfp4
 from .check import check_model
-from .experts import ACTIVATIONS, PLAIN
+from .experts import ACTIVATIONS, PLAIN, scales_of
 from .patches import acceleration_of
 
 WEIGHTS = ("gate_up_proj", "down_proj")
+# Format to (the function that rounds [N, K], what its results after the weights are called behind a weight's name).
+FORMATS = {
+    "fp8": (quantize, ("_scale_inv",)),
+    "nvfp4": (quantize_nvfp4, ("_scale", "_global_scale")),
+}
 
 
 class QuantizedExperts(nn.Module):
-    """`DiffusionGemmaTextExperts` with FP8 weights: `forward` is the op `experts`, accelerated or not.
+    """`DiffusionGemmaTextExperts` with quantized weights: `forward` is the op `experts`, accelerated or not.
 
     Attributes:
-        gate_up_proj: [X, 2 * I, E] float8_e4m3fn. gate_up_proj_scale_inv: [X, ceil(2 * I / 128), ceil(E / 128)] fp32.
-        down_proj: [X, E, I] float8_e4m3fn. down_proj_scale_inv: [X, ceil(E / 128), ceil(I / 128)] fp32.
+        format: "fp8" or "nvfp4".
+        gate_up_proj, down_proj: the weights, as the op `experts` takes them.
+        gate_up_proj_scale_inv, down_proj_scale_inv: the scales of FP8, named as in transformers' `FP8Experts`.
+        gate_up_proj_scale, gate_up_proj_global_scale, down_proj_scale, down_proj_global_scale: those of NVFP4.
         act_fn: the activation's module, the original's.
 
     A change of the model's dtype (`model.half()`) leaves weights and scales as they are.
     """
 
-    def __init__(self, original: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, original: nn.Module, format: str, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
+        self.format = format
         self.num_experts, self.hidden_dim = original.num_experts, original.hidden_dim
         self.intermediate_dim, self.act_fn = original.intermediate_dim, original.act_fn
         for name, parameter in parameters.items():
@@ -44,8 +51,7 @@ class QuantizedExperts(nn.Module):
             top_k_weights,
             self.gate_up_proj,
             self.down_proj,
-            gate_up_scale=self.gate_up_proj_scale_inv,
-            down_scale=self.down_proj_scale_inv,
+            **scales_of(self),
             activation=ACTIVATIONS[type(self.act_fn).__name__],
         )
 
@@ -57,18 +63,21 @@ class QuantizedExperts(nn.Module):
         return super()._apply(moved, recurse)
 
 
-def quantize_experts(model):
-    """Replace the weights of all experts by FP8 ones: half the memory, and half the traffic that bounds a step.
+def quantize_experts(model, *, format: str = "fp8"):
+    """Replace the weights of all experts by quantized ones: half or 0.28 of the memory, and of the traffic of a step.
 
-    Each block of 128 x 128 weights gets the scale that brings its largest to 448, the end of float8_e4m3fn; weights are
-    rounded to nearest even. Rows stay in the model's dtype, as do attention, dense MLP, router and embedding. The old
-    weights of a layer are released before the next one is looked at, so quantizing on the CPU and moving the model
-    afterwards needs a GPU with room for the small one only. There is no way back but loading the model again, and
-    `save_pretrained` refuses: transformers would not read such a checkpoint.
+    "fp8": each block of 128 x 128 weights gets the scale that brings its largest to 448, the end of float8_e4m3fn.
+    "nvfp4": each 16 consecutive weights of a row get a float8_e4m3fn scale that brings their largest to 6, the end of
+    e2m1, times a global scale of each expert's matrix. Weights are rounded to nearest even. Rows stay in the model's
+    dtype, as do attention, dense MLP, router and embedding. The old weights of a layer are released before the next one
+    is looked at, so quantizing on the CPU and moving the model afterwards needs a GPU with room for the small one only.
+    There is no way back but loading the model again, and `save_pretrained` refuses: transformers would not read such a
+    checkpoint.
 
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion` with weights in bf16, fp16 or fp32, not accelerated
-            yet. Experts that this function quantized before stay as they are.
+            yet. Experts that this function quantized to the same format before stay as they are.
+        format: "fp8" (8 bits and 1 / 512 by weight) or "nvfp4" (4.5 bits by weight).
 
     Returns:
         The model.
@@ -76,14 +85,18 @@ def quantize_experts(model):
     Raises:
         TypeError: a model of another class; experts that are not transformers' plain ones (quantised otherwise, or
             sharded).
-        ValueError: the model is accelerated; weights that are not loaded (meta, offloaded) or not finite. The model
-            is as it was, but for weights that are not finite: layers before them are quantized then.
+        ValueError: a format that is not known; the model is accelerated; experts that were quantized to another
+            format; with "nvfp4" a width that is no multiple of 16; weights that are not loaded (meta, offloaded) or not
+            finite. The model is as it was, but for weights that are not finite: layers before them are quantized then.
         ImportError: as `accelerate`.
 
-    Source: the format is that of FP8Experts in transformers' integrations/finegrained_fp8.py, whose quantisation
-        leaves out matrices with a side that 128 does not divide; the last block of a side is narrower here.
+    Source: the FP8 format is that of FP8Experts in transformers' integrations/finegrained_fp8.py, whose quantisation
+        leaves out matrices with a side that 128 does not divide; the last block of a side is narrower here. The other
+        is that of NVFP4 checkpoints, whose rows are quantised as well.
     """
     check_model(model)
+    if format not in FORMATS:
+        raise ValueError(f"format: must be one of {tuple(FORMATS)}, got {format!r}")
     if acceleration_of(model) is not None:
         raise ValueError(
             "model: it is accelerated; call quantize_experts(model) before accelerate(model), or after restore(model)"
@@ -91,17 +104,20 @@ def quantize_experts(model):
     # Layers of the encoder and the decoder share their weights.
     sharing: dict[tuple[int, ...], list[nn.Module]] = {}
     for layer in (*model.model.encoder.language_model.layers, *model.model.decoder.layers):
-        if not isinstance(layer.experts, QuantizedExperts):
-            _check_experts(layer.experts)
-            key = tuple(id(getattr(layer.experts, name)) for name in WEIGHTS)
-            sharing.setdefault(key, []).append(layer)
+        if isinstance(layer.experts, QuantizedExperts):
+            if layer.experts.format != format:
+                raise ValueError(f"format: its experts were quantized to {layer.experts.format!r} before")
+            continue
+        _check_experts(layer.experts, format)
+        key = tuple(id(getattr(layer.experts, name)) for name in WEIGHTS)
+        sharing.setdefault(key, []).append(layer)
     for layers in sharing.values():
-        _replace(layers)
+        _replace(layers, format)
     model.__dict__["save_pretrained"] = _refuse_to_save
     return model
 
 
-def _check_experts(module: nn.Module) -> None:
+def _check_experts(module: nn.Module, format: str) -> None:
     if type(module).__name__ != PLAIN or type(module.act_fn).__name__ not in ACTIVATIONS:
         kind = type(module).__name__
         raise TypeError(f"model: its experts are a {kind} with {type(module.act_fn).__name__}, not {PLAIN}")
@@ -111,29 +127,34 @@ def _check_experts(module: nn.Module) -> None:
             raise TypeError(f"model: {name} of its experts is a {type(weight).__name__} of {weight.dtype}")
         if weight.is_meta or hasattr(module, "_hf_hook"):
             raise ValueError(f"model: {name} of its experts is not loaded (meta or offloaded)")
+        if format == "nvfp4" and weight.shape[-1] % SCALE_GROUP:
+            raise ValueError(
+                f"model: {name} of its experts has {weight.shape[-1]} columns, and {SCALE_GROUP} share a scale of NVFP4"
+            )
 
 
-def _replace(layers: Iterable[nn.Module]) -> None:
+def _replace(layers: Iterable[nn.Module], format: str) -> None:
     originals = [layer.experts for layer in layers]
     parameters = {}
     for name in WEIGHTS:
-        weight, scale = _quantized(getattr(originals[0], name).detach(), name)
-        parameters[name] = nn.Parameter(weight, requires_grad=False)
-        parameters[f"{name}_scale_inv"] = nn.Parameter(scale, requires_grad=False)
+        for key, tensor in _quantized(getattr(originals[0], name).detach(), name, format).items():
+            parameters[key] = nn.Parameter(tensor, requires_grad=False)
     for layer, original in zip(layers, originals):
-        layer.experts = QuantizedExperts(original, parameters)
+        layer.experts = QuantizedExperts(original, format, parameters)
 
 
-def _quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """`reference.experts.quantize` of one expert after the other, since it computes in fp32."""
-    result = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    scale = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
+def _quantized(weight: Tensor, name: str, format: str) -> dict[str, Tensor]:
+    """The parameters that stand for a weight [X, N, K], an expert after the other, since fp32 is computed in."""
+    function, endings = FORMATS[format]
+    results: list[Tensor] = []
     for number, matrix in enumerate(weight):
-        codes, scales = quantize(matrix)
-        result[number], scale[number] = codes, scales
-    if not scale.isfinite().all():
+        parts = function(matrix)
+        results = results or [part.new_empty((len(weight), *part.shape)) for part in parts]
+        for result, part in zip(results, parts):
+            result[number] = part
+    if not results[-1].isfinite().all():
         raise ValueError(f"model: {name} of its experts is not finite")
-    return result, scale
+    return dict(zip((name, *(name + ending for ending in endings)), results))
 
 
 def _refuse_to_save(*args, **kwargs):
