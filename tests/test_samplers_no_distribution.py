@@ -213,7 +213,7 @@ def test_guidance():
     assert result.stuck.tolist() == [True]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, "by row", lambda *_: 0.3], ids=repr)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, "by row", "by step"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 def test_a_step_on_a_device_waits_for_nothing(strategy, temperature):
     """Reading a value of the "meta" device fails, as waiting for a GPU does not."""
@@ -221,8 +221,9 @@ def test_a_step_on_a_device_waits_for_nothing(strategy, temperature):
         pytest.skip("greedy only")
     if isinstance(strategy, Entropy) and strategy.epsilon:
         pytest.skip("goes over the rows by number")
-    if temperature == "by row":
-        temperature = torch.full((2,), 0.5, device="meta")
+    if isinstance(temperature, str):
+        by_row = torch.full((2,), 0.5, device="meta")
+        temperature = {"by row": by_row, "by step": lambda *_: 0.3}[temperature]
     tokens = torch.full((2, LENGTH), MASK, device="meta")
     count = torch.zeros(2, dtype=torch.int64, device="meta")
     sampler = sampler_of(strategy, temperature=temperature)
