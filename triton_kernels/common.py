@@ -176,9 +176,12 @@ def cap(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def parameter(p, index, stride, POINTER: tl.constexpr):
     """A parameter that came by value, or its value of a row."""
+    # Two branches with one name and not two returns: the compiler wants all returns of a function to be of one type.
     if POINTER:
-        return tl.load(p + index * stride)
-    return p
+        result = tl.load(p + index * stride)
+    else:
+        result = p
+    return result
 
 
 @triton.jit

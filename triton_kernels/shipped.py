@@ -7,6 +7,7 @@ JSON object per kernel: what `tests/test_compile_budgets.py` judges.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from .. import configs
 from ..reference.commit import CommitCall
 from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
 from ..samplers import EntropyBound, Renoise
+from ..samplers.rules import Flag, Measure, Select, Write
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
 from .block_attention import block_attention
@@ -47,6 +49,17 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _row_stats_by_device_numbers(when: dict, rows: int, vocab: int) -> Callable[[], object]:
+    """Temperatures per row, seed and offset on the device, and logits that are a view."""
+
+    def launch():
+        logits = _empty(2, rows + 1, vocab, dtype=DTYPES[when["bytes"]])[:, 1:]
+        each, seed = _empty(2 * rows), _empty(dtype=torch.int64)
+        return row_stats(logits, each, each, None, seed, seed, 30.0)
+
+    return launch
+
+
 def _row_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
     def launch():
         one = torch.tensor(1.0)
@@ -70,6 +83,37 @@ def _commit(when: dict) -> Callable[[], object]:
             int(rule.measure), int(rule.select), int(rule.flags), torch.tensor(0), number, number, -1,
             int(write.kind), write.argument, torch.tensor(1), torch.tensor(0),
             tokens, _empty(1, 1, length, dtype=torch.int64), _empty(1, dtype=torch.bool), number,
+        )  # fmt: skip
+        return commit(call)
+
+    return launch
+
+
+def _commit_by_device_numbers(number: int, select: Select, by_row: bool) -> Callable[[], object]:
+    """A short canvas whose numbers all lie on the device, as in a captured graph: 0-d, or one per row of the batch.
+
+    `number` counts the calls: measures, writes, flags and state take turns, so that together they reach all of them.
+    """
+    batch, length = 2, 32
+    shape = (batch,) if by_row else ()
+    measure = list(Measure)[number % len(Measure)]
+    write = list(Write)[number % len(Write)]
+    flags = {
+        Select.TOP_K: Flag.GUMBEL, Select.THRESHOLD: Flag.STRICT | Flag.RELATIVE, Select.FACTOR: Flag.LAST_RANK_QUIRK,
+        Select.ENTROPY_BOUND: Flag.INCLUSIVE, Select.HIERARCHY: Flag.RELATIVE,
+    }.get(select, Flag.NONE)  # fmt: skip
+    state = number % 2 == 0
+
+    def launch():
+        tokens, stats = _empty(batch, length, dtype=torch.int64), _empty(batch, length)
+        k, value = _empty(*shape, dtype=torch.int64), _empty(*shape)
+        seed, canvas = _empty(dtype=torch.int64), _empty(1, batch, length, dtype=torch.int64)
+        candidates = _empty(batch, length, dtype=torch.bool) if by_row else None
+        call = CommitCall(
+            tokens, tokens, tokens, stats, stats, stats, stats, candidates,
+            int(measure), int(select), int(flags if by_row else Flag.NONE), k, value, value, 7,
+            int(write), VOCAB, seed, seed,
+            *((tokens, canvas, _empty(batch, dtype=torch.bool), _empty()) if state else (None,) * 4),
         )  # fmt: skip
         return commit(call)
 
@@ -149,8 +193,13 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             if op == "row_stats":
                 yield label, False, _row_stats(when, False)
                 yield label + " two temperatures", False, _row_stats(when, True)
+                yield label + " numbers by row", False, _row_stats_by_device_numbers(when, CANVAS, VOCAB)
             elif op == "commit":
                 yield label, False, _commit(when)
+                if entry is entries[0]:
+                    for number, (by_row, select) in enumerate(itertools.product((False, True), Select)):
+                        kind = f"commit {select.name} " + ("numbers by row" if by_row else "0-d numbers")
+                        yield kind, False, _commit_by_device_numbers(number, select, by_row)
             elif op == "block_attention":
                 # fp32 products keep fp32 precision, which tensor cores do not have.
                 matrix = when["bytes"] == 2

@@ -1,0 +1,120 @@
+"""What the interpreter accepts and a compiler may not: every helper of the kernels, compiled for real on two architectures.
+
+The compiler runs in a process of its own, because the rest of the tests may have set Triton to interpret.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+HELPERS = r"""
+import json, pkgutil, importlib, sys
+import torch
+import dgemma_accel.triton_kernels as package
+from dgemma_accel.reference.commit import CommitCall
+from dgemma_accel.reference.experts import scale_shape
+from dgemma_accel.samplers.rules import Flag, Measure, Select, Write
+from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, row_stats
+from dgemma_accel.triton_kernels import sliced_scores, soft_embedding
+from triton.compiler.code_generator import CodeGenerator
+from triton.runtime.jit import JITFunction
+
+reached = set()
+call = CodeGenerator.call_JitFunction
+
+def record(self, function, *args, **kwargs):
+    reached.add(function.fn.__name__)
+    return call(self, function, *args, **kwargs)
+
+CodeGenerator.call_JitFunction = record
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def number(kind, batch, dtype=torch.float32):
+    if kind == "value":
+        return torch.tensor(1, dtype=dtype)
+    return empty(*((batch,) if kind == "row" else ()), dtype=dtype)
+
+def decide(kind, select, flags, measure, write, state):
+    tokens, field, batch = empty(3, 4, dtype=torch.int64), empty(3, 4), 3
+    seed = number("value" if kind == "value" else "0-d", batch, torch.int64)
+    memory = (tokens, empty(1, 3, 4, dtype=torch.int64), empty(3, dtype=torch.bool), number(kind if kind != "row"
+        else "0-d", batch)) if state else (None,) * 4
+    commit.commit(CommitCall(tokens, tokens, tokens, field, field, field, field, None, int(measure), int(select),
+        int(flags), number(kind, batch, torch.int64), number(kind, batch), number(kind, batch), 7, int(write), 9,
+        seed, seed, *memory))
+
+def decisions():
+    # The seven selections take the measures and the writes in turn, so seven calls reach each of all three.
+    for kind, states in (("value", (False,)), ("0-d", (False, True)), ("row", (False, True))):
+        for state in states:
+            for i, select in enumerate(Select):
+                flags = Flag.GUMBEL if select == Select.TOP_K and state else Flag.NONE
+                flags |= Flag.RELATIVE if select == Select.THRESHOLD else Flag.NONE
+                decide(kind, select, flags, list(Measure)[i % len(Measure)], list(Write)[i % len(Write)], state)
+
+def statistics():
+    logits, one, zero = empty(2, 3, 100, dtype=torch.bfloat16), torch.tensor(1.0), torch.tensor(0)
+    each, seed = empty(6), empty(dtype=torch.int64)
+    row_stats.row_stats(logits, one, None, None, zero, zero, 30.0)
+    row_stats.row_stats(logits[:, :2], each[:4], each[:4], None, seed, seed, 30.0)
+    hidden, weight = empty(1, 6, 32, dtype=torch.bfloat16), empty(100, 32, dtype=torch.bfloat16)
+    for run in (head_stats.head_stats, head_stats.head_stats_without_logits):
+        run(hidden, weight, each, each, None, seed, seed, 30.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        soft_embedding.soft_embedding(logits.to(dtype), empty(2, 3), weight[:, :16].to(dtype), each, 30.0)
+
+def attention():
+    query = empty(1, 2, 16, 512, dtype=torch.bfloat16)
+    prefix, bound = empty(1, 2, 64, 512, dtype=torch.bfloat16), empty(1, dtype=torch.int32)
+    block_attention.block_attention(
+        query, query, query, prefix, prefix, bound, bound, 1.0, 30.0, True, None, splits=2)
+
+def mixture():
+    for activation in ("gelu_tanh", "silu"):
+        experts.experts(empty(4, 32, dtype=torch.bfloat16), empty(4, 2, dtype=torch.int64), empty(4, 2),
+            empty(3, 32, 32, dtype=torch.bfloat16), empty(3, 32, 16, dtype=torch.bfloat16), activation)
+    shapes = ((3, 32, 32), (3, 32, 16))
+    experts.experts(empty(4, 32, dtype=torch.bfloat16), empty(4, 2, dtype=torch.int64), empty(4, 2),
+        *(empty(*shape, dtype=torch.float8_e4m3fn) for shape in shapes), "silu",
+        *(empty(*scale_shape(shape)) for shape in shapes))
+
+capability = tuple(int(part) for part in sys.argv[1].split("."))
+kernels = {}
+with ahead_of_time.recording(capability) as compiled:
+    for part in (decisions, statistics, attention, mixture):
+        part()
+for name, kernel in compiled:
+    assert kernel.asm["cubin"], name
+    kernels[name] = kernels.get(name, 0) + 1
+written = {name for module in pkgutil.iter_modules(package.__path__)
+    for name, value in vars(importlib.import_module(f"{package.__name__}.{module.name}")).items()
+    if isinstance(value, JITFunction)}
+print(json.dumps({"written": sorted(written), "reached": sorted(reached), "kernels": kernels}))
+"""
+
+
+@pytest.mark.parametrize("capability", ["9.0", "12.0"])
+def test_every_helper_compiles_for_real(capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # What an earlier run has compiled would reach no helper.
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HELPERS, capability],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    missing = set(found["written"]) - set(found["reached"]) - set(found["kernels"])
+    # Only for compilers that can slice scores, on the architectures that do.
+    missing -= {"load_sliced", "sum_slices"} if capability == "9.0" else set()
+    assert not missing
+    assert found["kernels"]["commit_kernel"] == 35
