@@ -111,19 +111,20 @@ def decide(k, value, value2, seed, mask, batch):
         torch.tensor(k), torch.tensor(value), torch.tensor(value2), mask, 0, mask, torch.tensor(seed), torch.tensor(0),
         None, None, None, None))
 
-def attend(length, scale, softcap, splits, causal=False, window=None):
-    query, prefix = empty(1, 2, 32, 64, dtype=torch.bfloat16), empty(1, 2, length, 64, dtype=torch.bfloat16)
+def attend(length, canvas, scale, softcap, splits, causal=False, window=None):
+    query, prefix = empty(1, 2, canvas, 64, dtype=torch.bfloat16), empty(1, 2, length, 64, dtype=torch.bfloat16)
     block_attention.block_attention(
         query, query, query, prefix, prefix, None, None, scale, softcap, causal, window, splits=splits)
 
 def attend_causally(*arguments):
-    attend(*arguments[:4], True, arguments[4])
+    attend(*arguments[:5], True, arguments[5])
 
 cases = [
     (stats, (0.5, 1, 0, 30.0, 256), (1.0, 2**62 + 3, 16, 1.0, 257), (0.0, 0, 2**40, 29.0, 1024)),
     (decide, (1, 0.5, 0.0, 1, 7, 1), (16, 1.0, 1.0, 2**50, 2**30, 16), (2**40, 0.0, 0.25, 0, 1, 3)),
-    (attend, (4096, 1.0, 30.0, 2), (8191, 0.3, 1.0, 16), (1, 2.0, 50.0, 5)),
-    (attend_causally, (4096, 1.0, 30.0, 2, None), (8191, 0.3, 1.0, 16, 1024), (1, 2.0, 50.0, 5, 1)),
+    # Canvases and prompts of any length from a whole tile of rows on.
+    (attend, (4096, 256, 1.0, 30.0, 2), (8191, 333, 0.3, 1.0, 16), (1, 128, 2.0, 50.0, 5)),
+    (attend_causally, (4096, 128, 1.0, 30.0, 2, None), (8191, 1001, 0.3, 1.0, 16, 1024), (1, 334, 2.0, 50.0, 5, 1)),
 ]
 for function, *calls in cases:
     seen = set()

@@ -1,4 +1,4 @@
-"""What the interpreter accepts and a compiler may not: every helper of the kernels, compiled for real on two architectures.
+"""What the interpreter accepts and a compiler may not: every helper of the kernels, compiled for two architectures.
 
 The compiler runs in a process of its own, because the rest of the tests may have set Triton to interpret.
 """

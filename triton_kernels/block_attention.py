@@ -88,28 +88,30 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "prefix_length", "window", "splits"])
+@triton.jit(do_not_specialize=["scale", "softcap", "length", "prefix_length", "window", "splits"])
 def block_attention_kernel(
     query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, output, lse,
-    scale, softcap, prefix_length: tl.int32, window: tl.int32, splits: tl.int32,
+    scale, softcap, length: tl.int32, prefix_length: tl.int32, window: tl.int32, splits: tl.int32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qc: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kc: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vc: tl.int64,
     stride_pkb: tl.int64, stride_pkh: tl.int64, stride_pkc: tl.int64,
     stride_pvb: tl.int64, stride_pvh: tl.int64, stride_pvc: tl.int64,
-    LENGTH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PREFIX: tl.constexpr, START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SLICES: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
-    ROWS: tl.constexpr = LENGTH * GROUP
-    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     TILES_E: tl.constexpr = (HEAD_DIM + BLOCK_E - 1) // BLOCK_E
+    rows = length * GROUP
+    tiles_m = (rows + BLOCK_M - 1) // BLOCK_M
     # Row tiles vary fastest: programs that run together share keys in the L2 cache.
-    i_m = tl.program_id(0) % TILES_M
-    i_split = tl.program_id(0) // TILES_M
+    i_m = tl.program_id(0)
+    if SPLIT or TILES_E > 1:
+        i_m = tl.program_id(0) % tiles_m
+        i_split = tl.program_id(0) // tiles_m
     if TILES_E > 1:
         i_e = i_split % TILES_E
         i_split = i_split // TILES_E
@@ -117,7 +119,7 @@ def block_attention_kernel(
     i_b = tl.program_id(2).to(tl.int64)
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < ROWS
+    m_m = o_m < rows
     o_c = o_m // GROUP
     o_g = o_m % GROUP
     o_n = tl.arange(0, BLOCK_N)
@@ -163,11 +165,11 @@ def block_attention_kernel(
             start = tl.maximum(start, end + (i_m * BLOCK_M // GROUP + 1 - window))
         tiles_prefix = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
     block_start = 0
-    block_end = LENGTH
+    block_end = length
     if CAUSAL:
         block_start = tl.maximum(i_m * BLOCK_M // GROUP + 1 - window, 0)
         # Keys after the tile's last position are seen by none of its rows.
-        block_end = tl.minimum(LENGTH, (i_m * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+        block_end = tl.minimum(length, (i_m * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
     tiles = tiles_prefix + (block_end - block_start + BLOCK_N - 1) // BLOCK_N
     first = 0
     last = tiles
@@ -242,26 +244,26 @@ def block_attention_kernel(
     m_lse = m_m
     if TILES_E > 1:
         # The programs of a row compute the same log-sum-exp, bit for bit; the first one writes it.
-        m_lse = o_m < tl.where(i_e == 0, ROWS, 0)
+        m_lse = o_m < tl.where(i_e == 0, rows, 0)
     if SPLIT:
-        # Partial results, [B, splits, Hkv, ROWS, (D)] fp32.
-        p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * ROWS + o_m
+        # Partial results, [B, splits, Hkv, rows, (D)] fp32.
+        p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * rows + o_m
         tl.store(lse + p_part, b_lse, mask=m_lse)
         p_o = output + p_part * HEAD_DIM
     else:
-        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * LENGTH + o_c, b_lse, mask=m_lse)
-        p_o = output + ((i_b * LENGTH + o_c) * HEADS + i_h * GROUP + o_g) * HEAD_DIM
+        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * length + o_c, b_lse, mask=m_lse)
+        p_o = output + ((i_b * length + o_c) * HEADS + i_h * GROUP + o_g) * HEAD_DIM
     b_o = b_o.to(output.dtype.element_ty)
     tl.store(p_o[:, None] + o_e[None, :], b_o, mask=m_m[:, None] & m_e[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["length", "splits"])
 def merge_splits_kernel(
-    partial, partial_lse, output, lse, splits: tl.int32,
-    LENGTH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    partial, partial_lse, output, lse, length: tl.int32, splits: tl.int32,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = LENGTH * GROUP
+    rows = length * GROUP
     HEADS: tl.constexpr = KV_HEADS * GROUP
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
@@ -271,7 +273,7 @@ def merge_splits_kernel(
     m_d = o_d < HEAD_DIM
     # [BLOCK_S]
     b_lse = tl.load(
-        partial_lse + ((i_b * splits + o_s) * KV_HEADS + i_h) * ROWS + i_m,
+        partial_lse + ((i_b * splits + o_s) * KV_HEADS + i_h) * rows + i_m,
         mask=o_s < splits,
         other=float("-inf"),
     )
@@ -281,13 +283,13 @@ def merge_splits_kernel(
     # [BLOCK_D]
     b_o = tl.zeros([BLOCK_D], tl.float32)
     for i_s in range(splits):
-        p_part = ((i_b * splits + i_s) * KV_HEADS + i_h) * ROWS + i_m
+        p_part = ((i_b * splits + i_s) * KV_HEADS + i_h) * rows + i_m
         weight = tl.exp(tl.load(partial_lse + p_part) - top) / total
         b_o += weight * tl.load(partial + p_part * HEAD_DIM + o_d, mask=m_d, other=0.0)
     o_c = i_m // GROUP
     o_h = i_h * GROUP + i_m % GROUP
-    tl.store(lse + (i_b * HEADS + o_h) * LENGTH + o_c, top + tl.log(total))
-    p_o = output + ((i_b * LENGTH + o_c) * HEADS + o_h) * HEAD_DIM
+    tl.store(lse + (i_b * HEADS + o_h) * length + o_c, top + tl.log(total))
+    p_o = output + ((i_b * length + o_c) * HEADS + o_h) * HEAD_DIM
     tl.store(p_o + o_d, b_o.to(output.dtype.element_ty), mask=m_d)
 
 
@@ -371,12 +373,12 @@ def block_attention(
         *(prefix_key.stride()[:3] if prefix else none),
         *(prefix_value.stride()[:3] if prefix else none),
     ]
-    shape = {"LENGTH": length, "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     with on_device(query):
         block_attention_kernel[(tiles_m * tiles_e * splits, kv_heads, batch)](
             query, key, value, prefix_key if prefix else None, prefix_value if prefix else None,
             prefix_start if prefix else None, prefix_end if prefix else None, target, target_lse,
-            scale, 1.0 if softcap is None else softcap, prefix_length,
+            scale, 1.0 if softcap is None else softcap, length, prefix_length,
             NO_WINDOW if window is None else min(window, NO_WINDOW), splits, *strides, **shape,
             PREFIX=prefix, START=prefix and prefix_start is not None, END=prefix and prefix_end is not None,
             SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
@@ -389,6 +391,7 @@ def block_attention(
         )  # fmt: skip
         if splits > 1:
             merge_splits_kernel[(length * group, kv_heads, batch)](
-                target, target_lse, output, lse, splits, **shape, BLOCK_S=MAX_SPLITS, **FUSED, num_warps=2
-            )
+                target, target_lse, output, lse, length, splits, **shape,
+                BLOCK_S=MAX_SPLITS, **FUSED, num_warps=2,
+            )  # fmt: skip
     return output, lse

@@ -121,7 +121,7 @@ def _commit_by_device_numbers(number: int, select: Select, by_row: bool) -> Call
 
 
 def _block_attention(
-    when: dict, causal: bool, softcap: float | None, window: int | None = None
+    when: dict, causal: bool, softcap: float | None, window: int | None = None, splits: int = 4
 ) -> Callable[[], object]:
     head_dim = max(when["head_dim"]) if isinstance(when["head_dim"], list) else when["head_dim"]
     dtype = DTYPES[when["bytes"]]
@@ -137,7 +137,7 @@ def _block_attention(
         sliced = when.get("sliced", False) and sliced_scores.COMPILES
         with mock.patch.object(block_attention_module, "COMPILES", sliced):
             return block_attention(
-                query, key, key, prefix, prefix, bound, bound, 1.0, softcap, causal, window, splits=4
+                query, key, key, prefix, prefix, bound, bound, 1.0, softcap, causal, window, splits=splits
             )
 
     return launch
@@ -205,6 +205,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 matrix = when["bytes"] == 2
                 yield label, matrix, _block_attention(when, False, None)
                 if matrix and when["head_dim"] in (256, 512):
+                    yield label + " unsplit", matrix, _block_attention(when, False, None, splits=1)
                     # The encoder's; a window is only a number to it.
                     yield label + " causal", matrix, _block_attention(when, True, None, 1024)
                     yield label + " causal softcap", matrix, _block_attention(when, True, 50.0)
