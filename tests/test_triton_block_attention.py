@@ -10,6 +10,7 @@ triton_attention = pytest.importorskip("dgemma_accel.triton_kernels.block_attent
 
 from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget import check_block_attention  # noqa: E402
+from dgemma_accel.triton_kernels import common  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -69,6 +70,48 @@ def test_a_wide_cache_takes_64_bit_offsets():
     arguments = (query, key, value, wide, wide, None, None, 0.25, None, False)
     output, lse = triton_attention.block_attention(*arguments, splits=1)
     assert not check_block_attention(output, lse, *arguments)
+
+
+class Launches:
+    """Stands for a kernel and keeps what it would be launched with."""
+
+    def __init__(self):
+        self.grids, self.named = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **named):
+            self.grids.append(grid)
+            self.named.append(named)
+
+        return launch
+
+
+def attention_of_a_layer(
+    monkeypatch, capability, multiprocessors, prefix, batch=1, layout="heads first", **call
+):
+    """A global layer of the model on a GPU that is not there: (launches of the attention, launches of the merge)."""
+    launches = Launches(), Launches()
+    for name, recorder in zip(("block_attention_kernel", "merge_splits_kernel"), launches):
+        monkeypatch.setattr(triton_attention, name, recorder)
+    monkeypatch.setattr(common, "target", capability)
+    monkeypatch.setattr(triton_attention, "multiprocessors", lambda tensor: multiprocessors)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
+    query, key = empty(batch, 16, 256, 512), empty(batch, 2, 256, 512)
+    if layout == "heads first":
+        cache = empty(batch, 2, prefix, 512)
+    else:
+        cache = empty(batch, prefix, 2, 512).transpose(1, 2)
+    triton_attention.block_attention(query, key, key, cache, cache, None, None, 1.0, None, False, **call)
+    return launches
+
+
+@pytest.mark.parametrize("layout", ["heads first", "slots first"])
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
+def test_long_contexts_keep_32_bit_offsets(monkeypatch, capability, layout):
+    """The stride of a head or a batch grows with the context; only that of a slot enters a tile's offsets."""
+    for prefix in (4096, 131_072, 2**21):
+        attention, _ = attention_of_a_layer(monkeypatch, capability, 132, prefix, batch=2, layout=layout)
+        assert attention.named[0]["NARROW"] is True
 
 
 @pytest.fixture

@@ -384,8 +384,9 @@ def block_attention(
             SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             UPCAST=INTERPRET and query.dtype == torch.bfloat16,
-            # Offsets inside a tile take half the registers as 32 bits; wider strides keep 64.
-            NARROW=max(strides) * block_n < 2**31,
+            # Offsets inside a tile of keys or values take half the registers as 32 bits; wider slots keep 64. What leads
+            # to the tile, batch and head, is 64 bits anyway: those strides grow with the context and do not matter.
+            NARROW=max(strides[5::3]) * block_n < 2**31,
             BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1), BLOCK_E=block_e,
             **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
