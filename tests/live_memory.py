@@ -45,11 +45,18 @@ class _Launches:
 @contextlib.contextmanager
 def launchers_of(capability, multiprocessors, patch):
     """Inside, Triton launchers take the configurations of a GPU that is not there and allocate for it."""
-    from dgemma_accel.triton_kernels import commit, common, head_stats, row_stats, soft_embedding
+    from dgemma_accel.triton_kernels import (
+        block_attention,
+        commit,
+        common,
+        head_stats,
+        row_stats,
+        soft_embedding,
+    )
 
     counters = []
     patch.setattr(common, "target", capability)
-    for module in (commit, head_stats, row_stats, soft_embedding):
+    for module in (block_attention, commit, head_stats, row_stats, soft_embedding):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             counters.append(_Launches())
             patch.setattr(module, name, counters[-1])

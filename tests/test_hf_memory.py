@@ -9,6 +9,7 @@ from live_memory import LiveBytes, launchers_of
 
 triton_head = pytest.importorskip("dgemma_accel.triton_kernels.head_stats")
 
+from dgemma_accel.triton_kernels.block_attention import block_attention  # noqa: E402
 from dgemma_accel.triton_kernels.commit import commit  # noqa: E402
 from dgemma_accel.triton_kernels.row_stats import row_stats  # noqa: E402
 from dgemma_accel.triton_kernels.soft_embedding import soft_embedding  # noqa: E402
@@ -73,6 +74,26 @@ def test_triton_step_in_300_megabytes_a_canvas(monkeypatch, capability, batch):
             assert table < peak < ALLOWED * batch
             assert peak < 2 * table, "room for a second table, even in bf16"
     assert sum(counter.count > 0 for counter in counters) >= 7, "the launchers ran"
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("prefix", [0, 8192, 32_768, 131_072])
+@pytest.mark.parametrize("capability", GPUS, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_attention_holds_less_than_half_of_a_step(monkeypatch, capability, prefix, batch):
+    """What a layer's attention allocates, its output included; it is gone before the head allocates anything."""
+    for kv_heads, head_dim in ((2, 512), (8, 256)):
+        shape = (batch, kv_heads, CANVAS, head_dim)
+        key, cache = (
+            empty(*shape, dtype=torch.bfloat16),
+            empty(*shape[:2], prefix, head_dim, dtype=torch.bfloat16),
+        )
+        query = empty(batch, 16, CANVAS, head_dim, dtype=torch.bfloat16)
+        with launchers_of(capability, GPUS[capability], monkeypatch) as counters:
+            with LiveBytes(query, key, cache) as held:
+                block_attention(query, key, key, cache, cache, None, None, 1.0, None, False)
+        output = query.numel() * 2
+        assert output <= held.peak < output + 101e6 < ALLOWED * batch / 2
+        assert any(counter.count for counter in counters)
 
 
 @pytest.mark.parametrize("batch", [1, 16])

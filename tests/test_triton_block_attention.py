@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton_attention = pytest.importorskip("dgemma_accel.triton_kernels.block_attention")
 
+from dgemma_accel.triton_kernels import common  # noqa: E402
+
 from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget import check_block_attention  # noqa: E402
-from dgemma_accel.triton_kernels import common  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -114,6 +115,67 @@ def test_long_contexts_keep_32_bit_offsets(monkeypatch, capability, layout):
         assert attention.named[0]["NARROW"] is True
 
 
+@pytest.mark.parametrize("prefix", [8192, 32_768, 131_072])
+@pytest.mark.parametrize("capability, multiprocessors", [((9, 0), 132), ((12, 0), 188)])
+def test_partial_results_stay_small(monkeypatch, capability, multiprocessors, prefix):
+    partial_results = 2 * 2048 * (512 + 1) * 4
+    attention, merge = attention_of_a_layer(monkeypatch, capability, multiprocessors, prefix)
+    programs = attention.grids[0][0] * attention.grids[0][1]
+    splits = programs // 64
+    assert len(merge.grids) == 1 and 2 <= splits <= triton_attention.SCRATCH // partial_results
+    # At most a sixth of the GPU idles: what the splits are for.
+    waves = -(-programs // multiprocessors)
+    assert programs >= waves * multiprocessors * 5 / 6
+    # Sixteen canvases fill the GPU, and one split of theirs alone would exceed the limit.
+    attention, merge = attention_of_a_layer(monkeypatch, capability, multiprocessors, prefix, batch=16)
+    assert not merge.grids and attention.grids[0][0] == 32
+
+
+@pytest.fixture
+def poison():
+    """Fresh tensors hold NaN, so what is read and never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("splits", [3, 9, 40])
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 11)])
+def test_partial_results_that_no_split_wrote_are_not_read(poison, splits, causal, window):
+    assert torch.empty(3).isnan().all()
+    case = make_case(3, 2, 1, 19, 64, 150, [(0, 150), (60, 60), (3, 40)])
+    arguments = (*case, 0.2, None, causal, window)
+    output, lse = triton_attention.block_attention(*arguments, splits=splits)
+    assert not check_block_attention(output, lse, *arguments)
+
+
+def test_a_split_without_tiles_writes_its_log_sum_exp_alone(poison, monkeypatch):
+    kept = []
+
+    class Merge:
+        def __getitem__(self, grid):
+            return lambda *arguments, **named: kept.append(arguments[:2])
+
+    monkeypatch.setattr(triton_attention, "merge_splits_kernel", Merge())
+    case = make_case(1, 2, 1, 19, 64, 150, [(60, 60)])
+    triton_attention.block_attention(*case, 0.2, None, False, splits=9)
+    partial, partial_lse = kept[0]
+    empty = partial_lse[0, :, 0] == -math.inf
+    assert empty.any(1).tolist() == empty.all(1).tolist() and 0 < empty.any(1).sum() < 9
+    assert torch.equal(partial[0, :, 0].isnan().all(-1), empty)
+
+
+def test_rows_whose_scores_are_all_minus_infinity(poison):
+    """They weigh nothing, with splits as without: 0, and -inf as log-sum-exp. The specification divides 0 by 0."""
+    case = make_case(1, 2, 1, 5, 64, 40, [(0, 40)])
+    case[0][:, 0] = 1.0
+    for key in (case[1], case[3]):
+        key.fill_(-math.inf)
+    for splits in (1, 3):
+        output, lse = triton_attention.block_attention(*case, 0.2, None, False, splits=splits)
+        assert (output[:, 0] == 0).all() and (lse[:, 0] == -math.inf).all()
+
+
 @pytest.fixture
 def shared_columns(monkeypatch):
     """Several programs share the value columns of a row; fresh tensors hold NaN, so a column that none writes shows."""
@@ -167,7 +229,7 @@ def test_shared_columns_at_full_width_in_bf16(shared_columns):
 def test_programs_that_share_columns_count_as_programs(shared_columns, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        triton_attention, "split_count", lambda programs, tiles, slots: asked.append(programs) or 1
+        triton_attention, "split_count", lambda programs, tiles, *_: asked.append(programs) or 1
     )
     case = make_case(1, 2, 1, 5, 64, 30, [(0, 30)])
     triton_attention.block_attention(*case, 0.1, None, False)
@@ -200,9 +262,7 @@ def test_the_prefix_is_neither_copied_nor_written():
 
 def test_a_window_bounds_the_splits(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        triton_attention, "split_count", lambda programs, tiles, slots: asked.append(tiles) or 1
-    )
+    monkeypatch.setattr(triton_attention, "split_count", lambda programs, tiles, *_: asked.append(tiles) or 1)
     case = make_case(1, 2, 1, 5, 64, 900, [(0, 900)])
     for window in (None, 8, 2**40):
         triton_attention.block_attention(*case, 0.1, None, True, window)
@@ -219,4 +279,7 @@ def test_split_count_fills_the_gpu():
     assert count(64, 1, 132) == 1
     assert count(132, 100, 132) == 1
     assert count(1, 8, 132) <= 8
+    # A costly merge takes fewer splits, and a limit is kept.
+    assert 1 <= count(64, 2064, 188, 8.0) < count(64, 2064, 188)
+    assert count(64, 2064, 188, 8.0, 3) <= 3 and count(64, 2064, 188, 8.0, 0) == 1
     assert count(1, 10_000, 132) == triton_attention.MAX_SPLITS

@@ -34,6 +34,9 @@ from .sliced_scores import COMPILES, load_sliced, sum_slices
 __all__ = ["FEATURES", "block_attention", "unavailable"]
 
 MAX_SPLITS = 64
+# Bytes of partial results that splits may leave in all. They fit the L2 cache of an RTX PRO 6000 (128 MB) beside the
+# keys on their way, so that they are not written to memory and read back; and they stay small beside a step's logits.
+SCRATCH = 96 * 2**20
 # Wider than any context and still far enough from 2^31 for sums with it.
 NO_WINDOW = 0x7FFF0000
 
@@ -177,6 +180,14 @@ def block_attention_kernel(
         stretch = (tiles + splits - 1) // splits
         first = i_split * stretch
         last = tl.minimum(first + stretch, tiles)
+        if first >= last:
+            # A split without tiles weighs nothing: its output stays unwritten, and the merge does not read it.
+            m_none = m_m
+            if TILES_E > 1:
+                m_none = o_m < tl.where(i_e == 0, rows, 0)
+            p_none = ((i_b * splits + i_split) * KV_HEADS + i_h) * rows + o_m
+            tl.store(lse + p_none, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=m_none)
+            return
 
     LOG2E: tl.constexpr = 1.4426950408889634
     # [BLOCK_M]
@@ -277,15 +288,20 @@ def merge_splits_kernel(
         mask=o_s < splits,
         other=float("-inf"),
     )
-    # The block's own keys are in one of the splits, so the maximum is finite.
+    # The block's own keys are in one of the splits, so only scores of -inf leave a row without a maximum: it gets 0
+    # and -inf, as without splits.
     top = tl.max(b_lse, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(b_lse - top), 0)
+    divisor = tl.where(total == 0, 1.0, total)
     # [BLOCK_D]
     b_o = tl.zeros([BLOCK_D], tl.float32)
     for i_s in range(splits):
         p_part = ((i_b * splits + i_s) * KV_HEADS + i_h) * rows + i_m
-        weight = tl.exp(tl.load(partial_lse + p_part) - top) / total
-        b_o += weight * tl.load(partial + p_part * HEAD_DIM + o_d, mask=m_d, other=0.0)
+        weight = tl.exp(tl.load(partial_lse + p_part) - top) / divisor
+        # Without weight the partial result may never have been written. A weight of NaN still reaches the result.
+        m_part = o_d < tl.where(weight > 0, HEAD_DIM, 0)
+        b_o += weight * tl.load(partial + p_part * HEAD_DIM + o_d, mask=m_part, other=0.0)
     o_c = i_m // GROUP
     o_h = i_h * GROUP + i_m % GROUP
     tl.store(lse + (i_b * HEADS + o_h) * length + o_c, top + tl.log(total))
@@ -294,21 +310,25 @@ def merge_splits_kernel(
 
 
 @functools.cache
-def split_count(programs: int, tiles: int, slots: int, merge_tiles: float = 1.0) -> int:
+def split_count(
+    programs: int, tiles: int, slots: int, merge_tiles: float = 1.0, most: int = MAX_SPLITS
+) -> int:
     """Into how many stretches the list of tiles is cut.
 
-    The time of a launch in tiles is waves * longest stretch, and a split costs its share of the merge: the count
-    that makes the sum smallest is taken, the smaller one on ties.
+    The time of a launch in tiles is waves * longest stretch, a partial result costs what it takes to write and merge
+    it, and the launch of the merge about a tile. The count that makes the sum smallest is taken, the smaller one on
+    ties.
 
     Args:
         programs: programs without a split. tiles: tiles of keys each of them walks.
         slots: programs that the GPU runs at a time.
-        merge_tiles: what writing and merging one more partial result costs a program, in tiles.
+        merge_tiles: what writing and merging one partial result costs, in tiles.
+        most: the largest count that is allowed.
     """
     best, best_cost = 1, float(tiles * -(-programs // slots))
-    for splits in range(2, min(MAX_SPLITS, tiles) + 1):
+    for splits in range(2, min(MAX_SPLITS, tiles, most) + 1):
         waves = -(-programs * splits // slots)
-        cost = waves * -(-tiles // splits) + merge_tiles * (1 + splits * programs / slots)
+        cost = waves * -(-tiles // splits) + 1.0 + merge_tiles * splits * programs / slots
         if cost < best_cost:
             best, best_cost = splits, cost
     return best
@@ -329,7 +349,7 @@ def block_attention(
     *,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments, results and arithmetic: `reference.block_attention`.
+    """Arguments, results and arithmetic: `reference.block_attention`; a row whose scores are all -inf yields 0, not NaN.
 
     Args:
         splits: into how many stretches the keys are cut; None takes the number that fills the GPU.
@@ -359,7 +379,12 @@ def block_attention(
             # What the first position of a tile sees behind it, and the tile's own positions.
             tiles = min(tiles, triton.cdiv(window + triton.cdiv(block_m, group), block_n) + 1)
         slots = multiprocessors(query) * config["blocks"]
-        splits = split_count(tiles_m * tiles_e * kv_heads * batch, tiles, slots)
+        # By bytes: a partial result is written and read in fp32, a tile is read in the dtype of the keys.
+        partial_bytes = 2 * block_m * block_e * 4
+        tile_bytes = block_n * (block_d + block_e) * query.element_size()
+        most = SCRATCH // (batch * heads * length * (head_dim + 1) * 4)
+        programs = tiles_m * tiles_e * kv_heads * batch
+        splits = split_count(programs, tiles, slots, partial_bytes / tile_bytes, most)
 
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -384,8 +409,8 @@ def block_attention(
             SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             UPCAST=INTERPRET and query.dtype == torch.bfloat16,
-            # Offsets inside a tile of keys or values take half the registers as 32 bits; wider slots keep 64. What leads
-            # to the tile, batch and head, is 64 bits anyway: those strides grow with the context and do not matter.
+            # Offsets inside a tile of keys or values take half the registers as 32 bits; wider slots keep 64. The way
+            # to the tile, by batch and head, is 64 bits anyway: those strides grow with the context.
             NARROW=max(strides[5::3]) * block_n < 2**31,
             BLOCK_M=block_m, BLOCK_N=block_n, SLICES=config.get("slices", 1), BLOCK_E=block_e,
             **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
