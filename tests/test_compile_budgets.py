@@ -153,6 +153,17 @@ def test_every_rival_fits_its_architecture(rival_table, capsys):
     assert (9, 0) in {tuple(row["capability"]) for row in rival_table}
 
 
+def test_the_probabilities_read_logits_16_bytes_at_a_time(table):
+    """A number in a row's address that is not known to be a multiple of 16 would make them loads of one logit."""
+    rows = [row for row in table if row["kernel"] == "probabilities_kernel"]
+    assert {tuple(row["capability"]) for row in rows} == set(CAPABILITIES)
+    for row in rows:
+        # Those of 32 bits are the log-sum-exp of the rows.
+        assert row["loads"] == [32, 128], row
+        if "bytes=2" in row["label"]:
+            assert row["blocks"] >= 3, row
+
+
 def test_nothing_shipped_is_left_out(table):
     compiled = {(tuple(row["capability"]), row["label"]) for row in table}
     for capability in CAPABILITIES:

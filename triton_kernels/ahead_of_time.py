@@ -48,6 +48,7 @@ class Resources:
 
     registers: by thread. shared: bytes of shared memory by block. spills: loads from and stores to local memory
     in the machine code. matrix: the tensor-core instructions in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
+    loads: how wide its loads from global memory into registers are, in bits, sorted.
     blocks: blocks resident on a multiprocessor. fused: whether a * b + c is one instruction.
     """
 
@@ -58,6 +59,7 @@ class Resources:
     shared: int
     spills: int
     matrix: tuple[str, ...]
+    loads: tuple[int, ...]
     blocks: int
     fused: bool
 
@@ -131,12 +133,15 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     matrix = sorted(set(re.findall(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b", code)))
+    # What names no width is of 32 bits.
+    widths = re.findall(r"\bLDG(?:\.[A-Z]+)*(?:\.[US]?(8|16|64|128))?\b", code)
+    loads = tuple(sorted({int(width or 32) for width in widths}))
     # Warp specialisation launches more warps than the configuration names.
     warps = max(kernel.metadata.num_warps, getattr(kernel.metadata, "total_num_warps", 0) or 0)
     shared = kernel.metadata.shared
     blocks = resident_blocks(capability, warps, registers, shared)
     fused = kernel.metadata.enable_fp_fusion
-    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), blocks, fused)
+    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), loads, blocks, fused)
 
 
 def compile_launches(capability: tuple[int, int], launch: Callable[[], object]) -> list[Resources]:

@@ -349,7 +349,7 @@ def block_attention(
     *,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments, results and arithmetic: `reference.block_attention`; a row whose scores are all -inf yields 0, not NaN.
+    """Arguments, results and arithmetic: `reference.block_attention`. A row whose scores are all -inf yields 0.
 
     Args:
         splits: into how many stretches the keys are cut; None takes the number that fills the GPU.

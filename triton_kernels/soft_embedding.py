@@ -32,6 +32,7 @@ from .common import (
     on_device,
     unavailable,
 )
+from .softcap import exp2_flushed, reciprocal
 
 __all__ = ["FEATURES", "soft_embedding", "unavailable"]
 
@@ -43,13 +44,14 @@ FEATURES = {
 
 # fp16 has no normal number below 6e-5, and a flat row holds 4e-6 by token: there probabilities are stored times 2^14.
 FP16_SHIFT = 14
-# Rows and columns that one pass of `probabilities_kernel` holds in registers.
+# Rows and columns that one pass of `probabilities_kernel` holds in registers; in full fp32 half of the rows.
 CHUNK_ROWS = 16
 CHUNK_COLUMNS = 512
 SUM_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["temperature", "softcap", "tolerance", "rows", "first", "tiles_m", "groups"])
+# `first` is specialised: a multiple of the slice is one of 16, as 0 is, and that makes loads of logits 16 bytes wide.
+@triton.jit(do_not_specialize="temperature softcap tolerance rows inner_rows tiles_m groups".split())
 def probabilities_kernel(
     logits, logsumexp, probabilities, masses, holds, temperature, softcap, tolerance,
     rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, groups: tl.int32,
@@ -94,10 +96,10 @@ def probabilities_kernel(
             b_c = SHIFT - b_lse * LOG2E
             if SOFTCAP:
                 # tanh(x / c) = 1 - 2 / (e^(2x / c) + 1): its cancellation near 0 is absolute, so an exponent bears it.
-                b_r = 1.0 / (tl.exp2(b_x * (2.0 * LOG2E / softcap)) + 1.0)
-                b_p = tl.exp2((b_c + softcap * b_k)[:, None] - (2.0 * softcap * b_k)[:, None] * b_r)
+                b_r = reciprocal(exp2_flushed(b_x * (2.0 * LOG2E / softcap)) + 1.0)
+                b_p = exp2_flushed((b_c + softcap * b_k)[:, None] - (2.0 * softcap * b_k)[:, None] * b_r)
             else:
-                b_p = tl.exp2(b_x * b_k[:, None] + b_c[:, None])
+                b_p = exp2_flushed(b_x * b_k[:, None] + b_c[:, None])
         b_p = tl.where(m_x, b_p, 0.0)
         b_rounded = b_p.to(probabilities.dtype.element_ty)
         tl.store(probabilities + o_r.to(tl.int64)[:, None] * COLUMNS + o_c[None, :], b_rounded)
@@ -307,7 +309,8 @@ def soft_embedding(
                 rows, shape[1], vocab, first, tiles_m, groups, logits.stride(0), logits.stride(1), t_stride,
                 TEMPERATURE_POINTER=t_pointer, SOFTCAP=softcap is not None, FULL=full, SHIFT=shift,
                 COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
-                ROWS=min(CHUNK_ROWS, block_m), PARTS=width // block_v, **FUSED, num_warps=8,
+                ROWS=min(CHUNK_ROWS // 2 if full else CHUNK_ROWS, block_m), PARTS=width // block_v,
+                **FUSED, num_warps=8,
             )  # fmt: skip
             if vendor:
                 last = min(first + columns, vocab)
