@@ -48,6 +48,9 @@ FP16_SHIFT = 14
 CHUNK_ROWS = 16
 CHUNK_COLUMNS = 512
 SUM_BLOCK = 1024
+# Rows of one program of `rounding_kernel`: few, so that a canvas of 256 makes 64 programs, whose one round holds all
+# 512 groups of a vocabulary of 262,144.
+ROUNDING_ROWS = 4
 
 
 # `first` is specialised: a multiple of the slice is one of 16, as 0 is, and that makes loads of logits 16 bytes wide.
@@ -329,8 +332,8 @@ def soft_embedding(
                 **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
             )  # fmt: skip
         if not full:
-            rounding_kernel[(padded // 16,)](
-                masses, factors, groups, padded, ROWS=16, BLOCK=64, **FUSED, num_warps=4
+            rounding_kernel[(padded // ROUNDING_ROWS,)](
+                masses, factors, groups, padded, ROWS=ROUNDING_ROWS, BLOCK=512, **FUSED, num_warps=4
             )
         sum_partials_kernel[(triton.cdiv(output.numel(), SUM_BLOCK),)](
             partial, factors, output, splits, output.numel(), partial.stride(0),
