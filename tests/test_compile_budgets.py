@@ -161,7 +161,7 @@ def test_the_probabilities_read_logits_16_bytes_at_a_time(table):
         # Those of 32 bits are the log-sum-exp of the rows.
         assert row["loads"] == [32, 128], row
         if "bytes=2" in row["label"]:
-            assert row["blocks"] >= 3, row
+            assert row["blocks"] >= 2, row
 
 
 def test_nothing_shipped_is_left_out(table):

@@ -32,6 +32,7 @@ from .common import (
     on_device,
     unavailable,
 )
+from .row_stats import row_pointers
 from .softcap import exp2_flushed, reciprocal
 
 __all__ = ["FEATURES", "soft_embedding", "unavailable"]
@@ -61,6 +62,7 @@ def probabilities_kernel(
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride,
     TEMPERATURE_POINTER: tl.constexpr, SOFTCAP: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times 2^SHIFT of the slice's rows x COLUMNS from `first` on, and which tiles hold mass.
 
@@ -86,8 +88,7 @@ def probabilities_kernel(
             b_t += tl.load(temperature + o_r * temperature_stride, mask=m_r, other=1.0)
         else:
             b_t += temperature
-        p_row = logits + (o_r // inner_rows).to(tl.int64) * stride_outer
-        p_row += (o_r % inner_rows).to(tl.int64) * stride_inner + first
+        p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT) + first
         # [ROWS, PARTS * BLOCK_V]
         m_x = m_valid[:, None] & m_v[None, :]
         b_x = tl.load(p_row[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
@@ -304,6 +305,7 @@ def soft_embedding(
     factors = weight.new_empty(padded, dtype=torch.float32)
     partial = weight.new_empty((splits, tiles_m * block_m, embedding), dtype=torch.float32)
     t, t_pointer, t_stride = by_value(temperature)
+    flat = shape[0] == 1 or logits.stride(0) == shape[1] * logits.stride(1)
     shift = FP16_SHIFT if weight.dtype == torch.float16 else 0
     with on_device(logits):
         for first in range(0, vocab, columns):
@@ -312,7 +314,7 @@ def soft_embedding(
                 rows, shape[1], vocab, first, tiles_m, groups, logits.stride(0), logits.stride(1), t_stride,
                 TEMPERATURE_POINTER=t_pointer, SOFTCAP=softcap is not None, FULL=full, SHIFT=shift,
                 COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
-                ROWS=min(CHUNK_ROWS // 2 if full else CHUNK_ROWS, block_m), PARTS=width // block_v,
+                ROWS=min(CHUNK_ROWS // 2 if full else CHUNK_ROWS, block_m), PARTS=width // block_v, FLAT=flat,
                 **FUSED, num_warps=8,
             )  # fmt: skip
             if vendor:
