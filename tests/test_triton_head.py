@@ -13,6 +13,7 @@ triton_head = pytest.importorskip("dgemma_accel.triton_kernels.head_stats")
 
 from dgemma_accel import RowStats, configs, row_stats  # noqa: E402
 from dgemma_accel.reference.budget import check_row_stats, check_soft_embedding  # noqa: E402
+from dgemma_accel.reference.soft_embedding import soft_embedding as reference_soft_embedding  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(triton_soft.unavailable() is not None, reason=str(triton_soft.unavailable()))
@@ -153,6 +154,22 @@ def test_vendor_product_only_where_nothing_may_be_left_out(monkeypatch):
     # Rows without a distribution add nothing.
     lse[0, 3] = math.nan
     assert not triton_soft.soft_embedding(logits, lse, weight, ONE, None)[0, 3].any()
+
+
+@pytest.mark.parametrize("product", ["triton", "vendor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_a_distribution_is_zero_whatever_the_weight_holds(
+    monkeypatch, poisoned, product, dtype
+):
+    small_tiles(monkeypatch, product=product)
+    logits = torch.randn(1, 21, 700, device=DEVICE, dtype=dtype)
+    weight = torch.randn(700, 24, device=DEVICE, dtype=dtype)
+    weight[3, 5], weight[600, 7], weight[601, 7] = math.nan, math.inf, -math.inf
+    lse = logsumexp_of(logits)
+    lse[0, 4] = lse[0, 20] = math.nan
+    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
+    expected = reference_soft_embedding(logits, lse, weight, ONE, None)
+    assert (result[0, [4, 20]] == 0).all() and torch.equal(result.isnan(), expected.isnan())
 
 
 def test_settled_rows_keep_no_rounding_of_their_one_probability():

@@ -223,7 +223,7 @@ def rounding_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_partials_kernel(
-    partial, factors, output, splits: tl.int32, size: tl.int64, stride_split: tl.int64,
+    partial, factors, logsumexp, output, splits: tl.int32, size: tl.int64, stride_split: tl.int64,
     EMBEDDING: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -234,6 +234,9 @@ def sum_partials_kernel(
         b_o += tl.load(partial + i_s * stride_split + o, mask=m, other=0.0)
     if not FULL:
         b_o *= tl.load(factors + o // EMBEDDING, mask=m, other=0.0) * 2.0**-SHIFT
+    # A row without a distribution yields zeros, whatever the weight holds: 0 * NaN or infinity came this far as NaN.
+    b_lse = tl.load(logsumexp + o // EMBEDDING, mask=m, other=0.0)
+    b_o = tl.where(b_lse == b_lse, b_o, 0.0)
     tl.store(output + o, b_o.to(output.dtype.element_ty), mask=m)
 
 
@@ -338,7 +341,7 @@ def soft_embedding(
                 masses, factors, groups, padded, ROWS=ROUNDING_ROWS, BLOCK=512, **FUSED, num_warps=4
             )
         sum_partials_kernel[(triton.cdiv(output.numel(), SUM_BLOCK),)](
-            partial, factors, output, splits, output.numel(), partial.stride(0),
+            partial, factors, logsumexp, output, splits, output.numel(), partial.stride(0),
             EMBEDDING=embedding, FULL=full, SHIFT=shift, BLOCK=SUM_BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return output
