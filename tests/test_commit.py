@@ -202,6 +202,17 @@ def test_invalid_rows_of_row_stats_are_last(backend, device):
     assert not first.committed[0, :3].any()
 
 
+@pytest.mark.parametrize("bad", [[2], [0, 5], [1, 2, 9], list(range(12))])
+def test_a_factor_stops_at_a_score_of_nan(backend, device, bad):
+    """NaN ranks first and holds no bar, so that from the second one on it ends the run of ranks."""
+    tokens, stats = torch.zeros(1, 12, dtype=torch.int64, device=device), make_stats(1, 12, device)
+    stats.sample_prob[0, bad] = math.nan
+    result = dgemma_accel.commit(tokens, stats, Factor(20.0), Keep(), backend=backend)
+    expected = dgemma_accel.commit(tokens, stats, Factor(20.0), Keep(), backend="reference")
+    assert torch.equal(result.committed, expected.committed)
+    assert (expected.num_committed.item() == 1) == (len(bad) > 1)
+
+
 def test_no_candidates_and_views(backend, device):
     tokens, stats = make_tokens(3, 9, device), make_stats(3, 9, device)
     nobody = torch.zeros(3, 9, dtype=torch.bool, device=device)

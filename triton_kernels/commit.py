@@ -204,7 +204,8 @@ def commit_kernel(
             m_taken |= ((b_key & 1) != 0) & (b_score > row_value2)
     elif SELECT == FACTOR:
         b_bar = 1.0 - tl.div_rn(tl.zeros([BLOCK], tl.float32) + row_value, (b_rank + 1).to(tl.float32))
-        m_fails = (b_score < b_bar) & (b_rank > 1) & (b_rank <= count)
+        # A score of NaN does not hold, which `<` would not tell.
+        m_fails = ((b_score >= b_bar) == 0) & (b_rank > 1) & (b_rank <= count)
         length = tl.min(tl.where(m_fails, b_rank - 1, count), 0)
         if LAST_RANK_QUIRK:
             length = tl.where(length == count - 1, count, length)
