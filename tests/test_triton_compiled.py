@@ -118,3 +118,77 @@ def test_every_helper_compiles_for_real(capability, tmp_path):
     missing -= {"load_sliced", "sum_slices"} if capability == "9.0" else set()
     assert not missing
     assert found["kernels"]["commit_kernel"] == 35
+
+
+EXPONENTS = r"""
+import collections, json, re, sys
+import torch
+from dgemma_accel.triton_kernels import ahead_of_time, head_stats, row_stats
+
+# [predicate] operation register, operands; several registers of one operation stand in braces.
+LINE = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z0-9_.:]+)\s+(\{[^}]*\}|%[a-z]+\d+), (.*);")
+REGISTER = re.compile(r"%[a-z]+\d+")
+PASSED = ("mov", "selp", "max", "min", "mul")
+
+def origins(register, written, seen):
+    # The operations whose results reach a register through copies, choices and products.
+    if register in seen:
+        return set()
+    seen.add(register)
+    found = set()
+    for operation, operands in written.get(register, ()):
+        if operation.startswith(PASSED):
+            for operand in operands:
+                found |= set() if operand.startswith("%p") else origins(operand, written, seen)
+        else:
+            found.add(operation)
+    return found
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+capability = tuple(int(part) for part in sys.argv[1].split("."))
+t, zero = torch.tensor(0.01), torch.tensor(0)
+hidden, weight = empty(1, 128, 64, dtype=torch.bfloat16), empty(8192, 64, dtype=torch.bfloat16)
+with ahead_of_time.recording(capability) as compiled:
+    row_stats.row_stats(empty(1, 4, 16384, dtype=torch.bfloat16), t, None, None, zero, zero, 30.0)
+    head_stats.head_stats(hidden, weight, t, None, None, zero, zero, 30.0)
+    head_stats.head_stats_without_logits(hidden, weight, t, None, None, zero, zero, 30.0)
+table = collections.defaultdict(lambda: {"exponents": 0, "of differences": 0, "fused": 0})
+for name, kernel in compiled:
+    written = collections.defaultdict(list)
+    for line in kernel.asm["ptx"].splitlines():
+        match = LINE.match(line)
+        if match:
+            for register in REGISTER.findall(match[2]):
+                written[register].append((match[1], REGISTER.findall(match[3])))
+    for register in list(written):
+        for operation, operands in written[register]:
+            if operation.startswith("ex2"):
+                found = origins(operands[0], written, set())
+                table[name]["exponents"] += 1
+                table[name]["of differences"] += "sub.rn.f32" in found
+                table[name]["fused"] += any(operation.startswith("fma") for operation in found)
+print(json.dumps(table))
+"""
+
+
+@pytest.mark.parametrize("capability", ["9.0", "12.0"])
+def test_the_largest_logit_has_an_exponent_of_zero(capability):
+    """Exponents are differences of two products, each rounded by itself: fused with the subtraction, the one of a logit
+    would keep the rounding error of the reference's, which a temperature of 0.01 makes visible."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXPONENTS, capability],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert {"tile_stats_kernel", "head_tile_kernel", "merge_kernel"} <= set(table)
+    assert {"choose_sample_tile_kernel", "draw_in_tile_kernel"} <= set(table)
+    for name, found in table.items():
+        # Those of `choose_sample_tile_kernel` come through shared memory, where the operation is not seen.
+        assert found["of differences"] > 0 or name == "choose_sample_tile_kernel", (name, found)
+        assert found["fused"] == 0, (name, found)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .common import FUSED, cap, int_parameter, next_power_of_2, philox, uniform_from_word
 from .row_stats import FLOOR, first_beyond, rate, sampling_and_stats_temperature
+from .softcap import difference
 
 # Tokens that one program computes again, and how much of E it holds at a time.
 TOKENS = 32
@@ -45,7 +46,7 @@ def choose_sample_tile_kernel(
     b_top = cap(tl.max(b_tmax, 1), softcap, inverse_softcap, SOFTCAP)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_ttop = tl.where(m_t, cap(b_tmax, softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_shift = tl.maximum(b_ttop - b_top[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    b_shift = tl.maximum(difference(b_ttop, b_top[:, None]), FLOOR, propagate_nan=tl.PropagateNan.ALL)
     b_lse = tl.load(logsumexp + o_r, mask=m_r, other=float("nan"))
     b_mass = (b_tz * tl.exp2(b_shift * rate(b_t)[:, None])).to(tl.float64)
     b_mass = tl.where((b_lse == b_lse)[:, None], b_mass, 0.0)
@@ -112,7 +113,7 @@ def draw_in_tile_kernel(
     # [1, SPAN]
     b_x = tl.load(again + o_r.to(tl.int64)[:, None] * SPAN + o_n[None, :], mask=m_v, other=float("-inf"))
     b_x = tl.where(m_v, cap(b_x.to(tl.float32), softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_e = tl.where(m_v, tl.exp2((b_x - b_top[:, None]) * rate(b_t)[:, None]), 0.0)
+    b_e = tl.where(m_v, tl.exp2(difference(b_x, b_top[:, None]) * rate(b_t)[:, None]), 0.0)
     b_place, _ = first_beyond(b_e.to(tl.float64), b_target, o_n, 2147483647)
     b_xsample = tl.max(tl.where(o_n[None, :] == b_place[:, None], b_x, float("-inf")), 1)
     b_lse = tl.load(logsumexp + o_r, mask=m_r, other=float("nan"))

@@ -33,7 +33,7 @@ from .common import (
     unavailable,
     uniform_from_word,
 )
-from .softcap import exp2_flushed, rate, scaled_tanh, scaled_tanh_near_0
+from .softcap import difference, exp2_flushed, rate, scaled_tanh, scaled_tanh_near_0
 
 __all__ = ["FEATURES", "row_stats", "unavailable"]
 
@@ -111,11 +111,11 @@ def leave_tile_statistics(
             m_x = m_r[:, None] & (o_v < vocab)[None, :]
             largest = tl.max(tl.max(tl.where(m_x, tl.abs(b_u), 0.0), 1), 0)
             if largest < 1.0:
-                b_d = scaled_tanh_near_0(b_u, b_scale) - scaled_tanh_near_0(b_top, b_scale)
+                b_d = difference(scaled_tanh_near_0(b_u, b_scale), scaled_tanh_near_0(b_top, b_scale))
             else:
-                b_d = scaled_tanh(b_u, b_scale) - scaled_tanh(b_top, b_scale)
+                b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
         else:
-            b_d = scaled_tanh(b_u, b_scale) - scaled_tanh(b_top, b_scale)
+            b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
         if not EVEN:
             b_d = tl.where((o_v < vocab)[None, :], b_d, FLOOR)
     else:
@@ -249,7 +249,7 @@ def merge_kernel(
     b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
     # [ROWS, TILES]
     b_ttop = tl.where(m_t, cap(b_tmax, softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_shift = tl.maximum(b_ttop - b_ref[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    b_shift = tl.maximum(difference(b_ttop, b_ref[:, None]), FLOOR, propagate_nan=tl.PropagateNan.ALL)
     b_w = tl.exp2(b_shift * b_k[:, None])
     b_z = tl.sum(b_tz * b_w, 1)
     b_s = tl.sum((b_ts_sum + b_shift * b_tz) * b_w, 1)
@@ -260,7 +260,7 @@ def merge_kernel(
     m_valid = (tl.abs(b_lse) < float("inf")) & (b_top > float("-inf"))
     b_top1 = 1.0 / b_z
     b_xsecond = cap(b_second, softcap, inverse_softcap, SOFTCAP)
-    b_top2 = tl.where(vocab > 1, tl.exp2((b_xsecond - b_ref) * b_k) / b_z, 0.0)
+    b_top2 = tl.where(vocab > 1, tl.exp2(difference(b_xsecond, b_ref) * b_k) / b_z, 0.0)
 
     b_u = tl.zeros([ROWS], tl.float32)
     if UNIFORM:
@@ -287,7 +287,7 @@ def merge_kernel(
     m_v = m_r[:, None, None] & (o_v < vocab)
     b_x = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_e = tl.exp2((b_x - b_ref[:, None, None]) * b_kt[:, None, None])
+    b_e = tl.exp2(difference(b_x, b_ref[:, None, None]) * b_kt[:, None, None])
     b_run = tl.where(m_valid[:, None], tl.sum(b_e, 2).to(tl.float64), 0.0)
     b_sub, b_before = first_beyond(b_run, b_target, o_sub, 2147483647)
     b_target -= b_before
@@ -297,7 +297,7 @@ def merge_kernel(
     m_v = m_r[:, None] & (o_v < vocab)
     b_x = tl.load(p_row[:, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_e = tl.exp2((b_x - b_ref[:, None]) * b_kt[:, None])
+    b_e = tl.exp2(difference(b_x, b_ref[:, None]) * b_kt[:, None])
     b_e = tl.where(m_valid[:, None], b_e, 0.0)
     b_lane, b_before = first_beyond(b_e.to(tl.float64), b_target, o_lane, 2147483647)
     b_xsample = tl.max(tl.where(o_lane[None, :] == b_lane[:, None], b_x, float("-inf")), 1)
@@ -305,7 +305,7 @@ def merge_kernel(
     b_sample = b_tile * SPAN + b_sub * LANES + b_lane
     b_sample = tl.where(b_greedy, b_argmax, b_sample)
     b_xsample = tl.where(b_greedy, b_ref, b_xsample)
-    b_psample = tl.exp2((b_xsample - b_ref) * b_k) / b_z
+    b_psample = tl.exp2(difference(b_xsample, b_ref) * b_k) / b_z
 
     tl.store(argmax + o_r, tl.where(m_valid, b_argmax, 0).to(tl.int64), mask=m_r)
     tl.store(sample + o_r, tl.where(m_valid, b_sample, 0).to(tl.int64), mask=m_r)

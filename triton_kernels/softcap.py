@@ -37,6 +37,22 @@ def reciprocal(x):
 
 
 @triton.jit
+def difference(x, reference):
+    """x - reference, with x rounded before: exactly 0 where both come of one formula and one operand.
+
+    Left to the compiler, a product in `x` and the subtraction become one fused operation, which does not round the
+    product as that of the reference was; at a low temperature what is left over is no longer small.
+    """
+    if INTERPRETED:
+        return x - reference
+    else:
+        # An instruction with an explicit rounding is never contracted.
+        return tl.inline_asm_elementwise(
+            "sub.rn.f32 $0, $1, $2;", "=f,f,f", [x, reference], tl.float32, True, 1
+        )
+
+
+@triton.jit
 def rate(b_t):
     """The factor that turns a difference of logits into an exponent of 2 at temperature `b_t`."""
     return tl.minimum(1.4426950408889634 / b_t, LARGEST_RATE)
