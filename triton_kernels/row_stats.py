@@ -47,6 +47,10 @@ FEATURES = {
 FLOOR = tl.constexpr(-1.0e30)
 
 
+# Rows that one program of `merge_kernel` finishes at most.
+MERGE_ROWS = 4
+
+
 @triton.jit
 def sampling_and_stats_temperature(
     temperature, stats_temperature, o_r, m_r, TEMPERATURE_STRIDE, STATS_STRIDE,
@@ -362,11 +366,13 @@ def row_stats(
             SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span, FLAT=flat,
             **FUSED, num_warps=config["num_warps"],
         )  # fmt: skip
-        merge_kernel[(programs,)](
+        # More rows of fp64 masses than these do not fit the registers.
+        merge_rows = min(rows_per_program, MERGE_ROWS)
+        merge_kernel[(triton.cdiv(rows, merge_rows),)](
             logits, *partials, *integers, *floats, t, ts, c, uniform, seed, offset,
             seed_value, offset_value, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
-            UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=rows_per_program, SPAN=span,
+            UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=merge_rows, SPAN=span,
             LANES=min(span, 128), TILES=next_power_of_2(tiles), POSITIONS=False, FLAT=flat,
             **FUSED, num_warps=config["merge_warps"],
         )  # fmt: skip

@@ -60,10 +60,12 @@ def _row_stats_by_device_numbers(when: dict, rows: int, vocab: int) -> Callable[
     return launch
 
 
-def _row_stats(when: dict, two_temperatures: bool) -> Callable[[], object]:
+def _row_stats(
+    when: dict, two_temperatures: bool, rows: int = CANVAS, vocab: int = VOCAB
+) -> Callable[[], object]:
     def launch():
         one = torch.tensor(1.0)
-        logits = _empty(1, CANVAS, VOCAB, dtype=DTYPES[when["bytes"]])
+        logits = _empty(1, rows, vocab, dtype=DTYPES[when["bytes"]])
         other = one if two_temperatures else None
         return row_stats(logits, one, other, None, torch.tensor(1), torch.tensor(0), 30.0)
 
@@ -193,6 +195,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             if op == "row_stats":
                 yield label, False, _row_stats(when, False)
                 yield label + " two temperatures", False, _row_stats(when, True)
+                yield label + " short vocabulary", False, _row_stats(when, False, 300, 130)
                 yield label + " numbers by row", False, _row_stats_by_device_numbers(when, CANVAS, VOCAB)
             elif op == "commit":
                 yield label, False, _commit(when)
