@@ -95,7 +95,7 @@ def test_scaled_tanh_is_accurate_everywhere(scale):
 
 RECOMPILATION = """
 import torch
-from dgemma_accel.triton_kernels import ahead_of_time, commit, row_stats, block_attention, soft_embedding
+from dgemma_accel.triton_kernels import ahead_of_time, commit, row_stats, block_attention, head_stats, soft_embedding
 from triton.runtime.jit import JITFunction
 
 def empty(*shape, dtype=torch.float32):
@@ -134,6 +134,31 @@ for function, *calls in cases:
         seen.add(tuple(kernel.hash for _, kernel in compiled))
     print(function.__name__, len(seen))
 
+# Numbers on the device that are elements of one tensor, aligned to 16 bytes or not.
+def place(i):
+    numbers, many = empty(16, dtype=torch.int64), empty(16)
+    assert numbers[i].data_ptr() % 16 == 8 * (i % 2), "alignment is what differs"
+    seed, offset, k = numbers[i], numbers[i + 1], numbers[i : i + 2]
+    logits, one = empty(1, 4, 4096, dtype=torch.bfloat16), torch.tensor(1.0)
+    row_stats.row_stats(logits, many[i], many[i + 1], None, seed, offset, 30.0)
+    hidden, weight = empty(1, 4, 32, dtype=torch.bfloat16), empty(4096, 32, dtype=torch.bfloat16)
+    head_stats.head_stats_without_logits(hidden, weight, many[i], many[i + 1], None, seed, offset, 30.0)
+    tokens, field = empty(2, 16, dtype=torch.int64), empty(2, 16)
+    commit.commit(commit.CommitCall(tokens, tokens, tokens, field, field, field, field, None, 0, 1, 0,
+        k, many[i : i + 2], many[i], 7, 0, 7, seed, offset, tokens, empty(1, 2, 16, dtype=torch.int64),
+        empty(2, dtype=torch.bool), many[i + 1]))
+    bounds, query = empty(32, dtype=torch.int32), empty(1, 2, 32, 64, dtype=torch.bfloat16)
+    prefix = empty(1, 2, 100, 64, dtype=torch.bfloat16)
+    block_attention.block_attention(
+        query, query, query, prefix, prefix, bounds[i : i + 1], bounds[i + 1 : i + 2], 1.0, None, False, splits=1)
+
+seen = set()
+for i in (0, 1, 2, 5):
+    with ahead_of_time.recording((9, 0)) as compiled:
+        place(i)
+    seen.add(tuple(kernel.hash for _, kernel in compiled))
+print("place", len(seen))
+
 # All slices of a vocabulary, of any number of rows.
 seen = set()
 for rows, temperature, softcap in ((256, 1.0, 30.0), (300, 0.5, 1.0), (2048, 0.1, 50.0)):
@@ -155,7 +180,7 @@ def test_values_do_not_recompile():
         [sys.executable, "-W", "ignore", "-c", RECOMPILATION], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == "stats 1 decide 1 attend 1 attend_causally 1 slices 1".split()
+    assert done.stdout.split() == "stats 1 decide 1 attend 1 attend_causally 1 place 1 slices 1".split()
 
 
 def test_features_show_what_they_allow():

@@ -91,7 +91,10 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "length", "prefix_length", "window", "splits"])
+@triton.jit(
+    do_not_specialize=["scale", "softcap", "length", "prefix_length", "window", "splits"],
+    do_not_specialize_on_alignment=["prefix_start", "prefix_end"],
+)
 def block_attention_kernel(
     query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, output, lse,
     scale, softcap, length: tl.int32, prefix_length: tl.int32, window: tl.int32, splits: tl.int32,

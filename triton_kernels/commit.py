@@ -104,7 +104,8 @@ def sort_keys(b_key, BLOCK: tl.constexpr, LOG2: tl.constexpr):
 @triton.jit(
     do_not_specialize=(
         "k_value value value2 mask_id write_argument seed_value offset_value confidence batch depth".split()
-    )
+    ),
+    do_not_specialize_on_alignment=["k", "seed", "offset"],
 )
 def commit_kernel(
     tokens, argmax, sample, entropy, sample_prob, top1_prob, top2_prob, candidates,

@@ -20,7 +20,10 @@ TOKENS = 32
 DEPTH = 128
 
 
-@triton.jit(do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows".split())
+@triton.jit(
+    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows".split(),
+    do_not_specialize_on_alignment=["seed", "offset"],
+)
 def choose_sample_tile_kernel(
     tile_max, tile_mass, logsumexp, chosen, remaining,
     temperature, stats_temperature, softcap, uniform, seed, offset, seed_value: tl.int64, offset_value: tl.int64,

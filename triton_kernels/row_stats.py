@@ -190,7 +190,8 @@ def first_beyond(b_mass, b_target, o, NONE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows inner_rows".split()
+    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows inner_rows".split(),
+    do_not_specialize_on_alignment=["seed", "offset"],
 )
 def merge_kernel(
     logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
