@@ -49,7 +49,8 @@ ROUTINGS = {
     "repeated choices": lambda: torch.randint(9, (40, 5)),
     "some none": lambda: torch.randint(-1, 11, (40, 5)),
     "all none": lambda: torch.full((5, 3), 9),
-    "more than one pass": lambda: torch.randint(9, (expert_routing.BLOCK // 3 + 5, 4)),
+    "more than one pass": lambda: torch.randint(9, (expert_routing.FEW["BLOCK"] // 3 + 5, 4)),
+    "a long prompt": lambda: torch.randint(-1, 10, (expert_routing.MANY_PAIRS // 4 + 7, 4)),
     "more tiles than one store": lambda: torch.full((16 * expert_routing.TILE_BLOCK + 3, 1), 4),
     "a single choice": lambda: torch.tensor([[3]]),
 }

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from .common import FUSED, next_power_of_2
 
-# Choices that one pass of `route_kernel` looks at.
-BLOCK = 1024
+# Choices that one pass of `route_kernel` looks at, and its warps: a canvas has few, a long prompt many, where passes
+# that wait for each other's loads are what the time goes to.
+FEW = {"BLOCK": 1024, "num_warps": 4}
+MANY = {"BLOCK": 4096, "num_warps": 16}
+MANY_PAIRS = 8192
 TILE_BLOCK = 32
 
 
@@ -87,6 +90,6 @@ def route(index: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     tiles = torch.empty((3, total), dtype=torch.int32, device=index.device)
     route_kernel[(experts + 1,)](
         index, order, tiles, pairs, total, EXPERTS=experts, BINS=next_power_of_2(experts + 1), BLOCK_M=block_m,
-        BLOCK=BLOCK, TILE_BLOCK=TILE_BLOCK, **FUSED, num_warps=4,
+        TILE_BLOCK=TILE_BLOCK, **FUSED, **(MANY if pairs > MANY_PAIRS else FEW),
     )  # fmt: skip
     return order, tiles
