@@ -42,7 +42,7 @@ for argument in sys.argv[1:]:
                 with mock.patch.object(configs, "read", lambda name: only):
                     for label, matrix, launch in shipped.launches(configs.name_for(capability)):
                         # Long to compile. What is not looked at: 128 x 256 in one of them spills 18 (Triton 3.9).
-                        if label.endswith(("two temperatures", "numbers by row", "no logits", "unsplit")):
+                        if label.endswith(("two temperatures", "numbers by row", "no logits", "unsplit", "prompt")):
                             continue
                         for used in ahead_of_time.compile_launches(capability, launch):
                             row = dataclasses.asdict(used) | {"label": f"{label} try {number} {json.dumps(rival)}"}
@@ -51,6 +51,9 @@ for argument in sys.argv[1:]:
 """
 # What a rival may spill: a measurement decides about so few registers (head_stats 128 x 256: 14 with Triton 3.9).
 RIVAL_SPILLS = 16
+
+# What attention without splits may spill: addresses of its rows, saved once before the loop and read once after it.
+OUTSIDE_THE_LOOP = 16
 
 
 def _start(capabilities, program=("-m", "dgemma_accel.triton_kernels.shipped")) -> subprocess.Popen:
@@ -132,7 +135,7 @@ def test_every_configuration_fits_every_architecture(table, capsys):
     wrong = [
         f"sm_{row['capability']} {row['label']} {row['kernel']}: {p}"
         for row in table
-        for p in violations(row)
+        for p in violations(row, OUTSIDE_THE_LOOP if row["label"].endswith(("unsplit", "prompt")) else 0)
     ]
     assert not wrong, "\n".join(wrong)
 

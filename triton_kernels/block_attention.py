@@ -252,7 +252,8 @@ def block_attention_kernel(
         b_o = tl.dot(b_p, b_v, b_o * b_shrink[:, None], input_precision=PRECISION)
 
     b_none = b_sum == 0
-    b_o = b_o / tl.where(b_none, 1.0, b_sum)[:, None]
+    # One division a row: those of all elements would cost registers that the loop does not leave.
+    b_o *= (1.0 / tl.where(b_none, 1.0, b_sum))[:, None]
     b_lse = tl.where(b_none, float("-inf"), b_max + tl.log(b_sum))
     HEADS: tl.constexpr = KV_HEADS * GROUP
     m_lse = m_m
@@ -265,8 +266,11 @@ def block_attention_kernel(
         tl.store(lse + p_part, b_lse, mask=m_lse)
         p_o = output + p_part * HEAD_DIM
     else:
-        tl.store(lse + (i_b * HEADS + i_h * GROUP + o_g) * length + o_c, b_lse, mask=m_lse)
-        p_o = output + ((i_b * length + o_c) * HEADS + i_h * GROUP + o_g) * HEAD_DIM
+        p_lse = lse + (i_b * HEADS + i_h * GROUP) * length
+        tl.store(p_lse + (o_g * length + o_c), b_lse, mask=m_lse)
+        # What the rows of a tile add to an address fits 32 bits: half the registers.
+        p_o = output + ((i_b * length + i_m * BLOCK_M // GROUP) * HEADS + i_h * GROUP) * HEAD_DIM
+        p_o += ((o_c - i_m * BLOCK_M // GROUP) * HEADS + o_g) * HEAD_DIM
     b_o = b_o.to(output.dtype.element_ty)
     tl.store(p_o[:, None] + o_e[None, :], b_o, mask=m_m[:, None] & m_e[None, :])
 

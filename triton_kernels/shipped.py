@@ -123,7 +123,13 @@ def _commit_by_device_numbers(number: int, select: Select, by_row: bool) -> Call
 
 
 def _block_attention(
-    when: dict, causal: bool, softcap: float | None, window: int | None = None, splits: int = 4
+    when: dict,
+    causal: bool,
+    softcap: float | None,
+    window: int | None = None,
+    splits: int = 4,
+    length: int = CANVAS,
+    slots: int = 32_768,
 ) -> Callable[[], object]:
     head_dim = max(when["head_dim"]) if isinstance(when["head_dim"], list) else when["head_dim"]
     dtype = DTYPES[when["bytes"]]
@@ -131,9 +137,9 @@ def _block_attention(
     kv_heads, group = (2, 8) if head_dim == 512 else (8, 2)
 
     def launch():
-        query = _empty(1, CANVAS, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
-        key = _empty(1, CANVAS, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
-        prefix = _empty(1, kv_heads, 32_768, head_dim, dtype=dtype)
+        query = _empty(1, length, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
+        key = _empty(1, length, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+        prefix = _empty(1, kv_heads, slots, head_dim, dtype=dtype)
         bound = _empty(1, dtype=torch.int32)
         # An entry with sliced scores hides the one for compilers that cannot slice; that one has to fit as well.
         sliced = when.get("sliced", False) and sliced_scores.COMPILES
@@ -210,6 +216,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 if matrix and when["head_dim"] in (256, 512):
                     yield label + " unsplit", matrix, _block_attention(when, False, None, splits=1)
                     # The encoder's; a window is only a number to it.
+                    yield label + " prompt", matrix, _block_attention(when, True, None, 1024, 1, 1001, 0)
                     yield label + " causal", matrix, _block_attention(when, True, None, 1024)
                     yield label + " causal softcap", matrix, _block_attention(when, True, 50.0)
             elif op == "head_stats":
