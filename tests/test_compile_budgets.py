@@ -54,10 +54,10 @@ RIVAL_SPILLS = 16
 
 
 def allowed_spills(row: dict) -> int:
-    """None, but for attention without splits at head_dim 256, which saves addresses of its rows for after the loop."""
-    if "head_dim=256" in row["label"] and row["label"].endswith(("unsplit", "prompt")):
-        return 48 if tuple(row["capability"]) == (10, 0) else 16
-    return 0
+    """None, but for attention without splits: at head_dim 256, and in prompts without a prefix."""
+    if row["label"].endswith("prompt") and row["capability"][0] in (9, 10):
+        return 48
+    return 16 if "head_dim=256" in row["label"] and row["label"].endswith(("unsplit", "prompt")) else 0
 
 
 def _start(capabilities, program=("-m", "dgemma_accel.triton_kernels.shipped")) -> subprocess.Popen:
