@@ -17,7 +17,7 @@ import json, pkgutil, importlib, sys
 import torch
 import dgemma_accel.triton_kernels as package
 from dgemma_accel.reference.commit import CommitCall
-from dgemma_accel.reference.experts import scale_shape
+from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.rules import Flag, Measure, Select, Write
 from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, row_stats
 from dgemma_accel.triton_kernels import sliced_scores, soft_embedding
@@ -84,6 +84,10 @@ def mixture():
     experts.experts(empty(4, 32, dtype=torch.bfloat16), empty(4, 2, dtype=torch.int64), empty(4, 2),
         *(empty(*shape, dtype=torch.float8_e4m3fn) for shape in shapes), "silu",
         *(empty(*scale_shape(shape)) for shape in shapes))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        experts.experts(empty(4, 32, dtype=dtype), empty(4, 2, dtype=torch.int64), empty(4, 2),
+            *(empty(*shape[:2], shape[2] // 2, dtype=torch.uint8) for shape in shapes), "silu",
+            *(empty(*shape[:2], shape[2] // 16, dtype=torch.float8_e4m3fn) for shape in shapes), empty(3), empty(3))
 
 capability = tuple(int(part) for part in sys.argv[1].split("."))
 kernels = {}
