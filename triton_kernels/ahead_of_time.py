@@ -40,6 +40,8 @@ BLOCKS_PER_MULTIPROCESSOR = {
 }  # fmt: skip
 REGISTERS_PER_MULTIPROCESSOR = 65_536
 RESERVED_SHARED = 1024
+# A branch of machine code, to an address.
+JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Resources:
     """What one compiled kernel takes.
 
     registers: by thread. shared: bytes of shared memory by block. spills: loads from and stores to local memory
-    in the machine code. matrix: the tensor-core instructions in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
+    in the machine code. spills_in_loops: those of them that a loop repeats. matrix: the tensor-core instructions
+    in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
     loads: how wide its loads from global memory into registers are, in bits, sorted.
     blocks: blocks resident on a multiprocessor. fused: whether a * b + c is one instruction.
     """
@@ -58,6 +61,7 @@ class Resources:
     registers: int
     shared: int
     spills: int
+    spills_in_loops: int
     matrix: tuple[str, ...]
     loads: tuple[int, ...]
     blocks: int
@@ -124,6 +128,18 @@ def resident_blocks(capability: tuple[int, int], warps: int, registers: int, sha
     return min(by_registers, by_shared, by_threads, BLOCKS_PER_MULTIPROCESSOR[capability])
 
 
+def spills_of(code: str) -> tuple[int, int]:
+    """(loads from and stores to local memory in machine code as cuobjdump prints it, those of them inside loops)."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+    addresses = [int(address, 16) for address, _ in lines]
+    # A branch to an address before its own closes a loop; the last one of a kernel goes to itself.
+    jumps = [
+        (int(found[1], 16), at) for (_, text), at in zip(lines, addresses) if (found := JUMP.search(text))
+    ]
+    spills = [at for (_, text), at in zip(lines, addresses) if re.search(r"\b(?:LDL|STL)\b", text)]
+    return len(spills), sum(any(start <= at < end for start, end in jumps) for at in spills)
+
+
 def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     """The resources of a compiled kernel, read from its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -131,7 +147,7 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
         file.flush()
         usage, code = (_cuobjdump(option, file.name, capability) for option in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    spills, spills_in_loops = spills_of(code)
     matrix = sorted(set(re.findall(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b", code)))
     # What names no width is of 32 bits.
     widths = re.findall(r"\bLDG(?:\.[A-Z]+)*(?:\.[US]?(8|16|64|128))?\b", code)
@@ -141,7 +157,19 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     shared = kernel.metadata.shared
     blocks = resident_blocks(capability, warps, registers, shared)
     fused = kernel.metadata.enable_fp_fusion
-    return Resources(name, capability, warps, registers, shared, spills, tuple(matrix), loads, blocks, fused)
+    return Resources(
+        name,
+        capability,
+        warps,
+        registers,
+        shared,
+        spills,
+        spills_in_loops,
+        tuple(matrix),
+        loads,
+        blocks,
+        fused,
+    )
 
 
 def compile_launches(capability: tuple[int, int], launch: Callable[[], object]) -> list[Resources]:

@@ -63,14 +63,11 @@ def place(i_n, first, last, tiles_prefix, start, end, block_start, block_end, BL
 @triton.jit
 def load_tile(
     p_block, p_prefix, stride_block, stride_prefix, from_prefix, first, end, o_n, o_d, m_d,
-    PREFIX: tl.constexpr, PADDED: tl.constexpr, NARROW: tl.constexpr,
+    PADDED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Keys or values [BLOCK_N, BLOCK_D] from `first` on; scalars choose the tensor, so one loop serves both."""
-    p = p_block
-    stride = stride_block
-    if PREFIX:
-        p = tl.where(from_prefix, p_prefix, p_block)
-        stride = tl.where(from_prefix, stride_prefix, stride_block)
+    p = tl.where(from_prefix, p_prefix, p_block)
+    stride = tl.where(from_prefix, stride_prefix, stride_block)
     p += first.to(tl.int64) * stride
     mask = (first + o_n < end)[:, None]
     if PADDED:
@@ -104,7 +101,7 @@ def block_attention_kernel(
     stride_pkb: tl.int64, stride_pkh: tl.int64, stride_pkc: tl.int64,
     stride_pvb: tl.int64, stride_pvh: tl.int64, stride_pvc: tl.int64,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PREFIX: tl.constexpr, START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
+    START: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SLICES: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -153,23 +150,18 @@ def block_attention_kernel(
 
     p_k = key + i_b * stride_kb + i_h.to(tl.int64) * stride_kh
     p_v = value + i_b * stride_vb + i_h.to(tl.int64) * stride_vh
-    p_pk = p_k
-    p_pv = p_v
-    tiles_prefix = 0
+    p_pk = prefix_key + i_b * stride_pkb + i_h.to(tl.int64) * stride_pkh
+    p_pv = prefix_value + i_b * stride_pvb + i_h.to(tl.int64) * stride_pvh
     start = 0
-    end = 0
-    if PREFIX:
-        p_pk = prefix_key + i_b * stride_pkb + i_h.to(tl.int64) * stride_pkh
-        p_pv = prefix_value + i_b * stride_pvb + i_h.to(tl.int64) * stride_pvh
-        end = prefix_length
-        if START:
-            start = tl.minimum(tl.maximum(tl.load(prefix_start + i_b), 0), prefix_length)
-        if END:
-            end = tl.minimum(tl.load(prefix_end + i_b), prefix_length)
-        if CAUSAL:
-            # The first position of the tile sees furthest back.
-            start = tl.maximum(start, end + (i_m * BLOCK_M // GROUP + 1 - window))
-        tiles_prefix = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
+    end = prefix_length
+    if START:
+        start = tl.minimum(tl.maximum(tl.load(prefix_start + i_b), 0), prefix_length)
+    if END:
+        end = tl.minimum(tl.load(prefix_end + i_b), prefix_length)
+    if CAUSAL:
+        # The first position of the tile sees furthest back.
+        start = tl.maximum(start, end + (i_m * BLOCK_M // GROUP + 1 - window))
+    tiles_prefix = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
     block_start = 0
     block_end = length
     if CAUSAL:
@@ -210,13 +202,13 @@ def block_attention_kernel(
         if SLICES > 1:
             b_k = load_sliced(
                 p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_s, o_s < HEAD_DIM,
-                PREFIX, NARROW,
+                NARROW,
             )  # fmt: skip
             b_ahead = sum_slices(product(b_q, tl.trans(b_k, (0, 2, 1)), PRECISION, UPCAST), BLOCK_D == 512)
         else:
             b_k = load_tile(
                 p_k, p_pk, stride_kc, stride_pkc, from_prefix, n_first, n_end, o_n, o_d, m_d,
-                PREFIX, PADDED, NARROW,
+                PADDED, NARROW,
             )  # fmt: skip
             b_ahead = product(b_q, tl.trans(b_k), PRECISION, UPCAST)
 
@@ -243,7 +235,7 @@ def block_attention_kernel(
         # [BLOCK_N, BLOCK_E]
         b_v = load_tile(
             p_v, p_pv, stride_vc, stride_pvc, from_prefix, n_first, n_end, o_n, o_e, m_e,
-            PREFIX, PADDED, NARROW,
+            PADDED, NARROW,
         )  # fmt: skip
         b_p = b_p.to(b_v.dtype)
         if UPCAST:
@@ -365,8 +357,11 @@ def block_attention(
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    prefix = prefix_key is not None and prefix_key.shape[2] > 0
-    prefix_length = prefix_key.shape[2] if prefix else 0
+    if prefix_key is None or prefix_key.shape[2] == 0:
+        # An empty prefix is one of no slots, not another kernel; these are not read.
+        prefix_key, prefix_value, prefix_start, prefix_end, prefix_length = key, value, None, None, 0
+    else:
+        prefix_length = prefix_key.shape[2]
     block_d = max(16, next_power_of_2(head_dim))
     config = configs.select(
         "block_attention",
@@ -400,20 +395,14 @@ def block_attention(
     if splits > 1:
         target = query.new_empty(batch, splits, kv_heads, length * group, head_dim, dtype=torch.float32)
         target_lse = query.new_empty(batch, splits, kv_heads, length * group, dtype=torch.float32)
-    none = (0, 0, 0)
-    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
-    strides += [
-        *(prefix_key.stride()[:3] if prefix else none),
-        *(prefix_value.stride()[:3] if prefix else none),
-    ]
+    strides = [s for t in (query, key, value, prefix_key, prefix_value) for s in t.stride()[:3]]
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     with on_device(query):
         block_attention_kernel[(tiles_m * tiles_e * splits, kv_heads, batch)](
-            query, key, value, prefix_key if prefix else None, prefix_value if prefix else None,
-            prefix_start if prefix else None, prefix_end if prefix else None, target, target_lse,
+            query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, target, target_lse,
             scale, 1.0 if softcap is None else softcap, length, prefix_length,
             NO_WINDOW if window is None else min(window, NO_WINDOW), splits, *strides, **shape,
-            PREFIX=prefix, START=prefix and prefix_start is not None, END=prefix and prefix_end is not None,
+            START=prefix_start is not None, END=prefix_end is not None,
             SPLIT=splits > 1, CAUSAL=causal, SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             UPCAST=INTERPRET and query.dtype == torch.bfloat16,

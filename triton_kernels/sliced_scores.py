@@ -18,14 +18,11 @@ COMPILES = INTERPRET or tuple(int(part) for part in triton.__version__.split("."
 @triton.jit
 def load_sliced(
     p_block, p_prefix, stride_block, stride_prefix, from_prefix, first, end, o_n, o_s, m_s,
-    PREFIX: tl.constexpr, NARROW: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Keys [SLICES, BLOCK_N, BLOCK_D / SLICES] from `first` on; o_s, m_s are [SLICES, 1, BLOCK_D / SLICES]."""
-    p = p_block
-    stride = stride_block
-    if PREFIX:
-        p = tl.where(from_prefix, p_prefix, p_block)
-        stride = tl.where(from_prefix, stride_prefix, stride_block)
+    p = tl.where(from_prefix, p_prefix, p_block)
+    stride = tl.where(from_prefix, stride_prefix, stride_block)
     p += first.to(tl.int64) * stride
     mask = (first + o_n < end)[None, :, None] & m_s
     if NARROW:
