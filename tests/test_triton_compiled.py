@@ -104,19 +104,23 @@ print(json.dumps({"written": sorted(written), "reached": sorted(reached), "kerne
 """
 
 
-@pytest.mark.parametrize("capability", ["9.0", "12.0"])
-def test_every_helper_compiles_for_real(capability, tmp_path):
+def told_by(program: str, capability: str, **variables: str) -> dict:
+    """What a program prints as JSON that compiles for an architecture, in a process with the real compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # What an earlier run has compiled would reach no helper.
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HELPERS, capability],
-        env=environment,
+        [sys.executable, "-W", "ignore", "-c", program, capability],
+        env=environment | variables,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("capability", ["9.0", "12.0"])
+def test_every_helper_compiles_for_real(capability, tmp_path):
+    # What an earlier run has compiled would reach no helper.
+    found = told_by(HELPERS, capability, TRITON_CACHE_DIR=str(tmp_path))
     missing = set(found["written"]) - set(found["reached"]) - set(found["kernels"])
     # Only for compilers that can slice scores, on the architectures that do.
     missing -= {"load_sliced", "sum_slices"} if capability == "9.0" else set()
@@ -181,15 +185,7 @@ print(json.dumps(table))
 def test_the_largest_logit_has_an_exponent_of_zero(capability):
     """Exponents are differences of two products, each rounded by itself: fused with the subtraction, the one of a logit
     would keep the rounding error of the reference's, which a temperature of 0.01 makes visible."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EXPONENTS, capability],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    table = json.loads(done.stdout)
+    table = told_by(EXPONENTS, capability)
     assert {"tile_stats_kernel", "head_tile_kernel", "merge_kernel"} <= set(table)
     assert {"choose_sample_tile_kernel", "draw_in_tile_kernel"} <= set(table)
     for name, found in table.items():
