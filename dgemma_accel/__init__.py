@@ -1,7 +1,7 @@
 """Fused kernels for diffusion language models: block attention, confidence selection, remasking."""
 
 from . import samplers
-from .hf import accelerate, accelerated, captures, quantize_experts, restore
+from .hf import accelerate, accelerated, captures, from_pretrained, quantize_experts, restore
 from .ops.block_attention import block_attention
 from .ops.commit import CommitResult, commit
 from .ops.experts import experts
@@ -21,6 +21,7 @@ __all__ = [
     "captures",
     "commit",
     "experts",
+    "from_pretrained",
     "head_stats",
     "merge_stats",
     "quantize_experts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -87,20 +88,20 @@ def run(options) -> int:
 def load(path: str | Path, *, experts: str | None = None):
     """(model, tokenizer) of a checkpoint, on the GPU when there is one.
 
-    With a format for the experts, of `quantize_experts`, the GPU has to hold the quantized weights only.
+    With a format for the experts, of `quantize_experts`, they are rounded as they are read, each layer on that device
+    where `accelerate` is installed, which transformers needs for that.
     """
     try:
-        from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
             f"transformers >= 5.17 is needed: pip install 'dgemma-accel[hf]' ({error})"
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype="auto").eval()
-    if experts is not None:
-        from ..hf import quantize_experts
+    from ..hf import from_pretrained
 
-        quantize_experts(model, format=experts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = {"device_map": device} if find_spec("accelerate") else {}
+    model = from_pretrained(path, experts=experts, dtype="auto", **where)
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
 

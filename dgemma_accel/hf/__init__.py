@@ -4,7 +4,16 @@ transformers is imported on the first call, never at import of the package: the 
 """
 
 from .accelerate import accelerate, accelerated, restore
+from .load import from_pretrained
 from .quantize import quantize_experts
 from .report import CaptureReport, captures
 
-__all__ = ["CaptureReport", "accelerate", "accelerated", "captures", "quantize_experts", "restore"]
+__all__ = [
+    "CaptureReport",
+    "accelerate",
+    "accelerated",
+    "captures",
+    "from_pretrained",
+    "quantize_experts",
+    "restore",
+]

@@ -5,13 +5,8 @@ from __future__ import annotations
 MINIMUM_TRANSFORMERS = (5, 17)
 
 
-def check_model(model) -> None:
-    """Raise unless `model` is a DiffusionGemma of a transformers that is new enough.
-
-    Raises:
-        TypeError: a model of another class.
-        ImportError: transformers is missing or older than 5.17.
-    """
+def check_transformers() -> None:
+    """Raise ImportError if transformers is missing or older than 5.17."""
     try:
         import transformers
     except ImportError as error:
@@ -21,6 +16,18 @@ def check_model(model) -> None:
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM_TRANSFORMERS:
         raise ImportError(f"dgemma_accel needs transformers >= 5.17, got {transformers.__version__}")
+
+
+def check_model(model) -> None:
+    """Raise unless `model` is a DiffusionGemma of a transformers that is new enough.
+
+    Raises:
+        TypeError: a model of another class.
+        ImportError: transformers is missing or older than 5.17.
+    """
+    check_transformers()
+    import transformers
+
     if not isinstance(model, transformers.DiffusionGemmaForBlockDiffusion):
         raise TypeError(
             "model: a transformers DiffusionGemmaForBlockDiffusion expected, got "

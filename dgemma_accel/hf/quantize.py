@@ -71,8 +71,8 @@ def quantize_experts(model, *, format: str = "fp8"):
     e2m1, times a global scale of each expert's matrix. Weights are rounded to nearest even. Rows stay in the model's
     dtype, as do attention, dense MLP, router and embedding. The old weights of a layer are released before the next one
     is looked at, so quantizing on the CPU and moving the model afterwards needs a GPU with room for the small one only.
-    There is no way back but loading the model again, and `save_pretrained` refuses: transformers would not read such a
-    checkpoint.
+    There is no way back but loading the model again. What `save_pretrained` writes then is read by
+    `dgemma_accel.from_pretrained`, which can also quantize a model while reading it.
 
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion` with weights in bf16, fp16 or fp32, not accelerated
@@ -95,29 +95,42 @@ def quantize_experts(model, *, format: str = "fp8"):
         is that of NVFP4 checkpoints, whose rows are quantised as well.
     """
     check_model(model)
-    if format not in FORMATS:
-        raise ValueError(f"format: must be one of {tuple(FORMATS)}, got {format!r}")
+    check_format(format)
     if acceleration_of(model) is not None:
         raise ValueError(
             "model: it is accelerated; call quantize_experts(model) before accelerate(model), or after restore(model)"
         )
     # Layers of the encoder and the decoder share their weights.
     sharing: dict[tuple[int, ...], list[nn.Module]] = {}
-    for layer in (*model.model.encoder.language_model.layers, *model.model.decoder.layers):
+    for layer in layers_of(model):
         if isinstance(layer.experts, QuantizedExperts):
             if layer.experts.format != format:
                 raise ValueError(f"format: its experts were quantized to {layer.experts.format!r} before")
             continue
-        _check_experts(layer.experts, format)
+        check_experts(layer.experts, format)
+        _check_loaded(layer.experts)
         key = tuple(id(getattr(layer.experts, name)) for name in WEIGHTS)
         sharing.setdefault(key, []).append(layer)
     for layers in sharing.values():
         _replace(layers, format)
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    # Imports transformers.
+    from .quantizer import can_be_saved
+
+    can_be_saved(model, format)
     return model
 
 
-def _check_experts(module: nn.Module, format: str) -> None:
+def layers_of(model) -> tuple[nn.Module, ...]:
+    return (*model.model.encoder.language_model.layers, *model.model.decoder.layers)
+
+
+def check_format(format: str, name: str = "format") -> None:
+    if format not in FORMATS:
+        raise ValueError(f"{name}: must be one of {tuple(FORMATS)}, got {format!r}")
+
+
+def check_experts(module: nn.Module, format: str) -> None:
+    """Raise unless these are transformers' plain experts, in a dtype and with widths that `format` can stand for."""
     if type(module).__name__ != PLAIN or type(module.act_fn).__name__ not in ACTIVATIONS:
         kind = type(module).__name__
         raise TypeError(f"model: its experts are a {kind} with {type(module.act_fn).__name__}, not {PLAIN}")
@@ -125,26 +138,41 @@ def _check_experts(module: nn.Module, format: str) -> None:
         weight = getattr(module, name)
         if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"model: {name} of its experts is a {type(weight).__name__} of {weight.dtype}")
-        if weight.is_meta or hasattr(module, "_hf_hook"):
-            raise ValueError(f"model: {name} of its experts is not loaded (meta or offloaded)")
         if format == "nvfp4" and weight.shape[-1] % SCALE_GROUP:
             raise ValueError(
                 f"model: {name} of its experts has {weight.shape[-1]} columns, and {SCALE_GROUP} share a scale of NVFP4"
             )
 
 
+def _check_loaded(module: nn.Module) -> None:
+    for name in WEIGHTS:
+        if getattr(module, name).is_meta or hasattr(module, "_hf_hook"):
+            raise ValueError(f"model: {name} of its experts is not loaded (meta or offloaded)")
+
+
 def _replace(layers: Iterable[nn.Module], format: str) -> None:
     originals = [layer.experts for layer in layers]
-    parameters = {}
-    for name in WEIGHTS:
-        for key, tensor in _quantized(getattr(originals[0], name).detach(), name, format).items():
-            parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    parameters = parameters_of(originals[0], format)
     for layer, original in zip(layers, originals):
         layer.experts = QuantizedExperts(original, format, parameters)
 
 
-def _quantized(weight: Tensor, name: str, format: str) -> dict[str, Tensor]:
-    """The parameters that stand for a weight [X, N, K], an expert after the other, since fp32 is computed in."""
+def parameters_of(original: nn.Module, format: str) -> dict[str, nn.Parameter]:
+    """The parameters of the `QuantizedExperts` that stands for plain experts, loaded or on the meta device."""
+    tensors = {}
+    for name in WEIGHTS:
+        tensors |= quantized(getattr(original, name).detach(), name, format)
+    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+
+
+def quantized(weight: Tensor, name: str, format: str) -> dict[str, Tensor]:
+    """The tensors that stand for a weight [X, N, K], by the names of their parameters.
+
+    An expert is rounded after the other, since fp32 is computed in.
+
+    Raises:
+        ValueError: a weight that is not finite.
+    """
     function, endings = FORMATS[format]
     results: list[Tensor] = []
     for number, matrix in enumerate(weight):
@@ -152,13 +180,6 @@ def _quantized(weight: Tensor, name: str, format: str) -> dict[str, Tensor]:
         results = results or [part.new_empty((len(weight), *part.shape)) for part in parts]
         for result, part in zip(results, parts):
             result[number] = part
-    if not results[-1].isfinite().all():
+    if not weight.is_meta and not results[-1].isfinite().all():
         raise ValueError(f"model: {name} of its experts is not finite")
     return dict(zip((name, *(name + ending for ending in endings)), results))
-
-
-def _refuse_to_save(*args, **kwargs):
-    raise NotImplementedError(
-        "save_pretrained: transformers does not read experts of quantize_experts(model); save the model before, and "
-        "quantize it again after loading"
-    )

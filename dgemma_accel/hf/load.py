@@ -1,0 +1,72 @@
+"""`from_pretrained`: a DiffusionGemma whose experts are quantized as they are read, or were before it was saved."""
+
+from __future__ import annotations
+
+from .check import check_transformers
+from .quantize import check_format
+
+# What says where a checkpoint's config is found.
+WHERE = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+
+
+def from_pretrained(checkpoint, *, experts: str | None = None, **options):
+    """A transformers `DiffusionGemmaForBlockDiffusion`, with quantized experts where asked for or saved so.
+
+        model = dgemma_accel.from_pretrained(name, experts="nvfp4", dtype="bfloat16", device_map="cuda")
+        model.save_pretrained("quantized")
+        model = dgemma_accel.from_pretrained("quantized", device_map="cuda")
+
+    A layer's weights go to their device as they are in the checkpoint and are rounded there, one layer after the other;
+    so the device needs room for the quantized model and one layer, and the host for one layer. transformers alone does
+    not know the form that is saved. It warns of an unknown quantization then, refuses NVFP4, and takes FP8 numbers
+    without their scales.
+
+    Args:
+        checkpoint: a name or a folder, as transformers' `from_pretrained` takes it.
+        experts: "fp8", "nvfp4" (`quantize_experts`), or None for the experts as the checkpoint has them.
+        options: for transformers' `from_pretrained`: dtype, device_map, ... A device_map needs `accelerate`.
+
+    Returns:
+        The model in eval mode; `accelerate` comes after. It is not trainable.
+
+    Raises:
+        ValueError: a format that is not known, or not that of the checkpoint; a checkpoint quantized otherwise; a plan
+            that shards the experts; with "nvfp4" a width that is no multiple of 16.
+        RuntimeError: weights that are not finite; transformers' report, which is logged, names them.
+        ImportError: transformers is missing or older than 5.17.
+        OSError: there is no such checkpoint.
+    """
+    if experts is not None:
+        check_format(experts, name="experts")
+    check_transformers()
+    import transformers
+
+    from .quantizer import METHOD, QuantizedExpertsConfig
+
+    config = options.pop("config", None)
+    if config is None:
+        where = {name: options[name] for name in WHERE if name in options}
+        config = transformers.DiffusionGemmaConfig.from_pretrained(checkpoint, **where)
+    saved = _saved_quantization(config)
+    quantized = saved is not None and saved.get("quant_method") == METHOD
+    if experts is not None:
+        if quantized and saved["format"] != experts:
+            raise ValueError(f"experts: the checkpoint's are {saved['format']!r}, got {experts!r}")
+        if saved is not None and not quantized:
+            raise ValueError(
+                f"experts: the checkpoint is quantized already, as {saved.get('quant_method')!r}"
+            )
+        if saved is None:
+            options["quantization_config"] = QuantizedExpertsConfig(experts)
+    sharded = [name for name in SHARDED if options.get(name) is not None]
+    if sharded and (quantized or experts is not None):
+        raise ValueError(f"{sharded[0]}: quantized experts cannot be sharded")
+    return transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, config=config, **options)
+
+
+def _saved_quantization(config) -> dict | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()

@@ -1,0 +1,107 @@
+"""Quantized experts as a quantization of transformers': what its `from_pretrained` and `save_pretrained` ask for.
+
+Importing this module imports transformers, and makes the method "dgemma_accel" known to it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .check import check_model
+from .quantize import (
+    WEIGHTS,
+    QuantizedExperts,
+    check_experts,
+    check_format,
+    layers_of,
+    parameters_of,
+    quantized,
+)
+
+METHOD = "dgemma_accel"
+
+
+@register_quantization_config(METHOD)
+class QuantizedExpertsConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of a checkpoint's config.json.
+
+    Args:
+        format: "fp8" or "nvfp4", as in `quantize_experts`.
+    """
+
+    def __init__(self, format: str = "fp8", quant_method: str = METHOD) -> None:
+        check_format(format)
+        self.format, self.quant_method = format, quant_method
+
+
+@register_quantizer(METHOD)
+class ExpertsQuantizer(HfQuantizer):
+    """Puts `QuantizedExperts` into a model before its weights are read, and rounds those that are not quantized yet."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        check_model(model)
+        for layer in layers_of(model):
+            format = self.quantization_config.format
+            check_experts(layer.experts, format)
+            layer.experts = QuantizedExperts(layer.experts, format, parameters_of(layer.experts, format))
+        tie_scales(model)
+        return model
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return (
+            not self.pre_quantized
+            and name in WEIGHTS
+            and isinstance(model.get_submodule(path), QuantizedExperts)
+        )
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeExperts(self.quantization_config.format)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class QuantizeExperts(ConversionOps):
+    """The weights of a layer's experts, as read from a checkpoint, to the parameters that stand for them."""
+
+    def __init__(self, format: str) -> None:
+        self.format = format
+
+    def convert(self, input_dict: dict[str, Tensor | list[Tensor]], **kwargs) -> dict[str, Tensor]:
+        result = {}
+        path, _, name = kwargs["full_layer_name"].rpartition(".")
+        for weight in input_dict.values():
+            weight = weight[0] if isinstance(weight, list) else weight
+            for key, tensor in quantized(weight, name, self.format).items():
+                result[f"{path}.{key}"] = tensor
+        return result
+
+
+def tie_scales(model) -> None:
+    """Let the encoder's scales be the decoder's, as the weights are already.
+
+    The patterns of `_tied_weights_keys` match the names of the scales too. They were matched with the names that the
+    model had when it was made.
+    """
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def can_be_saved(model, format: str) -> None:
+    """Let `save_pretrained` write a model whose experts `quantize_experts` has replaced."""
+    config = QuantizedExpertsConfig(format)
+    model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    tie_scales(model)
