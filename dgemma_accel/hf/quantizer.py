@@ -5,7 +5,7 @@ Importing this module imports transformers, and makes the method "dgemma_accel" 
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -47,9 +47,20 @@ class ExpertsQuantizer(HfQuantizer):
         for layer in layers_of(model):
             format = self.quantization_config.format
             check_experts(layer.experts, format)
-            layer.experts = QuantizedExperts(layer.experts, format, parameters_of(layer.experts, format))
+            parameters = parameters_of(layer.experts, format)
+            if not self.pre_quantized:
+                # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded.
+                for name in WEIGHTS:
+                    dtype = getattr(layer.experts, name).dtype
+                    parameters[name] = nn.Parameter(parameters[name].to(dtype), requires_grad=False)
+            layer.experts = QuantizedExperts(layer.experts, format, parameters)
         tie_scales(model)
         return model
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of an element of what is there before the weights are read, for the estimate of a model's memory."""
+        return 1
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
