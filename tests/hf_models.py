@@ -59,11 +59,6 @@ def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sd
     return model.to(dtype).eval()
 
 
-def layers_of(model):
-    """Those of the encoder before those of the decoder, which share their weights."""
-    return [*model.model.encoder.language_model.layers, *model.model.decoder.layers]
-
-
 def prompt(batch, length, seed=0, left_padding=()):
     """(input_ids, attention_mask), row b padded by left_padding[b] on the left."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, layers_of, prompt, tiny_config, tiny_model
+from hf_models import CANVAS, generate, prompt, tiny_config, tiny_model
 from test_experts import uneven_fp8
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
+from dgemma_accel.hf.quantize import layers_of
 from dgemma_accel.reference.budget_experts import check_experts
 from dgemma_accel.reference.quantization import dequantize
 

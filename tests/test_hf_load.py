@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
-from hf_models import generate, layers_of, prompt, tiny_model, transformers
+from hf_models import generate, prompt, tiny_model, transformers
 from safetensors import safe_open
 
 import dgemma_accel
 from dgemma_accel.cli.generate import load
-from dgemma_accel.hf.quantize import FORMATS, QuantizedExperts
+from dgemma_accel.hf import quantizer
+from dgemma_accel.hf.quantize import FORMATS, QuantizedExperts, layers_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 96
@@ -116,20 +117,32 @@ def test_on_a_device(checkpoint, saved, quantized, format):
 
 
 def test_one_weight_at_a_time(checkpoint, format, monkeypatch):
-    from dgemma_accel.hf import quantizer
-
     right, seen = quantizer.quantized, []
 
     def watched(weight, *args):
-        if not weight.is_meta:
-            gc.collect()
-            assert not [reference for reference in seen if reference() is not None]
-            seen.append(weakref.ref(weight))
+        gc.collect()
+        assert not [reference for reference in seen if reference() is not None]
+        seen.append(weakref.ref(weight))
         return right(weight, *args)
 
     monkeypatch.setattr(quantizer, "quantized", watched)
     model = dgemma_accel.from_pretrained(checkpoint, experts=format)
     assert len(seen) == 2 * len(model.model.decoder.layers)
+
+
+@pytest.mark.parametrize("saved_so", [False, True])
+def test_the_memory_that_transformers_expects(quantized, format, saved_so):
+    """Before the weights are read, what is there in their place counts as what it becomes."""
+    with torch.device("meta"):
+        model = tiny_model(torch.bfloat16, expert_width=WIDTH)
+    quantizing = quantizer.ExpertsQuantizer(quantizer.QuantizedExpertsConfig(format), pre_quantized=saved_so)
+    quantizing._process_model_before_weight_loading(model)
+    expected = sum(
+        parameter.numel() * quantizing.param_element_size(model, name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.startswith("model.decoder.layers.")
+    )
+    assert expected == sum(parameter.nbytes for parameter in quantized.model.decoder.layers.parameters())
 
 
 def test_weights_as_they_are(checkpoint):

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, layers_of, prompt, tiny_model, trace_without_inductor, transformers
+from hf_models import CANVAS, generate, prompt, tiny_model, trace_without_inductor, transformers
 
 import dgemma_accel
 from dgemma_accel.hf import experts as hf_experts
-from dgemma_accel.hf.quantize import FORMATS, WEIGHTS, QuantizedExperts
+from dgemma_accel.hf.quantize import FORMATS, WEIGHTS, QuantizedExperts, layers_of
 from dgemma_accel.reference.quantization import FP8, NVFP4, dequantize, quantize, quantize_nvfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

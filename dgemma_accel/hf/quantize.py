@@ -121,6 +121,7 @@ def quantize_experts(model, *, format: str = "fp8"):
 
 
 def layers_of(model) -> tuple[nn.Module, ...]:
+    """Those of the encoder before those of the decoder, which share their weights."""
     return (*model.model.encoder.language_model.layers, *model.model.decoder.layers)
 
 

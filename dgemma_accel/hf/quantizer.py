@@ -44,8 +44,8 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         check_model(model)
+        format = self.quantization_config.format
         for layer in layers_of(model):
-            format = self.quantization_config.format
             check_experts(layer.experts, format)
             parameters = parameters_of(layer.experts, format)
             if not self.pre_quantized:
@@ -57,10 +57,9 @@ class ExpertsQuantizer(HfQuantizer):
         tie_scales(model)
         return model
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of an element of what is there before the weights are read, for the estimate of a model's memory."""
-        return 1
+    def param_element_size(self, model, param_name: str, param: Tensor) -> float:
+        """Bytes that an element will have, for transformers' estimate of a model's memory."""
+        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
