@@ -14,8 +14,6 @@ import pytest
 from dgemma_accel import configs
 
 triton = pytest.importorskip("triton")
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
-    pytest.skip("the cuobjdump in Triton 3.6 cannot read sm_121", allow_module_level=True)
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 # Bytes of shared memory that one block may use.
@@ -88,6 +86,10 @@ def _rows(processes) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def table() -> list[dict]:
+    if triton.__version__.startswith("3.6."):
+        # Without sm_121: no tcgen05 in the experts' two products of many rows on sm_100, and on sm_80 spills of 2 and 2
+        # (row_stats, numbers by row) and 10 (block_attention in fp32 at head_dim 256).
+        pytest.skip("Triton 3.6: its cuobjdump cannot read sm_121, and six kernels on sm_80 and sm_100 miss the budgets")
     return _rows([_start(CAPABILITIES[::2]), _start(CAPABILITIES[1::2])])
 
 
