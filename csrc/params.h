@@ -45,7 +45,7 @@ struct RowStatsParams {
   void* workspace = nullptr;                 // row_stats_workspace_bytes(params) bytes
 };
 
-// The values of `samplers.rules`: Measure, Select, Flag, Write.
+// The values of `samplers.encoding`: Measure, Select, Flag, Write.
 enum class Measure : int32_t { kSampleProb = 0, kTop1Prob, kEntropy, kMargin, kRandom, kPosition };
 enum class Select : int32_t { kTopK = 0, kThreshold, kFactor, kEntropyBound, kBernoulli, kHierarchy, kEdit };
 enum class Write : int32_t { kRemask = 0, kRenoise, kKeep };

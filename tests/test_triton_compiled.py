@@ -18,7 +18,7 @@ import torch
 import dgemma_accel.triton_kernels as package
 from dgemma_accel.reference.commit import CommitCall
 from dgemma_accel.reference.quantization import scale_shape
-from dgemma_accel.samplers.rules import Flag, Measure, Select, Write
+from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
 from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, row_stats
 from dgemma_accel.triton_kernels import sliced_scores, soft_embedding
 from triton.compiler.code_generator import CodeGenerator

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import configs
 from ..reference.commit import CommitCall
-from ..samplers.rules import Flag, Measure, Select, Write
+from ..samplers.encoding import Flag, Measure, Select, Write
 from .common import (
     CAPABILITIES,
     DEVICES,

@@ -19,7 +19,7 @@ from .. import configs
 from ..reference.commit import CommitCall
 from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
 from ..samplers import EntropyBound, Renoise
-from ..samplers.rules import Flag, Measure, Select, Write
+from ..samplers.encoding import Flag, Measure, Select, Write
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
 from .block_attention import block_attention

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference.commit import CommitCall
-from ..samplers.rules import Measure, Select, Write
+from ..samplers.encoding import Measure, Select, Write
 from .params import extension, row_parameter
 
 MEASURES, SELECTS, WRITES = frozenset(Measure), frozenset(Select), frozenset(Write)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..backends import pick, requirements
 from ..reference.commit import CommitCall
-from ..samplers.rules import CanvasState, Flag, Measure, Rule, Select, StableAndConfident, Write
+from ..samplers.canvas import CanvasState, StableAndConfident
+from ..samplers.encoding import Flag, Measure, Select, Write
+from ..samplers.rules import Rule
 from . import checks
 from .registration import operator
 from .row_stats import RowStats

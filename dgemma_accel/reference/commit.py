@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..samplers.rules import Flag, Measure, Select, Write
+from ..samplers.encoding import Flag, Measure, Select, Write
 from .philox import (
     WORD_RENOISE_HIGH,
     WORD_RENOISE_LOW,
@@ -29,14 +29,14 @@ class CommitCall(NamedTuple):
     top1_prob: Tensor  # [B, C] fp32
     top2_prob: Tensor  # [B, C] fp32
     candidates: Tensor | None  # [B, C] bool, None for all
-    measure: int  # a `samplers.rules.Measure`
-    select: int  # a `samplers.rules.Select`
-    flags: int  # `samplers.rules.Flag`s
+    measure: int  # a `samplers.encoding.Measure`
+    select: int  # a `samplers.encoding.Select`
+    flags: int  # `samplers.encoding.Flag`s
     k: Tensor  # 0-d or [B] int64
     value: Tensor  # 0-d or [B] fp32
     value2: Tensor  # 0-d or [B] fp32
     mask_id: int  # for Select.EDIT
-    write: int  # a `samplers.rules.Write`
+    write: int  # a `samplers.encoding.Write`
     write_argument: int  # the mask token or the vocabulary size
     seed: Tensor  # 0-d int64
     offset: Tensor  # 0-d int64

@@ -5,26 +5,22 @@ algorithm: it gives a rule for every step. `MaskedDiffusionSampler` takes either
 """
 
 from . import interfaces
+from .canvas import CanvasState, StableAndConfident
+from .encoding import Measure
 from .generation import GenerateResult
 from .interfaces import DREAM, BlockCache, DualCache, FullSequence, PrefixCache
 from .masked import MaskedDiffusionSampler
 from .proposals import Proposal
 from .rules import (
     Bernoulli,
-    CanvasState,
     Edit,
     EntropyBound,
     Factor,
-    Keep,
     Margin,
-    Measure,
     Random,
-    Remask,
-    Renoise,
     Rule,
     RunBest,
     Sequential,
-    StableAndConfident,
     Threshold,
     TopK,
 )
@@ -48,6 +44,7 @@ from .strategies import (
     Strategy,
     TopkMargin,
 )
+from .writes import Keep, Remask, Renoise
 
 __all__ = [
     "DREAM",

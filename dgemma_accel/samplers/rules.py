@@ -1,4 +1,4 @@
-"""Rules (which positions are committed), writes (what happens to the rest) and the stop criterion of `commit`.
+"""Rules of `commit`: which positions are committed.
 
 Every rule is a measure (how good a position is), a selection over the ranking by that measure, and a
 few numbers. `encode()` gives that triple; it is all that a kernel sees, so rules with the same measure and
@@ -8,72 +8,10 @@ be tensors: a scalar, a 0-d tensor or one value per batch row [B].
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .numbers import PER_ROW, SCALAR, Number, check_number
-
-
-class Measure(enum.IntEnum):
-    """The score of a position; the highest score is rank 1 and ties go to the lower position."""
-
-    SAMPLE_PROB = 0  # probability of the proposed token
-    TOP1_PROB = 1  # probability of the most probable token
-    ENTROPY = 2  # minus the entropy
-    MARGIN = 3  # top-1 minus top-2 probability
-    RANDOM = 4  # a uniform draw (Philox word 3)
-    POSITION = 5  # minus the position
-
-
-# Measures in [0, 1], which a threshold can be compared with.
-PROBABILITIES = (Measure.SAMPLE_PROB, Measure.TOP1_PROB, Measure.MARGIN)
-
-
-class Select(enum.IntEnum):
-    """Which candidates are committed, given rank r = 1..n and score c of each."""
-
-    TOP_K = 0  # r <= k
-    THRESHOLD = (
-        1  # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2))
-    )
-    FACTOR = 2  # longest prefix of ranks with c(r) >= 1 - value / (r + 1); rank 1 always
-    ENTROPY_BOUND = 3  # exclusive prefix sum of entropy <= value; INCLUSIVE: inclusive < value, at least 1
-    BERNOULLI = 4  # uniform draw (Philox word 3) < value, independently
-    HIERARCHY = 5  # r <= k, or c > value, or c > value2 and the best of its run of adjacent candidates
-    EDIT = 6  # mask tokens: THRESHOLD | STRICT; other candidates: sample differs and c > value2
-
-
-class Flag(enum.IntFlag):
-    NONE = 0
-    STRICT = 1
-    RELATIVE = 2
-    INCLUSIVE = 4
-    LAST_RANK_QUIRK = 8  # FACTOR: when the first rank to fail is the last one, commit it too
-    GUMBEL = 16  # TOP_K: score / value2 + Gumbel noise (Philox word 3)
-
-
-class Write(enum.IntEnum):
-    """What a candidate that is not committed receives."""
-
-    REMASK = 0
-    RENOISE = 1
-    KEEP = 2
-
-
-class EncodedRule(NamedTuple):
-    """A rule as numbers: what `commit` runs."""
-
-    measure: Measure
-    select: Select
-    flags: Flag = Flag.NONE
-    k: Number = 0
-    value: Number = 0.0
-    value2: Number = 0.0
-    mask_id: int = -1
+from .encoding import PROBABILITIES, EncodedRule, Flag, Measure, Select
+from .numbers import PER_ROW, Number, check_number
 
 
 def _check_measure(measure: Measure, allowed: tuple[Measure, ...] = tuple(Measure)) -> None:
@@ -345,87 +283,4 @@ class Edit(Rule):
             value=self.tau,
             value2=self.tau_edit,
             mask_id=self.mask_id,
-        )
-
-
-@dataclass(frozen=True)
-class Remask:
-    """A candidate that is not committed becomes `mask_id` (>= 0)."""
-
-    mask_id: int
-    kind: Write = field(default=Write.REMASK, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
-
-    @property
-    def argument(self) -> int:
-        return self.mask_id
-
-
-@dataclass(frozen=True)
-class Renoise:
-    """A candidate that is not committed is drawn uniformly from [0, vocab_size) (Philox words 1 and 2)."""
-
-    vocab_size: int
-    kind: Write = field(default=Write.RENOISE, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_number("vocab_size", self.vocab_size, 1, 2**31 - 1, integer=True)
-
-    @property
-    def argument(self) -> int:
-        return self.vocab_size
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A candidate that is not committed keeps its token."""
-
-    kind: Write = field(default=Write.KEEP, init=False, repr=False)
-
-    @property
-    def argument(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class StableAndConfident:
-    """A row is finished when its argmax canvas equals the previous `stability` ones and its mean entropy is
-    below `confidence` nats (StableAndConfidentStoppingCriteria of transformers' diffusion_gemma).
-
-    Args:
-        stability: number of previous canvases, >= 0; 0 asks for confidence alone.
-        confidence: >= 1e-30, a number or a 0-d tensor.
-    """
-
-    stability: int = 1
-    confidence: Number = 0.005
-
-    def __post_init__(self) -> None:
-        check_number("stability", self.stability, 0, integer=True)
-        check_number("confidence", self.confidence, 1e-30, tensor=SCALAR)
-
-
-@dataclass(frozen=True)
-class CanvasState:
-    """What `commit` carries from step to step of one canvas.
-
-    draft: [B, C] int64, the latest argmax canvas (frozen in finished rows): what becomes text.
-    history: [S, B, C] int64, the S latest argmax canvases, oldest first; -1 before the first step.
-    finished: [B] bool; such a row's tokens and draft no longer change.
-    """
-
-    draft: Tensor
-    history: Tensor
-    finished: Tensor
-
-    @staticmethod
-    def start(canvas: Tensor, stop: StableAndConfident | None = None) -> CanvasState:
-        """The state before the first step of `canvas` [B, C]."""
-        depth = 0 if stop is None else stop.stability
-        return CanvasState(
-            draft=canvas,
-            history=canvas.new_full((depth, *canvas.shape), -1),
-            finished=torch.zeros(canvas.shape[0], dtype=torch.bool, device=canvas.device),
         )

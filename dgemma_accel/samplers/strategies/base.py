@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult, commit
 from ...ops.row_stats import RowStats
+from ..encoding import EncodedRule, Flag, Measure
 from ..proposals import Proposal
-from ..rules import Edit, EncodedRule, EntropyBound, Flag, Measure, Remask, Rule
+from ..rules import Edit, EntropyBound, Rule
+from ..writes import Remask
 
 CONFIDENCES = ("untempered", "proposal")
 SCHEDULES = ("masked", "block")

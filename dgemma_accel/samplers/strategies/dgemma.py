@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult
 from ...reference.philox import WORD_RENOISE_HIGH, WORD_RENOISE_LOW, below, random_words
+from ..canvas import CanvasState, StableAndConfident
 from ..numbers import check_number
-from ..rules import CanvasState, EntropyBound, Renoise, StableAndConfident
+from ..rules import EntropyBound
+from ..writes import Renoise
 from .base import BlockState, Step, Strategy
 
 

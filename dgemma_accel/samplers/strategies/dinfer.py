@@ -10,7 +10,8 @@ from torch import Tensor
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
 from ..numbers import check_number
-from ..rules import Keep, Remask, Rule, RunBest, Threshold, TopK
+from ..rules import Rule, RunBest, Threshold, TopK
+from ..writes import Keep, Remask
 from .base import BlockState, Step, Strategy
 
 

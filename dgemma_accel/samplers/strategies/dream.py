@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops.row_stats import RowStats
+from ..encoding import Measure
 from ..numbers import check_number
-from ..rules import Bernoulli, Measure, Rule, TopK
+from ..rules import Bernoulli, Rule, TopK
 from .base import BlockState, Step, Strategy
 
 

@@ -8,7 +8,8 @@ import torch
 
 from ...ops.commit import CommitResult
 from ..numbers import check_number
-from ..rules import Keep, Rule, Sequential, Threshold, TopK
+from ..rules import Rule, Sequential, Threshold, TopK
+from ..writes import Keep
 from .base import Step, Strategy
 
 

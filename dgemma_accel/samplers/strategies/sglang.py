@@ -11,7 +11,8 @@ from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
 from ...reference.row_stats import apply_softcap
 from ..numbers import check_number
-from ..rules import Edit, Keep, Rule, Threshold
+from ..rules import Edit, Rule, Threshold
+from ..writes import Keep
 from .base import BlockState, Step, Strategy
 
 
