@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="backend of our ops")
     parser.add_argument("--compiled", action="store_true", help="compiled variants on a CPU too")
     parser.add_argument(
-        "--way", action="append", metavar="TEXT", help="only variants whose name contains TEXT"
+        "--way",
+        action="append",
+        metavar="TEXT",
+        help="only the variant TEXT, or those whose name contains it",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -46,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", action="store_true", help="write bench/results/<device>/step-<model>.json")
     parser.add_argument("--plot", type=Path, metavar="DIR")
     return parser
+
+
+def is_named(name: str, text: str) -> bool:
+    """Whether `text` names the variant `name`: it is the whole name, or a part that is no variant's whole name."""
+    whole = text in {way.name for way in (*WAYS, *AUTOREGRESSIVE)}
+    return name == text if whole else text in name
 
 
 def prepare_model(options, device: torch.device):
@@ -99,7 +108,7 @@ def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[l
     ways = [
         way
         for way in (*WAYS, *AUTOREGRESSIVE)
-        if not options.way or any(text in way.name for text in options.way)
+        if not options.way or any(is_named(way.name, text) for text in options.way)
     ]
     if device.type == "cpu" and not options.compiled:
         left_out = "transformers' compiled variants and quantized experts"

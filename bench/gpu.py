@@ -37,6 +37,7 @@ class Part:
     """A command, what it is called, the share of the time it may take, and environment variables of its own.
 
     after: the part without whose success this one does not run.
+    least: seconds that it has at least, where they are left.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Part:
     weight: float
     environment: tuple[tuple[str, str], ...] = ()
     after: str | None = None
+    least: float = LEAST
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def with_limits(installed: bool | None = None) -> tuple[str, ...]:
     """pytest's options that end a test which hangs, where pytest-timeout is installed: its worker with it."""
     if installed is None:
         installed = _installed("pytest_timeout")
-    return ("--timeout", "120", "--timeout-method", "thread") if installed else ()
+    return ("--timeout", "240", "--timeout-method", "thread") if installed else ()
 
 
 def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executable) -> list[Part]:
@@ -101,7 +103,13 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
         # Without nvcc the host part is built and Triton's kernels are measured; doctor then says what is missing.
         Part("build", build, 3.0, (("DGEMMA_ACCEL_CUDA", "auto"), ("DGEMMA_ACCEL_CUDA_ARCHS", architecture))),
         Part("doctor", (python, "-m", "dgemma_accel", "doctor"), 0.2),
-        Part("test", (*pytest, "--deselect", WGMMA_TEST, "--maxfail", "20", *side_by_side()), 3.0),
+        # Without a limit PyTorch's compiler starts a process for each core in each of pytest's.
+        Part(
+            "test",
+            (*pytest, "--deselect", WGMMA_TEST, *side_by_side()),
+            3.0,
+            (("TORCHINDUCTOR_COMPILE_THREADS", "2"),),
+        ),
     ]
 
     def timed(name: str, op: str, weight: float, *environment: tuple[str, str]) -> Part:
@@ -113,7 +121,7 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     parts.append(Part("step", step, 3.0))
     if major == 9:
         # It has never run. After all others, a kernel that hangs costs none of them anything.
-        parts.append(Part("test_sm_90a", (*pytest, WGMMA_TEST), 0.5))
+        parts.append(Part("test_sm_90a", (*pytest, WGMMA_TEST), 0.5, least=60.0))
         name, wgmma = "block_attention_sm_90a", ("DGEMMA_ACCEL_BLOCK_ATTENTION", "sm_90a")
         part = timed(name, "block_attention", 0.5, wgmma)
         parts.append(replace(part, command=(*part.command, "--peer", "none"), after="test_sm_90a"))
@@ -207,7 +215,7 @@ def run_parts(
     for position, part in enumerate(parts):
         left = end - now()
         share = left * part.weight / sum(other.weight for other in parts[position:])
-        share = max(share, min(left, LEAST))
+        share = max(share, min(left, part.least))
         if any(outcome.name == part.after and outcome.status != "ok" for outcome in outcomes):
             outcomes.append(Outcome(part.name, "left out", None, 0.0))
             continue
@@ -310,6 +318,9 @@ def main(arguments: list[str]) -> int:
     parts, problems = choose(all_parts(facts["capability"], out), options.parts)
     for line in problems:
         print(f"bench gpu: {line}", file=sys.stderr)
+    if parts and parts[0].name != "build" and not _installed("dgemma_accel.triton_kernels"):
+        print("bench gpu: the package is not installed here, so it is built first")
+        parts = [*choose(all_parts(facts["capability"], out), ["build"])[0], *parts]
     major, minor = facts["capability"]
     print(
         f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}"

@@ -86,15 +86,16 @@ class SameNoise:
     def initial_canvas(self, sampler, batch_size, device):
         self.canvas, self.step = self.canvas + 1, 0
         generator = torch.Generator().manual_seed(self.base + self.canvas)
-        return torch.randint(sampler.vocab_size, (batch_size, sampler.canvas_length), generator=generator)
+        shape = (batch_size, sampler.canvas_length)
+        return torch.randint(sampler.vocab_size, shape, generator=generator).to(device)
 
     def multinomial(self, probabilities, num_samples):
         uniform = uniform_from_word(self.words(probabilities.shape[0])[0])
-        return invert_cdf(probabilities, uniform)[:, None]
+        return invert_cdf(probabilities, uniform.to(probabilities.device))[:, None]
 
     def renoise(self, sampler, accepted, cur_step):
         words = self.words(accepted.numel())
-        fresh = below(words[1], words[2], sampler.vocab_size).view_as(accepted)
+        fresh = below(words[1], words[2], sampler.vocab_size).view_as(accepted).to(accepted.device)
         self.step += 1
         return torch.where(sampler.accepted_token_mask, accepted, fresh)
 

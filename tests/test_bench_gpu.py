@@ -109,6 +109,11 @@ def test_a_small_part_has_time_to_start(tmp_path):
     parts = [Part("a", ("run",), 0.1), Part("b", ("run",), 10.0)]
     gpu.run_parts(parts, 100, tmp_path, executor(clock, {}, seen), clock)
     assert [seconds for _, seconds, _ in seen] == [gpu.LEAST, 99]
+    own = PARTS[-2]
+    assert own.name == "test_sm_90a" and own.least > gpu.LEAST
+    seen.clear()
+    gpu.run_parts([own, Part("large", (), 99.0)], 100.0, tmp_path, executor(clock, {}, seen), clock)
+    assert [seconds for _, seconds, _ in seen] == [own.least, 99]
 
 
 def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):
@@ -165,6 +170,10 @@ def test_main_runs_all_parts_and_leaves_a_summary(monkeypatch, tmp_path, capsys)
     assert (tmp_path / "summary.json").exists()
     assert gpu.main(["--parts", "nothing"]) == 2
     assert "unknown part 'nothing'" in capsys.readouterr().err
+    seen.clear()
+    monkeypatch.setattr(gpu, "_installed", lambda module: False)
+    assert gpu.main(["--parts", "commit"]) == 1
+    assert seen == ["build", "commit"] and "it is built first" in capsys.readouterr().out
 
 
 def test_sanitizer_runs_the_gpu_tests_under_each_tool():

@@ -351,6 +351,14 @@ def test_quantized_experts_that_do_not_fit_are_refused(model, monkeypatch):
         step_ways.model_of(model, step_ways.GRAPH_NVFP4, "auto")
 
 
+def test_a_variant_by_its_whole_name_or_several_by_a_part_of_theirs():
+    assert bench_step.is_named("ours, graph", "ours, graph")
+    assert not bench_step.is_named("ours, graph, FP8 experts", "ours, graph")
+    assert bench_step.is_named("ours, graph, FP8 experts", "graph") and bench_step.is_named(
+        "ours, graph", "ours"
+    )
+
+
 def test_the_compiled_reference_is_marked_where_it_is_wrong(model):
     row = {"variant": "transformers, static cache, compiled"}
     assert step_table.window_line(model, 4, [row]) == []
@@ -387,7 +395,7 @@ def test_the_full_path_on_a_gpu(tmp_path):
             "--way",
             "dynamic",
             "--way",
-            "ours",
+            "ours, graph",
             "--json",
             str(path),
         ]

@@ -1,5 +1,6 @@
 """commit: every backend equals the reference, the reference obeys each rule's definition."""
 
+import dataclasses
 import itertools
 import math
 
@@ -86,13 +87,23 @@ def fields(result):
     return (result.tokens, result.committed, result.num_committed, *extra)
 
 
+def on_cpu(rule):
+    """The rule with its numbers by row on the CPU."""
+    numbers = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    return dataclasses.replace(
+        rule, **{k: v.cpu() for k, v in numbers.items() if isinstance(v, torch.Tensor)}
+    )
+
+
 def assert_equals_reference(backend, tokens, stats, rule, write, **kwargs):
     to_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     state = kwargs.get("state")
     if state is not None:
         to_cpu["state"] = CanvasState(state.draft.cpu(), state.history.cpu(), state.finished.cpu())
     stats_cpu = RowStats(*(field.cpu() for field in stats))
-    expected = dgemma_accel.commit(tokens.cpu(), stats_cpu, rule, write, **to_cpu, backend="reference")
+    expected = dgemma_accel.commit(
+        tokens.cpu(), stats_cpu, on_cpu(rule), write, **to_cpu, backend="reference"
+    )
     result = dgemma_accel.commit(tokens, stats, rule, write, **kwargs, backend=backend)
     for name, a, b in zip(
         ("tokens", "committed", "num", "draft", "history", "finished"), fields(result), fields(expected)

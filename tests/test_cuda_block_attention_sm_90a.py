@@ -154,5 +154,5 @@ def test_on_a_gpu():
     here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])}
     command = [sys.executable, "-c", ON_A_GPU]
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.strip() == "right", done.stdout + done.stderr

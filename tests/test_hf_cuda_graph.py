@@ -191,6 +191,26 @@ class TestARecordingThatFails:
         assert played.generator.state == 1 and "another state" in played.log
 
 
+@pytest.mark.source_tree
+def test_a_peer_that_cannot_be_recorded_is_timed_eagerly_and_leaves_the_generator_drawing(played):
+    timing = pytest.importorskip("bench.timing")
+    timer = object.__new__(timing._DeviceTimer)
+    timer.device, timer.graph, timer.calls = DEVICE, None, [lambda: None]
+    timer._capture()
+    assert timer.method == "graph" and timer.calls_in_graph == timing.CALLS_IN_GRAPH
+
+    def waits():
+        if played.recording:
+            played.broken = True
+            raise RuntimeError("waits for the host")
+
+    timer.graph, timer.calls = None, [waits]
+    timer._capture()
+    assert timer.graph is None and timer.method == "events, not captured: waits for the host"
+    assert not played.underway
+    torch.empty(1).uniform_()
+
+
 def test_a_warm_up_that_fails(played):
     pool, before = cuda_graph.Pool(DEVICE), played.current
     with pytest.raises(ZeroDivisionError):

@@ -119,7 +119,8 @@ def test_every_code_of_e4m3_is_widened_exactly(dtype, way):
     widen_kernel[(1,)](codes, output, DTYPE=dtype, BY_FP16=way == "e4m3 by fp16", BLOCK=256)
     finite = expected.isfinite()
     assert finite.sum() == 254 and torch.equal(output[finite], expected[finite])
-    assert torch.equal(output.signbit(), expected.signbit())
+    # The instruction of the hardware drops the sign of a NaN.
+    assert torch.equal(output[finite].signbit(), expected[finite].signbit())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -155,7 +155,7 @@ def product_kernel(
 
     count = tl.load(counts + i_m)
     stretch = (count + splits - 1) // splits
-    begin = i_s * stretch
+    begin = tl.minimum(i_s * stretch, count)
     end = tl.minimum(begin + stretch, count)
     if LATER:
         if begin >= end:
