@@ -174,7 +174,7 @@ def test_the_probabilities_read_logits_16_bytes_at_a_time(table):
     rows = [row for row in table if row["kernel"] == "probabilities_kernel"]
     assert {tuple(row["capability"]) for row in rows} == set(CAPABILITIES)
     for row in rows:
-        # Those of 32 bits are the log-sum-exp of the rows.
+        # Those of 32 bits are of the rows: the largest logit and its probability.
         assert row["loads"] == [32, 128], row
         if "bytes=2" in row["label"]:
             assert row["blocks"] >= 2, row

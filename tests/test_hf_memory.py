@@ -57,7 +57,7 @@ def step(batch, head, conditioning, exact=False):
     with LiveBytes(hidden, weight) as held:
         logits, *fields = head(hidden, weight)
         sample(batch, fields)
-        soft = conditioning(logits, fields[3], weight, torch.tensor(0.6), SOFTCAP, 0.0, exact)
+        soft = conditioning(logits, fields[0], fields[4], weight, torch.tensor(0.6), SOFTCAP, 0.0, exact)
         del logits
         soft = soft * 53.0
     assert soft.shape == hidden.shape
@@ -109,10 +109,10 @@ def test_exact_conditioning_on_the_host(monkeypatch):
     rows, vocab, embedding = 64, 65_536, 8
     logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16)
     weight = torch.randn(vocab, embedding, dtype=torch.bfloat16)
-    lse = torch.logsumexp(logits.float(), -1)
+    argmax, top1_prob = logits.argmax(-1), logits.float().softmax(-1).amax(-1)
     for exact in (False, True):
-        with LiveBytes(logits, weight, lse) as held:
-            chunked_soft_embedding(logits, lse, weight, torch.tensor(1.0), None, 0.0, exact)
+        with LiveBytes(logits, weight, argmax, top1_prob) as held:
+            chunked_soft_embedding(logits, argmax, top1_prob, weight, torch.tensor(1.0), None, 0.0, exact)
         assert 0 < held.peak < rows * vocab * 4 / 2
 
 

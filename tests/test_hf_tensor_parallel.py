@@ -152,8 +152,8 @@ def test_ranks_exchange_a_few_numbers_per_row(ranks, name):
     _, elements, gathers = ranks[0][name]
     assert gathers == 0, "something gathered a split tensor"
     assert elements["all_gather"] == {7 * rows}
-    # Token and probability of the sample, and the soft embeddings.
-    assert elements["all_reduce"] == {2 * rows, WIDTH * rows}
+    # Token and probability of the sample; the soft embeddings and a rank's share of the mass.
+    assert elements["all_reduce"] == {2 * rows, (WIDTH + 1) * rows}
 
 
 @pytest.mark.parametrize("name", ["at different paces", "graph"])

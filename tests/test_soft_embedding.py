@@ -50,6 +50,43 @@ def test_shapes_and_temperature_by_row(backend, device):
     assert not problems
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_low_temperatures(backend, device, dtype, softcap):
+    """Down to the argmax: probabilities add up to 1 where logits over the temperature pass all digits of fp32."""
+    logits = torch.randn(6, 2000, device=device) * 8
+    logits[1] *= 1e-3
+    logits = logits.to(dtype)
+    logits[2, 11] = logits[2, 1500] = logits[2].max()
+    weight = torch.randn(2000, 24, device=device).to(dtype)
+    # Of the logits as fp32 caps them: what that rounds is not the op's.
+    capped = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    distance = capped.double() - capped.double().amax(-1, keepdim=True)
+    for temperature in (1e-3, 1e-5, 1e-7, 1e-9, 1e-20):
+        settings = {"temperature": temperature, "softcap": softcap, "backend": backend}
+        stats = dgemma_accel.row_stats(logits, seed=0, **settings | {"backend": "reference"})
+        result = dgemma_accel.soft_embedding(logits, stats, weight, **settings)
+        truth = torch.softmax(distance / temperature, -1) @ weight.double()
+        off = (result - truth).abs().amax(-1) / truth.abs().amax(-1)
+        # Row 1, flat but for the temperature, is at the mercy of the capping's own last place.
+        rows = [0, 2, 3, 4, 5] if softcap is not None and temperature < 1e-3 else slice(None)
+        assert off[rows].max() < (1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps), temperature
+        assert result.isfinite().all() and (result[1].abs() <= weight.abs().amax() * 1.01).all()
+
+
+def test_no_rows_and_statistics_of_any_stride(backend, device):
+    logits, weight = make_case(6, 50, 16, torch.float32, device)
+    empty = dgemma_accel.row_stats(logits[:0], seed=0, backend="reference")
+    for exact in (False, True):
+        result = dgemma_accel.soft_embedding(logits[:0], empty, weight, exact=exact, backend=backend)
+        assert result.shape == (0, 16)
+    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
+    spread = RowStats(*(torch.stack([field, field.flip(0)], -1)[:, 0] for field in stats))
+    assert not spread.argmax.is_contiguous()
+    expected = dgemma_accel.soft_embedding(logits, stats, weight, backend=backend)
+    assert torch.equal(dgemma_accel.soft_embedding(logits, spread, weight, backend=backend), expected)
+
+
 def test_rows_without_a_distribution_yield_zeros(backend, device):
     logits, weight = make_case(4, 500, 32, torch.float32, device)
     logits[1] = -math.inf
@@ -157,7 +194,7 @@ def test_exact_holds_no_table_in_fp32():
     logits, weight = make_case(8, 4 * HOST_SLICE, 4, torch.bfloat16, "cpu")
     stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
     with Largest() as seen:
-        exact_soft_embedding(logits[None], stats.logsumexp[None], weight, torch.tensor(1.0), None)
+        exact_soft_embedding(logits[None], stats.top1_prob[None], weight, torch.tensor(1.0), None)
     assert 0 < seen.elements <= 8 * HOST_SLICE
 
 
@@ -193,7 +230,7 @@ STATS = dgemma_accel.row_stats(LOGITS, seed=0, backend="reference")
         ((LOGITS, STATS, WEIGHT[0]), {}, ValueError, r"weight: shape must be \[V, E\]"),
         ((LOGITS, STATS, WEIGHT.to("meta")), {}, ValueError, "weight: must be on cpu like logits, got meta"),
         ((LOGITS, LOGITS, WEIGHT), {}, TypeError, "stats: RowStats expected"),
-        ((LOGITS, RowStats(*(f[:1] for f in STATS)), WEIGHT), {}, ValueError, "stats.logsumexp: shape"),
+        ((LOGITS, RowStats(*(f[:1] for f in STATS)), WEIGHT), {}, ValueError, "stats.argmax: shape"),
         ((LOGITS, STATS, WEIGHT), {"softcap": 0}, ValueError, "softcap: must be finite and > 0, got 0"),
         (
             (LOGITS, STATS, WEIGHT),
@@ -217,9 +254,11 @@ def test_bad_input(arguments, kwargs, error, text):
         dgemma_accel.soft_embedding(*arguments, **kwargs, backend="reference")
 
 
-def test_opcheck(backend, device):
+@pytest.mark.parametrize("exact", [False, True])
+def test_opcheck(backend, device, exact):
     logits, weight = make_case(6, 50, 16, torch.float32, device)
-    logits = logits.view(2, 3, 50)
-    stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
-    arguments = (logits, stats.logsumexp, weight, torch.tensor(1.0), 30.0, 0.0, False, False, backend)
-    torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
+    for rows in (logits.view(2, 3, 50), logits.view(3, 2, 50).transpose(0, 1)):
+        stats = dgemma_accel.row_stats(rows, seed=0, backend="reference")
+        numbers = (torch.tensor(1.0), 30.0, 0.0, exact, False, backend)
+        arguments = (rows, stats.argmax, stats.top1_prob, weight, *numbers)
+        torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)

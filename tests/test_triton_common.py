@@ -164,8 +164,8 @@ seen = set()
 for rows, temperature, softcap in ((256, 1.0, 30.0), (300, 0.5, 1.0), (2048, 0.1, 50.0)):
     weight = empty(3 * 65536, 64, dtype=torch.bfloat16)
     with ahead_of_time.recording((9, 0)) as compiled:
-        soft_embedding.soft_embedding(empty(1, rows, 3 * 65536, dtype=torch.bfloat16), empty(1, rows), weight,
-            torch.tensor(temperature), softcap)
+        soft_embedding.soft_embedding(empty(1, rows, 3 * 65536, dtype=torch.bfloat16),
+            empty(1, rows, dtype=torch.int64), empty(1, rows), weight, torch.tensor(temperature), softcap)
     hashes = [kernel.hash for name, kernel in compiled if name == "probabilities_kernel"]
     assert len(hashes) == 3
     seen.update(hashes)

@@ -68,7 +68,8 @@ def statistics():
     for run in (head_stats.head_stats, head_stats.head_stats_without_logits):
         run(hidden, weight, each, each, None, seed, seed, 30.0)
     for dtype in (torch.bfloat16, torch.float32):
-        soft_embedding.soft_embedding(logits.to(dtype), empty(2, 3), weight[:, :16].to(dtype), each, 30.0)
+        place = empty(2, 3, dtype=torch.int64)
+        soft_embedding.soft_embedding(logits.to(dtype), place, empty(2, 3), weight[:, :16].to(dtype), each, 30.0)
 
 def attention():
     query = empty(1, 2, 16, 512, dtype=torch.bfloat16)

@@ -48,9 +48,10 @@ def small_tiles(monkeypatch, **changes):
     monkeypatch.setattr(configs, "select", changed)
 
 
-def logsumexp_of(logits, temperature=1.0, softcap=None):
+def peaks_of(logits, temperature=1.0, softcap=None):
+    """(argmax, top1_prob) of the rows."""
     stats = row_stats(logits, temperature=temperature, softcap=softcap, seed=0, backend="reference")
-    return stats.logsumexp
+    return stats.argmax, stats.top1_prob
 
 
 @pytest.mark.parametrize("splits", [1, 3, 40])
@@ -61,7 +62,7 @@ def test_any_number_of_splits(monkeypatch, poisoned, splits):
     logits[:, :16] -= 200
     logits[:, :16, 700] = 0
     weight = torch.randn(1300, 24, device=DEVICE)
-    result = triton_soft.soft_embedding(logits, logsumexp_of(logits), weight, ONE, None, splits=splits)
+    result = triton_soft.soft_embedding(logits, *peaks_of(logits), weight, ONE, None, splits=splits)
     assert not check_soft_embedding(result, logits, weight, 1.0, None)
 
 
@@ -72,16 +73,16 @@ def test_a_tile_without_mass_is_never_read(monkeypatch, poisoned):
     logits[:, :16, 528:560] -= 25
     weight = torch.randn(600, 16, device=DEVICE)
     weight[32:64] = math.nan
-    lse = logsumexp_of(logits)
+    peaks = peaks_of(logits)
     clean = weight.nan_to_num(0.0)
-    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
+    result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None)
     assert not check_soft_embedding(result, logits, clean, 1.0, None)
 
     # A little mass: left out where no row of the tile holds more than the tolerance, taken where one does.
     weight[528:560] = math.nan
     clean[528:560] = 1.0
-    assert triton_soft.soft_embedding(logits, lse, weight, ONE, None).isnan().all()
-    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, 1e-6)
+    assert triton_soft.soft_embedding(logits, *peaks, weight, ONE, None).isnan().all()
+    result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None, 1e-6)
     assert not check_soft_embedding(result[:, :16], logits[:, :16], clean, 1.0, None, 1e-6)
     assert result[:, 16:].isnan().all()
 
@@ -92,13 +93,13 @@ def test_error_of_a_tolerance_is_bounded(monkeypatch, tolerance):
     vocab, block_v = 1024, 16
     logits = torch.randn(1, 16, vocab, device=DEVICE) * 3
     weight = torch.randn(vocab, 16, device=DEVICE)
-    lse = logsumexp_of(logits)
+    peaks = peaks_of(logits)
     probabilities = torch.softmax(logits, -1)
     most = probabilities.unflatten(-1, (-1, block_v)).sum(-1).amax((0, 1))
     kept = (most > tolerance).repeat_interleave(block_v)
     assert 0 < kept.sum() < vocab or tolerance == 1e-4
     complete = probabilities @ weight
-    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, tolerance)
+    result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None, tolerance)
     assert torch.allclose(result, (probabilities * kept) @ weight, atol=1e-5)
     left_out = (most <= tolerance).sum()
     assert (result - complete).abs().max() <= tolerance * left_out * weight.abs().max() + 1e-5
@@ -125,15 +126,15 @@ def test_vendor_product(monkeypatch, poisoned, dtype, rows, vocab, embedding):
     weight = padded[:vocab, 3 : embedding + 3]
     weight.copy_(torch.randn(vocab, embedding))
     temperature = torch.linspace(0.4, 1.5, rows, device=DEVICE)
-    lse = logsumexp_of(logits, temperature.view(1, rows), 20.0)
-    result = triton_soft.soft_embedding(logits, lse, weight, temperature, 20.0)
+    peaks = peaks_of(logits, temperature.view(1, rows), 20.0)
+    result = triton_soft.soft_embedding(logits, *peaks, weight, temperature, 20.0)
     assert not check_soft_embedding(result[0], logits[0], weight, temperature, 20.0)
     assert [shape[1] for shape in products] == [min(512, vocab - first) for first in range(0, vocab, 512)]
     assert all(shape[0] == rows for shape in products)
     # A slice left out has to show.
     dropped = weight.clone()
     dropped[vocab // 512 * 512 if vocab > 512 else 0 :] = 0
-    result = triton_soft.soft_embedding(logits, lse, dropped, temperature, 20.0)
+    result = triton_soft.soft_embedding(logits, *peaks, dropped, temperature, 20.0)
     assert check_soft_embedding(result[0], logits[0], weight, temperature, 20.0)
 
 
@@ -143,17 +144,17 @@ def test_vendor_product_only_where_nothing_may_be_left_out(monkeypatch):
     logits = torch.randn(1, 16, 600, device=DEVICE).bfloat16()
     logits[..., 7] = 40.0
     weight = torch.randn(600, 16, device=DEVICE).bfloat16()
-    lse = logsumexp_of(logits)
+    peaks = peaks_of(logits)
     for tolerance, expected in ((1e-6, 0), (0.0, 2)):
-        result = triton_soft.soft_embedding(logits, lse, weight, ONE, None, tolerance)
+        result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None, tolerance)
         assert not check_soft_embedding(result[0], logits[0], weight, 1.0, None, tolerance)
         assert len(products) == expected
     # fp32 keeps its IEEE products whatever the configuration says.
-    triton_soft.soft_embedding(logits.float(), lse, weight.float(), ONE, None)
+    triton_soft.soft_embedding(logits.float(), *peaks, weight.float(), ONE, None)
     assert len(products) == 2
     # Rows without a distribution add nothing.
-    lse[0, 3] = math.nan
-    assert not triton_soft.soft_embedding(logits, lse, weight, ONE, None)[0, 3].any()
+    peaks[1][0, 3] = 0.0
+    assert not triton_soft.soft_embedding(logits, *peaks, weight, ONE, None)[0, 3].any()
 
 
 @pytest.mark.parametrize("product", ["triton", "vendor"])
@@ -165,10 +166,10 @@ def test_a_row_without_a_distribution_is_zero_whatever_the_weight_holds(
     logits = torch.randn(1, 21, 700, device=DEVICE, dtype=dtype)
     weight = torch.randn(700, 24, device=DEVICE, dtype=dtype)
     weight[3, 5], weight[600, 7], weight[601, 7] = math.nan, math.inf, -math.inf
-    lse = logsumexp_of(logits)
-    lse[0, 4] = lse[0, 20] = math.nan
-    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
-    expected = reference_soft_embedding(logits, lse, weight, ONE, None)
+    peaks = peaks_of(logits)
+    peaks[1][0, 4], peaks[1][0, 20] = 0.0, math.nan
+    result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None)
+    expected = reference_soft_embedding(logits, *peaks, weight, ONE, None)
     assert (result[0, [4, 20]] == 0).all() and torch.equal(result.isnan(), expected.isnan())
 
 
@@ -179,7 +180,7 @@ def test_settled_rows_keep_no_rounding_of_their_one_probability():
     weight = torch.zeros(512, 64, dtype=torch.bfloat16, device=DEVICE)
     weight[5] = torch.linspace(1, 2, 64)
     truth = torch.softmax(logits.double(), -1) @ weight.double()
-    result = triton_soft.soft_embedding(logits, logsumexp_of(logits), weight, ONE, None)
+    result = triton_soft.soft_embedding(logits, *peaks_of(logits), weight, ONE, None)
     spacing = torch.exp2(truth.log2().floor() - 7)
     # A conversion to bf16 rounds to nearest on a GPU and truncates in Triton's interpreter.
     assert ((result - truth).abs() <= (1.01 if triton_soft.INTERPRET else 0.51) * spacing).all()
@@ -191,9 +192,9 @@ def test_half_precision_of_flat_rows():
     logits[..., 0] = 12.0
     weight = torch.ones(30_000, 16, dtype=torch.float16, device=DEVICE)
     weight[0] = 0.0
-    lse = logsumexp_of(logits)
+    peaks = peaks_of(logits)
     truth = torch.softmax(logits.double(), -1) @ weight.double()
-    result = triton_soft.soft_embedding(logits, lse, weight, ONE, None)
+    result = triton_soft.soft_embedding(logits, *peaks, weight, ONE, None)
     assert ((result - truth).abs() <= 1e-3 * truth).all()
 
 
@@ -206,9 +207,9 @@ def test_rows_by_stride_and_by_temperature(monkeypatch, poisoned):
     weight = padded[:600, 3:27]
     weight.copy_(torch.randn(600, 24))
     temperature = torch.linspace(0.3, 2.0, 15, device=DEVICE)
-    lse = logsumexp_of(logits, temperature.view(3, 5), 20.0)
-    lse[1, 2] = math.nan
-    result = triton_soft.soft_embedding(logits, lse, weight, temperature, 20.0)
+    peaks = peaks_of(logits, temperature.view(3, 5), 20.0)
+    peaks[1][1, 2] = 0.0
+    result = triton_soft.soft_embedding(logits, *peaks, weight, temperature, 20.0)
     assert not result[1, 2].any()
     keep = [i for i in range(15) if i != 7]
     flat = logits.reshape(15, 600)[keep]
@@ -299,8 +300,8 @@ def test_head_without_rows():
         hidden, weight, ONE, None, None, torch.tensor(1), torch.tensor(0), None
     )
     assert logits.shape == (2, 0, 50) and all(field.shape == (2, 0) for field in fields)
-    empty = torch.empty(2, 0, device=DEVICE)
-    assert triton_soft.soft_embedding(logits, empty, weight, ONE, None).shape == (2, 0, 32)
+    peaks = torch.empty(2, 0, dtype=torch.int64, device=DEVICE), torch.empty(2, 0, device=DEVICE)
+    assert triton_soft.soft_embedding(logits, *peaks, weight, ONE, None).shape == (2, 0, 32)
 
 
 RECOMPILATION = """
@@ -318,8 +319,8 @@ def head(batch, temperature, softcap, seed):
 def soft(batch, temperature, softcap, tolerance):
     logits = torch.empty(batch, 16, 512, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(512, 64, dtype=torch.bfloat16, device="meta")
-    logsumexp = torch.empty(batch, 16, device="meta")
-    soft_embedding(logits, logsumexp, weight, torch.tensor(temperature), softcap, tolerance)
+    argmax = torch.empty(batch, 16, dtype=torch.int64, device="meta")
+    soft_embedding(logits, argmax, argmax.float(), weight, torch.tensor(temperature), softcap, tolerance)
 
 for function, calls in (
     (head, [(8, 1.0, 30.0, 0), (9, 0.5, 1.0, 2**40), (16, 0.0, 16.0, 16)]),

@@ -166,7 +166,8 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
         # The first slice and a later one are all the kernels there are.
         dtype, vocab = DTYPES[when["bytes"]], 2 * use["slice"]
         logits, weight = _empty(1, CANVAS, vocab, dtype=dtype), _empty(vocab, EMBEDDING, dtype=dtype)
-        return soft_embedding(logits, _empty(1, CANVAS), weight, torch.tensor(1.0), 30.0, splits=6)
+        argmax, top1_prob = _empty(1, CANVAS, dtype=torch.int64), _empty(1, CANVAS)
+        return soft_embedding(logits, argmax, top1_prob, weight, torch.tensor(1.0), 30.0, splits=6)
 
     return launch
 

@@ -33,7 +33,7 @@ from .common import (
     unavailable,
 )
 from .row_stats import row_pointers
-from .softcap import exp2_flushed, reciprocal
+from .softcap import difference, exp2_flushed, rate, reciprocal
 
 __all__ = ["FEATURES", "soft_embedding", "unavailable"]
 
@@ -49,16 +49,31 @@ FP16_SHIFT = 14
 CHUNK_ROWS = 16
 CHUNK_COLUMNS = 512
 SUM_BLOCK = 1024
-# Rows of one program of `rounding_kernel`: few, so that a canvas of 256 makes 64 programs, whose one round holds all
+PEAKS_BLOCK = 32
+# Rows of one program of `normalise_kernel`: few, so that a canvas of 256 makes 64 programs, whose one round holds all
 # 512 groups of a vocabulary of 262,144.
-ROUNDING_ROWS = 4
+NORMALISED_ROWS = 4
+
+
+@triton.jit(do_not_specialize=["rows", "inner_rows", "vocab"])
+def peaks_kernel(
+    logits, argmax, peaks, rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32,
+    stride_outer: tl.int64, stride_inner: tl.int64, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each row, from its place, so that no program of the next kernel waits for two loads."""
+    o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_r = o_r < rows
+    # [BLOCK]. A place of other logits reads a wrong value, and no memory outside the row.
+    b_place = tl.minimum(tl.maximum(tl.load(argmax + o_r, mask=m_r, other=0), 0), vocab - 1)
+    p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT)
+    tl.store(peaks + o_r, tl.load(p_row + b_place, mask=m_r, other=0.0).to(tl.float32), mask=m_r)
 
 
 # `first` is specialised: a multiple of the slice is one of 16, as 0 is, and that makes loads of logits 16 bytes wide.
-@triton.jit(do_not_specialize="temperature softcap tolerance rows inner_rows tiles_m groups".split())
+@triton.jit(do_not_specialize="temperature softcap tolerance rows inner_rows tiles_m".split())
 def probabilities_kernel(
-    logits, logsumexp, probabilities, masses, holds, temperature, softcap, tolerance,
-    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, first: tl.int32, tiles_m: tl.int32, groups: tl.int32,
+    logits, peaks, top1_prob, probabilities, masses, holds, temperature, softcap, tolerance,
+    rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, first: tl.int32, tiles_m: tl.int32,
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride,
     TEMPERATURE_POINTER: tl.constexpr, SOFTCAP: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
@@ -66,9 +81,11 @@ def probabilities_kernel(
 ):  # fmt: skip
     """Probabilities times 2^SHIFT of the slice's rows x COLUMNS from `first` on, and which tiles hold mass.
 
-    masses [2, groups of PARTS tiles, rows] gets the sum of a row's probabilities before and after their rounding.
+    A probability is top1_prob * e^((x - the row's largest) / temperature): a logsumexp would be of the size of x /
+    temperature, and its last place no longer small where the temperature is. masses [groups of PARTS tiles, rows] gets
+    the sum of a row's rounded probabilities, by which the result is divided in the end.
     FULL computes every step in fp32 as the specification does. Otherwise the result is rounded to 16 bits, and
-    capping, tempering and normalising are one chain of two exponentials, off by a few 1e-5 relative.
+    capping and tempering are one chain of two exponentials, off by a few 1e-5 relative.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     i_m = tl.program_id(0) % tiles_m
@@ -81,8 +98,9 @@ def probabilities_kernel(
         o_r = i_m * BLOCK_M + i_chunk * ROWS + tl.arange(0, ROWS)
         m_r = o_r < rows
         # [ROWS]
-        b_lse = tl.load(logsumexp + o_r, mask=m_r, other=0.0)
-        m_valid = m_r & (b_lse == b_lse)
+        b_top = tl.load(top1_prob + o_r, mask=m_r, other=0.0)
+        b_peak = tl.load(peaks + o_r, mask=m_r, other=0.0)
+        m_valid = b_top > 0.0
         b_t = tl.zeros([ROWS], tl.float32)
         if TEMPERATURE_POINTER:
             b_t += tl.load(temperature + o_r * temperature_stride, mask=m_r, other=1.0)
@@ -94,27 +112,28 @@ def probabilities_kernel(
         b_x = tl.load(p_row[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
         if FULL:
             b_x = cap(b_x, softcap, 1.0 / softcap, SOFTCAP)
-            b_p = tl.exp2((b_x / b_t[:, None] - b_lse[:, None]) * LOG2E)
+            b_peak = cap(b_peak, softcap, 1.0 / softcap, SOFTCAP)
+            b_d = tl.minimum(difference(b_x, b_peak[:, None]), 0.0) / b_t[:, None]
+            b_p = b_top[:, None] * tl.exp2(b_d * LOG2E)
         else:
-            b_k = LOG2E / b_t
-            b_c = SHIFT - b_lse * LOG2E
+            b_k = rate(b_t)
+            b_c = SHIFT + tl.log2(b_top)
             if SOFTCAP:
                 # tanh(x / c) = 1 - 2 / (e^(2x / c) + 1): its cancellation near 0 is absolute, so an exponent bears it.
                 b_r = reciprocal(exp2_flushed(b_x * (2.0 * LOG2E / softcap)) + 1.0)
-                b_p = exp2_flushed((b_c + softcap * b_k)[:, None] - (2.0 * softcap * b_k)[:, None] * b_r)
+                b_rp = reciprocal(exp2_flushed(b_peak * (2.0 * LOG2E / softcap)) + 1.0)
+                b_d = tl.minimum(b_rp[:, None] - b_r, 0.0) * (2.0 * softcap * b_k)[:, None]
             else:
-                b_p = exp2_flushed(b_x * b_k[:, None] + b_c[:, None])
+                b_d = (b_x - b_peak[:, None]) * b_k[:, None]
+            b_p = exp2_flushed(b_d + b_c[:, None])
         b_p = tl.where(m_x, b_p, 0.0)
         b_rounded = b_p.to(probabilities.dtype.element_ty)
         tl.store(probabilities + o_r.to(tl.int64)[:, None] * COLUMNS + o_c[None, :], b_rounded)
         # Of what the product would take, so that a tile without mass adds exactly nothing: [ROWS, PARTS].
         b_sum = tl.sum(tl.reshape(b_rounded.to(tl.float32), [ROWS, PARTS, BLOCK_V]), 2)
         b_most = tl.maximum(b_most, tl.max(b_sum, 0))
-        if not FULL:
-            padded = tiles_m * BLOCK_M
-            p_mass = masses + (first // (PARTS * BLOCK_V) + i_g).to(tl.int64) * padded + o_r
-            tl.store(p_mass, tl.sum(b_p, 1))
-            tl.store(p_mass + groups.to(tl.int64) * padded, tl.sum(b_sum, 1))
+        p_mass = masses + (first // (PARTS * BLOCK_V) + i_g).to(tl.int64) * (tiles_m * BLOCK_M) + o_r
+        tl.store(p_mass, tl.sum(b_sum, 1))
     # Rounding may carry the mass of a settled row over 1.
     ONE: tl.constexpr = 2.0**SHIFT
     b_holds = tl.minimum(b_most, ONE) > tolerance * ONE
@@ -198,33 +217,32 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=["groups", "padded"])
-def rounding_kernel(
+def normalise_kernel(
     masses, factors, groups: tl.int32, padded: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Per row the mass that the probabilities had before rounding, by the one after it.
+    """One over the mass of a row: of all its rounded probabilities, those of tiles that are left out included.
 
-    In a settled row one probability near 1 carries the whole row, and its rounding error with it: the factor
-    takes that out again. It is no normalisation: mass that is left out stays left out.
+    In a settled row one probability near 1 carries the whole row, and its rounding error with it: this takes that out
+    again, and whatever the capping or top1_prob were off by. Mass that is left out stays left out.
     """
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_g = tl.arange(0, BLOCK)
     # [BLOCK, ROWS]
-    b_before = tl.zeros([BLOCK, ROWS], tl.float32)
-    b_after = tl.zeros([BLOCK, ROWS], tl.float32)
+    b_mass = tl.zeros([BLOCK, ROWS], tl.float32)
     for i_g in range(0, groups, BLOCK):
         m_g = (i_g + o_g < groups)[:, None]
-        p_mass = masses + (i_g + o_g).to(tl.int64)[:, None] * padded + o_r[None, :]
-        b_before += tl.load(p_mass, mask=m_g, other=0.0)
-        b_after += tl.load(p_mass + groups.to(tl.int64) * padded, mask=m_g, other=0.0)
+        b_mass += tl.load(
+            masses + (i_g + o_g).to(tl.int64)[:, None] * padded + o_r[None, :], mask=m_g, other=0.0
+        )
     # [ROWS]
-    b_total = tl.sum(b_after, 0)
-    tl.store(factors + o_r, tl.where(b_total > 0, tl.sum(b_before, 0) / b_total, 1.0))
+    b_total = tl.sum(b_mass, 0)
+    tl.store(factors + o_r, tl.where(b_total > 0, 1.0 / b_total, 0.0))
 
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_partials_kernel(
-    partial, factors, logsumexp, output, splits: tl.int32, size: tl.int64, stride_split: tl.int64,
-    EMBEDDING: tl.constexpr, FULL: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    partial, factors, top1_prob, output, splits: tl.int32, size: tl.int64, stride_split: tl.int64,
+    EMBEDDING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
@@ -232,11 +250,9 @@ def sum_partials_kernel(
     b_o = tl.zeros([BLOCK], tl.float32)
     for i_s in range(splits):
         b_o += tl.load(partial + i_s * stride_split + o, mask=m, other=0.0)
-    if not FULL:
-        b_o *= tl.load(factors + o // EMBEDDING, mask=m, other=0.0) * 2.0**-SHIFT
+    b_o *= tl.load(factors + o // EMBEDDING, mask=m, other=0.0)
     # A row without a distribution yields zeros, whatever the weight holds: 0 * NaN or infinity came this far as NaN.
-    b_lse = tl.load(logsumexp + o // EMBEDDING, mask=m, other=0.0)
-    b_o = tl.where(b_lse == b_lse, b_o, 0.0)
+    b_o = tl.where(tl.load(top1_prob + o // EMBEDDING, mask=m, other=0.0) > 0.0, b_o, 0.0)
     tl.store(output + o, b_o.to(output.dtype.element_ty), mask=m)
 
 
@@ -251,7 +267,8 @@ def vendor_product(probabilities: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def soft_embedding(
     logits: Tensor,
-    logsumexp: Tensor,
+    argmax: Tensor,
+    top1_prob: Tensor,
     weight: Tensor,
     temperature: Tensor,
     softcap: float | None,
@@ -263,8 +280,8 @@ def soft_embedding(
     """Arguments and result: `reference.soft_embedding`.
 
     The probabilities are computed in fp32 and rounded to the dtype of `weight` for the product, which accumulates in
-    fp32; a row's result is scaled by the mass that rounding changed. Tiles of rows x vocabulary (`block_m` x `block_v`
-    of the configuration) in which no row holds more than `tolerance` are left out; at a tolerance of 0 the
+    fp32; a row's result is divided by the mass of its rounded probabilities. Tiles of rows x vocabulary (`block_m` x
+    `block_v` of the configuration) in which no row holds more than `tolerance` are left out; at a tolerance of 0 the
     configuration may choose the vendor's product, which takes them all. exact=True takes the reference's own
     roundings, in slices, by PyTorch.
 
@@ -272,7 +289,7 @@ def soft_embedding(
         splits: into how many stretches the chosen tiles of a slice are cut; None takes the number that fills the GPU.
     """
     if exact:
-        return exact_soft_embedding(logits, logsumexp, weight, temperature, softcap)
+        return exact_soft_embedding(logits, top1_prob, weight, temperature, softcap)
     shape, (vocab, embedding) = logits.shape[:-1], weight.shape
     rows = shape.numel()
     output = weight.new_empty(*shape, embedding)
@@ -304,17 +321,23 @@ def soft_embedding(
     integers = weight.new_empty((2 * tiles_v + 1, tiles_m), dtype=torch.int32).view(-1)
     holds, chosen, counts = integers.split([tiles_m * tiles_v, tiles_m * tiles_v, tiles_m])
     padded, groups = tiles_m * block_m, triton.cdiv(vocab, columns) * (columns // width)
-    masses = weight.new_empty((1 if full else 2, 1 if full else groups, padded), dtype=torch.float32)
-    factors = weight.new_empty(padded, dtype=torch.float32)
+    masses = weight.new_empty((groups, padded), dtype=torch.float32)
+    peaks, factors = weight.new_empty((2, padded), dtype=torch.float32)
+    argmax, top1_prob = argmax.contiguous(), top1_prob.contiguous()
     partial = weight.new_empty((splits, tiles_m * block_m, embedding), dtype=torch.float32)
     t, t_pointer, t_stride = by_value(temperature)
     flat = shape[0] == 1 or logits.stride(0) == shape[1] * logits.stride(1)
     shift = FP16_SHIFT if weight.dtype == torch.float16 else 0
     with on_device(logits):
+        peaks_kernel[(triton.cdiv(rows, PEAKS_BLOCK),)](
+            logits, argmax, peaks, rows, shape[1], vocab, logits.stride(0), logits.stride(1),
+            FLAT=flat, BLOCK=PEAKS_BLOCK, **FUSED, num_warps=1,
+        )  # fmt: skip
         for first in range(0, vocab, columns):
             probabilities_kernel[(tiles_m * (columns // width),)](
-                logits, logsumexp, probabilities, masses, holds, t, 1.0 if softcap is None else softcap, tolerance,
-                rows, shape[1], vocab, first, tiles_m, groups, logits.stride(0), logits.stride(1), t_stride,
+                logits, peaks, top1_prob, probabilities, masses, holds,
+                t, 1.0 if softcap is None else softcap, tolerance,
+                rows, shape[1], vocab, first, tiles_m, logits.stride(0), logits.stride(1), t_stride,
                 TEMPERATURE_POINTER=t_pointer, SOFTCAP=softcap is not None, FULL=full, SHIFT=shift,
                 COLUMNS=columns, BLOCK_M=block_m, BLOCK_V=block_v,
                 ROWS=min(CHUNK_ROWS // 2 if full else CHUNK_ROWS, block_m), PARTS=width // block_v, FLAT=flat,
@@ -336,12 +359,11 @@ def soft_embedding(
                 BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_V=block_v,
                 **FUSED, num_warps=config["num_warps"], num_stages=config["num_stages"],
             )  # fmt: skip
-        if not full:
-            rounding_kernel[(padded // ROUNDING_ROWS,)](
-                masses, factors, groups, padded, ROWS=ROUNDING_ROWS, BLOCK=512, **FUSED, num_warps=4
-            )
+        normalise_kernel[(padded // NORMALISED_ROWS,)](
+            masses, factors, groups, padded, ROWS=NORMALISED_ROWS, BLOCK=512, **FUSED, num_warps=4
+        )
         sum_partials_kernel[(triton.cdiv(output.numel(), SUM_BLOCK),)](
-            partial, factors, logsumexp, output, splits, output.numel(), partial.stride(0),
-            EMBEDDING=embedding, FULL=full, SHIFT=shift, BLOCK=SUM_BLOCK, **FUSED, num_warps=4,
+            partial, factors, top1_prob, output, splits, output.numel(), partial.stride(0),
+            EMBEDDING=embedding, BLOCK=SUM_BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return output

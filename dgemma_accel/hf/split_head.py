@@ -96,11 +96,16 @@ class SplitLogits:
         else:
             own = weight[self.start : self.start + self.logits.shape[-1]]
         part = soft_embedding(self.logits, self.stats, own, **settings).float()
-        # A rank's own distribution, weighted with its share of the row's mass.
-        share = (self.stats.logsumexp.double() - stats.logsumexp.double()).exp().nan_to_num(0.0)
-        part *= share.float()[..., None]
-        dist.all_reduce(part, group=self.mesh.get_group())
-        return part.to(weight.dtype)
+        # A rank's own distribution, weighted with its share of the row's mass. At a low temperature a logsumexp is large
+        # and so is its last place: shares need not add up to 1 before they are divided by their sum.
+        share = (
+            (self.stats.logsumexp.double() - stats.logsumexp.double()).clamp(max=0.0).exp().nan_to_num(0.0)
+        )
+        share = share.float()[..., None]
+        sums = torch.cat([part * share, share], dim=-1)
+        dist.all_reduce(sums, group=self.mesh.get_group())
+        part, total = sums[..., :-1], sums[..., -1:]
+        return torch.where(total > 0, part / total, 0.0).to(weight.dtype)
 
     def _gathered(self) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import FLOAT_DTYPES
+from ..reference.row_stats import apply_softcap
 from ..reference.soft_embedding import tempered
 
 # 4,096 columns of 256 rows are 4 MB in fp32 and their part of the embedding 46 MB: enough for an efficient product.
@@ -47,7 +48,8 @@ def _add_product(result: Tensor, probabilities: Tensor, weight: Tensor, exact: b
 
 def soft_embedding(
     logits: Tensor,
-    logsumexp: Tensor,
+    argmax: Tensor,
+    top1_prob: Tensor,
     weight: Tensor,
     temperature: Tensor,
     softcap: float | None,
@@ -57,29 +59,54 @@ def soft_embedding(
     """See `reference.soft_embedding`.
 
     The probabilities of a slice are rounded to the dtype of `weight` for the product; slices add up in fp32, and on a
-    GPU each one's product is fp32 too. On the host a slice in which no row holds more than `tolerance` is left out; on
-    a GPU that would wait for the device, so every slice is computed.
+    GPU each one's product is fp32 too. A row's result is divided by the mass of its rounded probabilities. On the host
+    a slice in which no row holds more than `tolerance` is left out; on a GPU that would wait for the device, so every
+    slice is computed.
     """
     if exact:
-        return exact_soft_embedding(logits, logsumexp, weight, temperature, softcap)
+        return exact_soft_embedding(logits, top1_prob, weight, temperature, softcap)
     rows = logits.shape[0] * logits.shape[1]
     result = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=logits.device)
-    # exp(-inf) = 0: a row without a distribution adds nothing.
-    normaliser = logsumexp.nan_to_num(nan=float("inf"))[..., None]
-    empty = normaliser.reshape(rows, 1).isinf()
+    mass = torch.zeros(rows, 1, dtype=torch.float32, device=logits.device)
+    # A place of other logits reads a wrong value, and no memory outside the row.
+    place = argmax.clamp(0, logits.shape[-1] - 1)[..., None]
+    peak = apply_softcap(logits.gather(-1, place), softcap)
+    place, top1_prob = place.reshape(rows, 1), top1_prob.reshape(rows, 1)
+    empty = ~(top1_prob > 0)
+    if temperature.ndim:
+        temperature = temperature.reshape(*logits.shape[:-1], 1)
+    temperature = temperature.to(logits.device)
     on_host = logits.device.type == "cpu"
     for columns in _slices(logits):
-        x = tempered(logits[..., columns], temperature, softcap)
-        probabilities = torch.exp(torch.sub(x, normaliser, out=x), out=x).reshape(rows, -1)
-        probabilities.masked_fill_(empty, 0.0)
-        if on_host and not bool((probabilities.sum(-1) > tolerance).any()):
+        # p = p1 e^((x - x1) / T), with nothing of the size of x / T: its last place is no longer small where T is.
+        x = apply_softcap(logits[..., columns], softcap)
+        # Of fp32 logits that are not capped it is the logits themselves.
+        x = torch.sub(x, peak, out=None if softcap is None and logits.dtype == x.dtype else x)
+        x = x.clamp_(max=0.0).div_(temperature).flatten(0, 1)
+        _set_in_slice(x, place - columns.start, 0.0)
+        probabilities = x.exp_().mul_(top1_prob).masked_fill_(empty, 0.0).to(weight.dtype)
+        own = probabilities.sum(-1, keepdim=True, dtype=torch.float32)
+        mass += own
+        if on_host and not bool((own > tolerance).any()):
             continue
-        _add_product(result, probabilities.to(weight.dtype), weight[columns], exact=False)
+        _add_product(result, probabilities, weight[columns], exact=False)
+    # 0 / 0 is a row without a distribution.
+    result = torch.where(empty, 0.0, result / mass)
     return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])
 
 
+def _set_in_slice(table: Tensor, place: Tensor, value: float) -> None:
+    """table [R, n] at place [R, 1] becomes `value` in the rows whose place lies in [0, n).
+
+    The same value, capped alone and capped in a table, may differ in its last place.
+    """
+    width = table.shape[1]
+    inside, place = (place >= 0) & (place < width), place.clamp(0, width - 1)
+    table.scatter_(1, place, torch.where(inside, value, table.gather(1, place)))
+
+
 def exact_soft_embedding(
-    logits: Tensor, logsumexp: Tensor, weight: Tensor, temperature: Tensor, softcap: float | None
+    logits: Tensor, top1_prob: Tensor, weight: Tensor, temperature: Tensor, softcap: float | None
 ) -> Tensor:
     """`reference.soft_embedding` with exact=True, rounding by rounding, without a table in fp32.
 
@@ -87,11 +114,11 @@ def exact_soft_embedding(
     product's. The maximum and every rounded logit are the reference's bits; the row's sum and the product add up
     in another order, in fp32.
     """
-    rows, valid = logits.shape[0] * logits.shape[1], ~logsumexp.isnan()[..., None]
+    rows, valid = logits.shape[0] * logits.shape[1], (top1_prob > 0)[..., None]
 
     def rounded(columns: slice) -> Tensor:
         x = torch.where(valid, tempered(logits[..., columns], temperature, softcap), 0.0)
-        return x.to(weight.dtype).float().reshape(rows, -1)
+        return x.to(weight.dtype).float().flatten(0, 1)
 
     largest = torch.full((rows, 1), float("-inf"), device=logits.device)
     for columns in _slices(logits):

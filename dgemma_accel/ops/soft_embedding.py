@@ -17,7 +17,8 @@ from .row_stats import RowStats, rows_view
 @operator("soft_embedding")
 def _soft_embedding(
     logits: Tensor,
-    logsumexp: Tensor,
+    argmax: Tensor,
+    top1_prob: Tensor,
     weight: Tensor,
     temperature: Tensor,
     softcap: float | None,
@@ -28,11 +29,11 @@ def _soft_embedding(
 ) -> Tensor:
     checks.values_in("temperature", temperature, 0.0, math.inf, low_open=True, high_open=True, force=check)
     run = pick("soft_embedding", backend, requirements(logits, dtype=weight.dtype))
-    return run(logits, logsumexp, weight, temperature, softcap, tolerance, exact)
+    return run(logits, argmax, top1_prob, weight, temperature, softcap, tolerance, exact)
 
 
 @_soft_embedding.register_fake
-def _(logits, logsumexp, weight, temperature, softcap, tolerance, exact, check, backend):
+def _(logits, argmax, top1_prob, weight, temperature, softcap, tolerance, exact, check, backend):
     return weight.new_empty(*logits.shape[:-1], weight.shape[1])
 
 
@@ -57,7 +58,7 @@ def soft_embedding(
     Args:
         logits: [..., V] in the dtype of `weight`, as `head_stats` returns them.
         stats: `RowStats` of these logits with the same softcap and with stats_temperature = `temperature`;
-            its logsumexp is the normaliser. A row without a distribution (logsumexp NaN) yields zeros.
+            argmax and top1_prob are read. A row without a distribution (top1_prob 0) yields zeros.
         weight: [V, E] bf16, fp16 or fp32, the embedding, without embed_scale.
         softcap: > 0, or None.
         temperature: > 0; a number, a 0-d tensor or one value per row [...].
@@ -88,9 +89,11 @@ def soft_embedding(
     if not isinstance(stats, RowStats):
         raise TypeError(f"stats: RowStats expected, got {type(stats).__name__}")
     shape, device = tuple(logits.shape[:-1]), logits.device
-    checks.has_shape("stats.logsumexp", stats.logsumexp, shape, "one value per row of logits")
-    checks.has_dtype("stats.logsumexp", stats.logsumexp, (torch.float32,))
-    checks.on_device("stats.logsumexp", stats.logsumexp, device, "logits")
+    for name, dtype in (("argmax", torch.int64), ("top1_prob", torch.float32)):
+        field = checks.is_tensor(f"stats.{name}", getattr(stats, name))
+        checks.has_shape(f"stats.{name}", field, shape, "one value per row of logits")
+        checks.has_dtype(f"stats.{name}", field, (dtype,))
+        checks.on_device(f"stats.{name}", field, device, "logits")
     temperature = checks.number_or_rows(
         "temperature", temperature, shape, device, low_open=True, keep=checks.may_keep_numbers(logits)
     )
@@ -101,7 +104,8 @@ def soft_embedding(
     rows = rows_view(logits)
     result = _soft_embedding(
         rows,
-        stats.logsumexp.reshape(rows.shape[:-1]),
+        stats.argmax.reshape(rows.shape[:-1]),
+        stats.top1_prob.reshape(rows.shape[:-1]),
         weight,
         temperature,
         checks.softcap_value(softcap),

@@ -212,14 +212,15 @@ def check_soft_embedding(
     x = tempered(flat.double(), temperature, softcap)
     lse = torch.logsumexp(x, -1)
     valid = lse.isfinite()
-    lse = torch.where(valid, lse, float("nan"))
-    truth = soft_embedding_reference(flat.double(), lse, weight.double(), temperature, softcap)
+    truth = soft_embedding_reference(
+        flat.double(), x.argmax(-1), valid.float(), weight.double(), temperature, softcap
+    )
     probabilities = torch.softmax(tempered(flat.float(), temperature, softcap), -1)
     plain = torch.where(valid[..., None], probabilities.to(weight.dtype) @ weight, 0.0)
     spacing = torch.finfo(weight.dtype).eps
-    # The normaliser is an fp32 number: its spacing scales all probabilities of a row.
-    normaliser = 2 * FP32_EPSILON * (torch.where(valid, lse, 0.0).abs() + 1)[..., None]
-    ulp = (spacing + normaliser) * truth.abs() + FP32_EPSILON * weight.abs().max().double()
+    # Capped logits are fp32 numbers: at a low temperature their spacing is no longer small.
+    exponents = 2 * FP32_EPSILON * (torch.where(valid, lse, 0.0).abs() + 1)[..., None]
+    ulp = (spacing + exponents) * truth.abs() + FP32_EPSILON * weight.abs().max().double()
     left_out = min(1.0, tolerance * -(-vocab // 64)) * float(weight.abs().max())
     return _within("soft_embedding", result.reshape(1, -1, embedding), truth, plain, ulp + left_out)
 

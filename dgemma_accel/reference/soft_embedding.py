@@ -17,7 +17,8 @@ def tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tens
 
 def soft_embedding(
     logits: Tensor,
-    logsumexp: Tensor,
+    argmax: Tensor,
+    top1_prob: Tensor,
     weight: Tensor,
     temperature: Tensor,
     softcap: float | None,
@@ -28,8 +29,10 @@ def soft_embedding(
 
     Args:
         logits: [N0, N1, V], as `head_stats` returns them (before softcap and temperature).
-        logsumexp: [N0, N1] fp32, that of softcap(logits) / temperature, as `row_stats` computes it. A row
-            whose logsumexp is NaN has no distribution and yields zeros.
+        argmax: [N0, N1] int64, where a row's largest logit is, as `row_stats` computes it. The specification finds it
+            by itself.
+        top1_prob: [N0, N1] fp32, that logit's probability at `temperature`, as `row_stats` computes it. A row in which
+            it is 0 or NaN has no distribution and yields zeros.
         weight: [V, E], the embedding, without embed_scale.
         temperature: 0-d or [N0 * N1] fp32, > 0.
         softcap: c > 0, or None.
@@ -45,12 +48,12 @@ def soft_embedding(
     Source: DiffusionGemmaDecoderModel.forward (soft_embeddings) and step 1.c.v of `_denoising_step` in
     transformers' diffusion_gemma.
     """
+    dtype = weight.dtype
     x = tempered(logits, temperature, softcap)
-    valid = ~logsumexp.isnan()[..., None]
+    valid = (top1_prob > 0)[..., None]
     x = torch.where(valid, x, 0.0)
     if exact:
         probabilities = torch.softmax(x.to(weight.dtype), dim=-1, dtype=torch.float32).to(weight.dtype)
-        return torch.where(valid, probabilities @ weight, 0.0)
-    return torch.where(valid, torch.softmax(x, dim=-1) @ weight.to(compute_dtype(logits)), 0.0).to(
-        weight.dtype
-    )
+    else:
+        probabilities, weight = torch.softmax(x, dim=-1), weight.to(compute_dtype(logits))
+    return torch.where(valid, probabilities @ weight, 0.0).to(dtype).contiguous()
