@@ -41,7 +41,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 def find_nvcc() -> str | None:
     """Path of nvcc by NVCC, CUDA_HOME, PATH and the usual place, in that order; None without CUDA."""
-    wish = os.environ.get("DGEMMA_ACCEL_CUDA", "auto")
+    wish = os.environ.get("DGEMMA_ACCEL_CUDA") or "auto"
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"DGEMMA_ACCEL_CUDA: must be 0, 1 or auto, got {wish!r}")
     if wish == "0":
@@ -117,7 +117,7 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
 
     common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
     python_includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    cxx = shlex.split(os.environ.get("CXX") or "c++")
     # CUDA sources know nothing of Python, so another environment of the same tree does not compile them again.
     warnings = ["-Wall", "-Wextra", "-Wno-psabi"]
     cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-pthread", *warnings]

@@ -133,7 +133,7 @@ def requested(backend: str, op: str | None = None) -> str:
     """
     by_environment = backend == "auto"
     if by_environment:
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {('auto', *BACKENDS)}, got {backend!r}")
     if by_environment and op is not None and backend not in MODULES[op]:

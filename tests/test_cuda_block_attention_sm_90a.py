@@ -60,6 +60,7 @@ def test_rows_between_boundaries_are_seen():
     "variable, served, kernel",
     [
         (None, True, "block_attention_cuda"),
+        ("", True, "block_attention_cuda"),
         ("portable", True, "block_attention_cuda"),
         ("sm_90a", True, "block_attention_sm_90a"),
         ("sm_90a", False, "block_attention_cuda"),
@@ -71,7 +72,7 @@ def test_backend_cuda_takes_it_only_where_the_environment_names_it(monkeypatch, 
         monkeypatch.setattr(module, "launch", lambda name, *arguments: calls.append(name))
     monkeypatch.setattr(block_attention_sm_90a, "missing", lambda *tensors: [] if served else ["no"])
     monkeypatch.delenv(block_attention_sm_90a.VARIABLE, raising=False)
-    if variable:
+    if variable is not None:
         monkeypatch.setenv(block_attention_sm_90a.VARIABLE, variable)
     block_attention_cuda.block_attention(*make_case(1, 2, 1, 4, 512), 1.0, None, False)
     assert calls == [kernel]

@@ -174,6 +174,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="experts: the checkpoint is quantized already, as 'fp8'"):
             dgemma_accel.from_pretrained(checkpoint, experts="fp8", config=config)
 
+    def test_another_quantization_as_well(self, checkpoint):
+        config = transformers.FineGrainedFP8Config()
+        with pytest.raises(ValueError, match="experts: .* one quantization.* quantization_config"):
+            dgemma_accel.from_pretrained(checkpoint, experts="nvfp4", quantization_config=config)
+
     def test_sharded_experts(self, checkpoint, saved):
         for folder, experts in ((checkpoint, "fp8"), (saved, None)):
             with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CANVAS, PAD, VOCAB, generate, prompt, tiny_model, transformers
+from hf_models import CANVAS, PAD, VOCAB, as_argument, generate, prompt, tiny_model, transformers
 
 import dgemma_accel
 from dgemma_accel.hf import denoising
@@ -37,6 +37,16 @@ class Drafts:
         self.values.append(value)
 
     def end(self):
+        pass
+
+
+class Recorded(Drafts):
+    """What `generate` puts, without the drafts."""
+
+    def put(self, value):
+        self.values.append(value)
+
+    def put_draft(self, value):
         pass
 
 
@@ -140,6 +150,15 @@ class TestReport:
         kept = output.confidence[~padded]
         assert (kept > 0).all() and (kept <= 1).all()
 
+    def test_without_a_canvas(self, model, ids):
+        """The prompt fills the length."""
+        length = {"max_length": 5, "max_new_tokens": 256}
+        output = model.generate(ids, return_confidence=True, return_steps=True, **length)
+        assert torch.equal(output.sequences, ids)
+        for name in ("confidence", "entropy", "steps"):
+            assert getattr(output, name).shape == (3, 0), name
+        assert output.steps.dtype == torch.int64 and output.confidence.dtype == torch.float32
+
     def test_needs_a_dict(self, model, ids):
         with pytest.raises(ValueError, match="return_dict_in_generate"):
             model.generate(ids, return_steps=True, return_dict_in_generate=False, max_steps=1)
@@ -190,6 +209,43 @@ class TestPinned:
         # The second canvas has no pins.
         second = output.sequences[:, 9 + CANVAS :]
         assert not torch.equal(second[rows], canvas[rows])
+
+    @pytest.mark.parametrize("graph", [False, True])
+    def test_behind_an_end_token_as_well(self, ids, canvas, graph, monkeypatch):
+        """Every token the model may write ends the text, so all behind the first is padding but for what is pinned."""
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        canvas, pins = canvas.clone(), [2, 5, CANVAS - 1]
+        canvas[:, pins] = 3
+        recorder = Recorded()
+        with dgemma_accel.accelerated(tiny_model(), graph=graph) as model:
+            output = model.generate(
+                ids, decoder_input_ids=canvas, pinned=pins, seed=1, eos_token_id=[t for t in range(VOCAB) if t != 3],
+                return_confidence=True, streamer=recorder,
+            )  # fmt: skip
+        new = output.sequences[:, 9:]
+        assert (new[:, pins] == 3).all() and torch.equal(recorder.values[-1], new)
+        others = [p for p in range(1, CANVAS) if p not in pins]
+        assert new.shape[1] == CANVAS and (new[:, others] == PAD).all()
+        assert (output.confidence[:, pins] == 1).all() and (output.entropy[:, pins] == 0).all()
+        assert output.confidence[:, others].isnan().all()
+
+    def test_a_row_that_goes_on_reads_what_is_returned(self, ids, canvas):
+        """The next canvas's prefix of a row that has ended holds the tokens of the result, pinned ones included."""
+        model = dgemma_accel.accelerate(tiny_model())
+        seen = []
+        handle = model.model.encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        canvas = canvas.clone()
+        canvas[:, 0], canvas[0, 0] = 4, 3
+        output = model.generate(
+            ids, decoder_input_ids=canvas, pinned=[0, 6], seed=1, eos_token_id=[3], max_steps=1
+        )
+        handle.remove()
+        first = output.sequences[:, 9 : 9 + CANVAS]
+        assert first[0, 6] == canvas[0, 6] and (first[0, 1:6] == PAD).all() and (first[1] != PAD).all()
+        assert torch.equal(seen[1], first)
+        assert (output.sequences[0, 9 + CANVAS :] == PAD).all()
 
     def test_the_rest_is_written_around_them(self, model, ids, canvas):
         other = canvas.clone()
@@ -274,15 +330,43 @@ class TestMaxSteps:
             model.generate(ids, max_steps=2.0)
 
 
+class Own(transformers.LogitsProcessor):
+    def __call__(self, input_ids, scores, **kwargs):
+        return scores
+
+
 @pytest.mark.parametrize("option", [{"seed": 1}, {"max_steps": 2}, {"return_steps": True}])
 def test_an_option_is_never_ignored(model, ids, option):
-    class Own(transformers.LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            return scores
-
+    processors = transformers.LogitsProcessorList([Own()])
     with pytest.raises(
         ValueError, match=rf"{next(iter(option))}: only the accelerated sampler has it, but .*Own"
     ):
-        model.generate(ids, logits_processor=transformers.LogitsProcessorList([Own()]), **option)
+        model.generate(ids, logits_processor=processors, **option)
     # And the next call is as if nothing had happened.
+    assert len(processors) == 1
     model.generate(ids, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"seed": 1, "logits_processor": transformers.LogitsProcessorList([Own()])},
+        {"return_steps": True, "return_dict_in_generate": False},
+        {"return_confidence": True, "generation_config": {"return_dict_in_generate": False}},
+        {"max_steps": 1, "streamer": "logits"},
+    ],
+)
+def test_what_is_refused_is_refused_before_the_prompt_is_read(model, ids, option):
+    recorder = Recorded()
+    option = {"streamer": recorder, **option}
+    if option["streamer"] == "logits":
+        option["streamer"], recorder._takes_logits = recorder, True
+    if "generation_config" in option:
+        option["generation_config"] = type(model.generation_config)(**option["generation_config"])
+    with torch.no_grad():
+        cache = model.model.encoder(input_ids=ids).past_key_values
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match="only the accelerated sampler|need return_dict_in_generate"):
+        model.generate(ids, **as_argument(cache), **option)
+    assert cache.get_seq_length() == ids.shape[1] and not recorder.values
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))

@@ -164,6 +164,64 @@ def test_copies_are_accelerated_and_independent(model, duplicate):
     )
 
 
+class TestAShallowCopy:
+    """It shares every module with the first model, and has its own attributes."""
+
+    @pytest.fixture
+    def both(self, model):
+        dgemma_accel.accelerate(model)
+        return model, copy.copy(model)
+
+    def test_is_not_accelerated(self, both):
+        model, other = both
+        assert patches.acceleration_of(other) is None and dgemma_accel.captures(other) == []
+        other.generation_config = copy.deepcopy(model.generation_config)
+        other.generation_config.max_new_tokens = CANVAS
+        ids, mask = prompt(2, 20, left_padding=(0, 3))
+        assert generate(other, ids, mask).sequences.shape == (2, 20 + CANVAS)
+        assert generate(model, ids, mask).sequences.shape == (2, 20 + 2 * CANVAS)
+
+    def test_gives_the_original_s_tokens(self, both):
+        model, other = both
+        ids, mask = prompt(2, 20, left_padding=(0, 3))
+        assert torch.equal(generate(other, ids, mask).sequences, generate(model, ids, mask).sequences)
+
+    def test_restore_leaves_the_first_alone(self, both):
+        model, other = both
+        before = attributes(model)
+        dgemma_accel.restore(other)
+        assert_untouched(model, before)
+        assert patches.acceleration_of(model) is not None
+
+    def test_a_copy_of_the_dictionary_leaves_the_first_alone(self, both):
+        """As `DataParallel` makes its replicas."""
+        model, other = both
+        before = attributes(model)
+        other.__dict__.update(model.__dict__)
+        dgemma_accel.restore(other)
+        assert_untouched(model, before)
+
+    def test_it_is_not_accelerated_on_top(self, both):
+        model, other = both
+        before = attributes(model)
+        for change in (dgemma_accel.accelerate, dgemma_accel.quantize_experts):
+            with pytest.raises(ValueError, match="model: "):
+                change(other)
+        assert_untouched(model, before)
+        dgemma_accel.restore(model)
+        dgemma_accel.accelerate(other)
+        dgemma_accel.restore(other)
+        assert patches.patch_of(model.model.decoder.self_conditioning) is None
+
+    def test_what_stood_there_before_accelerate(self, model):
+        def users_own(*args, **kwargs):
+            raise AssertionError("not called")
+
+        model.__dict__["generate"] = users_own
+        dgemma_accel.accelerate(model)
+        assert copy.copy(model).generate is users_own
+
+
 def test_save_pretrained(model, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     with dgemma_accel.accelerated(model):

@@ -129,10 +129,31 @@ def test_doctor():
     assert "row_stats on cpu: auto takes cpp" in text.stdout
 
 
+def test_doctor_of_an_extension_built_without_nvcc(monkeypatch):
+    extension = pytest.importorskip("dgemma_accel._C")
+    from dgemma_accel.cli import doctor
+
+    for name in ("CUDA_ARCHS", "CUDA_KERNELS"):
+        monkeypatch.delattr(extension, name, raising=False)
+    found = doctor._extension()
+    assert found["built"] and found["cuda_archs"] == [] and found["cuda_kernels"] == 0
+    assert found["host_instruction_sets"]
+
+
 def test_generate_says_what_is_wrong():
     command = [sys.executable, "-m", "dgemma_accel", "generate", "--model", "no-such-folder", "--prompt", "x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_offline())
     assert result.returncode == 2 and "--model no-such-folder" in result.stdout
+
+
+def test_generate_prints_brackets_as_they_are(capsys):
+    pytest.importorskip("rich")
+    from dgemma_accel.cli.generate import Answer, show_table
+
+    answer = Answer("an [red]answer[/x]", 1, 2.0, 0.5)
+    show_table(["copy [/x]"], {"reference": [answer]}, expected=["[bold]more"])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("copy [/x]", "an [red]answer[/x]", "[bold]more"))
 
 
 def test_generate_refuses_a_backend_in_one_line(capsys, monkeypatch):
@@ -196,6 +217,12 @@ def test_the_environment_says_nothing_of_ops_without_its_backend(monkeypatch):
     with pytest.raises(backends.BackendError, match="block_attention has no cpp implementation"):
         dgemma_accel.block_attention(query, query, query, backend="cpp")
     assert backends.requested("auto", "row_stats") == "cpp"
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "")
+    assert backends.requested("auto") == "auto"
+    dgemma_accel.row_stats(torch.randn(2, 5), seed=0)
 
 
 def test_ops_are_not_differentiable_and_say_so():

@@ -136,10 +136,11 @@ def _extension() -> dict:
         from .. import _C
     except ImportError as error:
         return {"built": False, "why": str(error)}
+    # Built without nvcc it has the host's part alone.
     return {
         "built": True,
-        "cuda_archs": _C.CUDA_ARCHS.split(),
-        "cuda_kernels": len(_C.CUDA_KERNELS),
+        "cuda_archs": getattr(_C, "CUDA_ARCHS", "").split(),
+        "cuda_kernels": len(getattr(_C, "CUDA_KERNELS", ())),
         "host_instruction_sets": _C.host_instruction_sets().split(),
     }
 

@@ -175,6 +175,7 @@ def show_table(
     """Answers of each side, and a row of totals: exact match, steps, tokens per step, seconds."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_footer=True)
     table.add_column("prompt", "total")
@@ -192,9 +193,10 @@ def show_table(
         table.add_column("tokens/step", f"{tokens / max(steps, 1):.2f}", justify="right")
         table.add_column("seconds", f"{sum(row.seconds for row in rows):.2f}", justify="right")
     for index, prompt in enumerate(prompts):
-        cells = [prompt] + ([expected[index]] if expected is not None else [])
+        # What is in brackets in a string would be rich's markup.
+        cells = [Text(prompt)] + ([Text(expected[index])] if expected is not None else [])
         for rows in answers.values():
             row = rows[index]
-            cells += [row.text, str(row.steps), f"{row.tokens_per_step:.2f}", f"{row.seconds:.2f}"]
+            cells += [Text(row.text), str(row.steps), f"{row.tokens_per_step:.2f}", f"{row.seconds:.2f}"]
         table.add_row(*cells)
     Console(width=None if Console().is_terminal else 150).print(table)

@@ -12,9 +12,10 @@ from .attention import decoder_attention_forward, encoder_attention_forward
 from .cache import leave_uncompiled, prepare_cache, prepare_static_cache
 from .check import check_model
 from .conditioning import self_conditioning_forward
+from .copies import reduce_ex, shares_layers_with
 from .denoising import denoising_step
 from .experts import experts_forward
-from .generate import compute_tokens_per_forward, generate, prepare_denoiser_inputs
+from .generate import compute_tokens_per_forward, finalize_canvas, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
 from .naming import cache_argument, unknown_names
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
@@ -32,8 +33,8 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     again, also with another backend, replaces the earlier call.
 
     What the fast path does not serve is served by the original code and logged once per model: user logits
-    processors, streamers that take logits, other samplers or stopping criteria, attention masks with holes, caches that
-    cannot be read in place, training.
+    processors, streamers that take logits, other samplers or stopping criteria, forwards of the caller's own, attention
+    masks with holes, caches that cannot be read in place, training.
 
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion`.
@@ -52,7 +53,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
     Raises:
         TypeError: a model of another class, an `exact` that is no bool, a `graph` that is neither a bool nor None.
         ImportError: transformers is missing, older than 5.17, or a later one whose methods are not known here.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend; a `copy.copy` of a model that is accelerated.
         backends.BackendError: the backend cannot run on this machine.
     """
     _check_backend(backend)
@@ -62,6 +63,10 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         raise TypeError(f"graph: a bool or None expected, got {type(graph).__name__}")
     check_model(model)
     restore(model)
+    if shares_layers_with(model) is not None:
+        raise ValueError(
+            "model: it shares its layers with another model, which is accelerated; restore that one first"
+        )
     acceleration = Acceleration(backend, exact, graph, cache_argument())
     replacements = list(_replacements(model))
     _check_methods(replacements)
@@ -123,7 +128,9 @@ def _replacements(model) -> Iterator[tuple[nn.Module, str, Callable]]:
     yield model, "_prepare_static_cache", prepare_static_cache
     yield model, "_compile_functions", leave_uncompiled
     yield model, "_prepare_denoiser_inputs", prepare_denoiser_inputs
+    yield model, "_finalize_canvas", finalize_canvas
     yield model, "_compute_tokens_per_forward", compute_tokens_per_forward
+    yield model, "__reduce_ex__", reduce_ex
     yield model, "generate", generate
 
 

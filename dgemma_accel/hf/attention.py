@@ -8,9 +8,12 @@ from torch import Tensor
 from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
 from .cache import readable
+from .hooks import collected
 from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .patches import Patch
+
+OVERRIDDEN = "an attention module has a forward that is not transformers' own"
 
 
 @takes_cache
@@ -35,7 +38,7 @@ def decoder_attention_forward(
         ([B, C, E], None); attention weights are only made by the original attention.
     """
     module = patch.owner
-    reason = _reason_for_reference(module, hidden_states, attention_mask, cache, kwargs)
+    reason = _reason_for_reference(patch, hidden_states, attention_mask, cache, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
             patch.acceleration.say("attention", reason)
@@ -60,8 +63,12 @@ def encoder_attention_forward(
     any other mask is served by the original without a word: images are its job.
     """
     module = patch.owner
-    if not isinstance(attention_mask, CausalRange) or _needs_original(
-        module, hidden_states, cache.layers[module.layer_idx], kwargs
+    if patch.overridden and not torch.compiler.is_compiling():
+        patch.acceleration.say("attention", OVERRIDDEN)
+    if (
+        patch.overridden
+        or not isinstance(attention_mask, CausalRange)
+        or _needs_original(module, hidden_states, cache.layers[module.layer_idx], kwargs)
     ):
         return _original(patch, hidden_states, position_embeddings, attention_mask, cache, kwargs)
     query, key, value = project(module, hidden_states, position_embeddings)
@@ -136,7 +143,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
 
 
-def _reason_for_reference(module, hidden_states: Tensor, mask, cache, kwargs: dict) -> str | None:
+def _reason_for_reference(patch: Patch, hidden_states: Tensor, mask, cache, kwargs: dict) -> str | None:
+    module = patch.owner
+    if patch.overridden:
+        return OVERRIDDEN
     if cache is None:
         return "no cache was given"
     if not readable(cache, cache.layers[module.layer_idx]):
@@ -153,7 +163,7 @@ def _needs_original(module, hidden_states: Tensor, layer, kwargs: dict) -> str |
     if torch.is_autocast_enabled(hidden_states.device.type):
         # Norms give fp32 and projections the other dtype, which the original brings together.
         return "autocast is on"
-    if kwargs.get("output_attentions") or _attentions_are_captured():
+    if kwargs.get("output_attentions") or "attentions" in collected():
         return "attention weights were asked for"
     # Buffers that hold nothing yet may be of an earlier dtype or device; the first update replaces them.
     held = layer.keys if layer.is_initialized and layer.keys.shape[-2] else hidden_states
@@ -168,12 +178,3 @@ def _needs_original(module, hidden_states: Tensor, layer, kwargs: dict) -> str |
     if held.device != hidden_states.device:
         return f"the cache is on {held.device} and the canvas on {hidden_states.device}"
     return None
-
-
-def _attentions_are_captured() -> bool:
-    """Whether a forward of transformers is collecting attention weights from the modules' outputs."""
-    from transformers.utils import output_capturing
-
-    collector = getattr(output_capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return collected is not None and "attentions" in collected

@@ -35,6 +35,7 @@ def prepare_cache(patch: Patch, generation_config, batch_size: int, max_length: 
     if (
         generation_config.cache_implementation is None
         and call is not None
+        and not patch.overridden
         and patch.acceleration.graph_on(device)
     ):
         return _lease(patch, call, batch_size, max_length)
@@ -43,7 +44,7 @@ def prepare_cache(patch: Patch, generation_config, batch_size: int, max_length: 
 
 def prepare_static_cache(patch: Patch, cache_implementation: str, batch_size: int, max_length: int):
     """`_prepare_static_cache` with a `PreallocatedCache`, whose buffers stay from call to call."""
-    if "offloaded" in cache_implementation:
+    if "offloaded" in cache_implementation or patch.overridden:
         return patch.original()(
             cache_implementation=cache_implementation, batch_size=batch_size, max_length=max_length
         )
@@ -66,6 +67,8 @@ def leave_uncompiled(patch: Patch, sampler, diffusion_stopping_criteria):
 
     What it would compile are the original's forwards, and it keeps the first call's sampler for all later ones.
     """
+    if patch.overridden:
+        return patch.original()(sampler, diffusion_stopping_criteria)
     patch.acceleration.say(
         "static cache",
         "a PreallocatedCache or cache_implementation='static' is faster and right beyond the window",

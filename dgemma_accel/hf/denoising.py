@@ -14,6 +14,7 @@ from . import compiled
 from .call import Call, active_call
 from .conditioning import StepCarry, given_soft_embeddings
 from .eager import why_eager
+from .fallback import refusal, why_original
 from .head import logits_and_stats
 from .lookout import Lookout
 from .naming import takes_cache
@@ -51,10 +52,10 @@ def denoising_step(
     """
     model, acceleration = patch.owner, patch.acceleration
     call = active_call()
-    reason = _reason_for_reference(model, call, sampler, logits_processor, diffusion_stopping_criteria)
+    reason = why_original(model, call, sampler, logits_processor, diffusion_stopping_criteria)
     if reason is not None:
         if call is not None and (options := call.options_in_use()):
-            raise ValueError(f"{', '.join(options)}: only the accelerated sampler has it, but {reason}")
+            raise ValueError(refusal(options, reason))
         acceleration.say("sampler", reason)
         return patch.original()(
             decoder_forward=decoder_forward,
@@ -214,23 +215,3 @@ def temperature_of_step(logits_processor, cur_step: int | Tensor) -> Tensor:
     schedule = logits_processor[0]
     share = torch.as_tensor(cur_step, dtype=torch.int32, device="cpu") / schedule.max_denoising_steps
     return schedule.t_min + (schedule.t_max - schedule.t_min) * share
-
-
-def _reason_for_reference(model, call: Call | None, sampler, logits_processor, criteria) -> str | None:
-    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
-
-    if call is not None and call.needs_logits:
-        return "the streamer takes logits"
-    if type(sampler) is not generation.EntropyBoundSampler:
-        return f"the sampler is a {type(sampler).__name__}"
-    schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
-    if len(schedules) > 1 or not all(schedules):
-        names = ", ".join(type(processor).__name__ for processor in logits_processor)
-        return f"logits processors {names}"
-    if criteria is not None and type(criteria) is not generation.StableAndConfidentStoppingCriteria:
-        return f"the diffusion stopping criterion is a {type(criteria).__name__}"
-    if model._forward_hooks or model._forward_pre_hooks:
-        return "the model has forward hooks"
-    if model.model.decoder.embed_tokens.weight.is_meta:
-        return "the embedding is offloaded"
-    return None

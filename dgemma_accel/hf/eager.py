@@ -8,7 +8,10 @@ from torch import Tensor
 from ..backends import BackendError, choose, requirements
 from .experts import why_looping
 from .head import is_plain
+from .hooks import has_hooks
 from .masks import PrefixRange
+from .overrides import in_front, is_overridden
+from .patches import patch_of
 from .split_head import crosses_ranks
 
 
@@ -27,12 +30,35 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
         return "the model is spread over several devices"
     if torch.is_autocast_enabled(canvas.device.type):
         return "autocast is on"
-    modules = [model.lm_head, *model.model.decoder.modules()]
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules):
-        return "a module of the decoder has hooks"
     if crosses_ranks(model):
         return "the weights are split over ranks"
+    reason = _why_other_code(model)
+    if reason is not None:
+        return reason
     return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
+
+
+def _why_other_code(model) -> str | None:
+    """Which code of another's `graph.take_step` would go round, or run once where it belongs into every step.
+
+    `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
+    """
+    decoder = model.model.decoder
+    inner = (model.lm_head, *(module for module in decoder.modules() if module is not decoder))
+    if any(has_hooks(module) or hasattr(module, "_hf_hook") for module in (model.model, decoder, *inner)):
+        return "model.model or a module of the decoder has hooks"
+    for module in inner:
+        patch = patch_of(module)
+        replaced = in_front(module) is not None if patch is None else patch.had
+        if replaced:
+            return f"a {type(module).__name__} has a forward of its own"
+    for layer in decoder.layers:
+        attention = patch_of(layer.self_attn)
+        if is_overridden(layer) or (
+            is_overridden(layer.self_attn) if attention is None else attention.overridden
+        ):
+            return "the forward of a layer or of its attention is not transformers' own"
+    return None
 
 
 def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:

@@ -143,6 +143,8 @@ def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str
     kind = type(module).__name__
     if kind not in (PLAIN, FINE_GRAINED, OURS) or "_apply_gate" in module.__dict__:
         return f"the experts are a {kind} with arithmetic of its own"
+    if patch.overridden:
+        return "the experts' forward is not transformers' own"
     if getattr(module, "_is_expert_parallel", False):
         return "the experts are sharded over devices"
     if type(module.act_fn).__name__ not in ACTIVATIONS:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops import checks
 from .call import Call, active_call, calling
 from .cuda_graph import quiet
+from .fallback import refusal, why_original
 from .naming import takes_cache
 from .patches import Patch
 
@@ -48,7 +49,8 @@ def generate(
 
     Raises:
         TypeError, ValueError: an option of a wrong type, shape or value, or one that the call's streamer, logits
-            processors, sampler, stopping criterion or cache leave no room for.
+            processors, sampler, stopping criterion or cache, or code of the caller's in the model, leave no room for.
+            Nothing has been read or written then.
     """
     model = patch.owner
     canvas_length, vocab = model.config.canvas_length, model.config.text_config.vocab_size
@@ -67,6 +69,8 @@ def generate(
         call.put_draft = streamer.put_draft
         call.needs_logits = bool(getattr(streamer, "_takes_logits", False))
         streamer = _DraftsOnce(streamer, call)
+    if call.options_in_use():
+        _check_served(model, call, generation_config, logits_processor, kwargs)
     bank = patch.acceleration.bank
     with calling(call):
         if cache is not None and bank.hold(cache):
@@ -82,8 +86,6 @@ def generate(
         )
     if not (call.with_confidence or call.with_steps):
         return output
-    if isinstance(output, Tensor):
-        raise ValueError("return_confidence, return_steps: need return_dict_in_generate=True")
     return _with_reports(output, call)
 
 
@@ -98,6 +100,22 @@ def prepare_denoiser_inputs(patch: Patch, **kwargs):
         sampler = kwargs["sampler"]
         canvas = call.starting_canvas(*canvas.shape, sampler.vocab_size, canvas.device)
     return canvas, *rest
+
+
+def finalize_canvas(patch: Patch, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    """`_finalize_canvas`, but padding behind an end token leaves pinned positions alone.
+
+    The streamer, the next canvas and the cache read the same tokens.
+    """
+    call = active_call()
+    pinned = call.pinned if call is not None and call.canvases_begun == 1 else None
+    if pinned is None:
+        return patch.original()(input_ids=input_ids, **kwargs)
+    canvas = input_ids[:, -pinned.shape[1] :].clone()
+    input_ids, finished = patch.original()(input_ids=input_ids, **kwargs)
+    new = input_ids[:, -pinned.shape[1] :]
+    new.copy_(torch.where(pinned.to(new.device), canvas, new))
+    return input_ids, finished
 
 
 def compute_tokens_per_forward(
@@ -130,16 +148,39 @@ class _DraftsOnce:
 def _with_reports(output, call: Call):
     from .output import GenerationOutput
 
-    drafts = torch.cat([report.draft for report in call.reports], -1)
-    kept = output.sequences[:, -drafts.shape[1] :] == drafts
+    # Without a canvas, where the prompt fills the length already, all of them are [B, 0].
+    nothing = output.sequences[:, :0]
+    drafts = torch.cat([nothing, *(report.draft for report in call.reports)], -1)
+    kept = output.sequences[:, output.sequences.shape[1] - drafts.shape[1] :] == drafts
     extras = {}
     if call.with_confidence:
         for name in ("confidence", "entropy"):
-            values = torch.cat([getattr(report, name) for report in call.reports], -1)
+            values = torch.cat([nothing.float(), *(getattr(report, name) for report in call.reports)], -1)
             extras[name] = torch.where(kept, values, float("nan"))
     if call.with_steps:
-        extras["steps"] = torch.stack([report.steps for report in call.reports], -1)
+        extras["steps"] = torch.cat([nothing.long(), *(report.steps[:, None] for report in call.reports)], -1)
     return GenerationOutput(**output, **extras)
+
+
+def _check_served(model, call: Call, generation_config, logits_processor, kwargs: dict) -> None:
+    """Refuse a call whose options could not be kept, before its prompt goes into a cache.
+
+    The preparations are those of the original `generate`, which makes them again.
+    """
+    import transformers
+
+    config, _ = model._prepare_generation_config(generation_config, **kwargs)
+    if (call.with_confidence or call.with_steps) and not getattr(config, "return_dict_in_generate", True):
+        raise ValueError("return_confidence, return_steps: need return_dict_in_generate=True")
+    # The schedule is appended to a list of the caller's.
+    processors = transformers.LogitsProcessorList(logits_processor or ())
+    processors = model._prepare_logits_processor(config, processors)
+    sampler = model._prepare_sampler(config)
+    reason = why_original(
+        model, call, sampler, processors, model._prepare_diffusion_stopping_criteria(config)
+    )
+    if reason is not None:
+        raise ValueError(refusal(call.options_in_use(), reason))
 
 
 def _check_canvas(canvas: Tensor, shape: tuple[int, int], vocab: int) -> None:

@@ -168,7 +168,8 @@ def _layer(layer, hidden: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, 
 
     dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
     rows = hidden.reshape(-1, hidden.shape[-1])
-    _, weights, index = layer.router(rows)
+    # Not a call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
+    _, weights, index = layer.router.forward(rows)
     mixed = layer.experts(layer.pre_feedforward_layernorm_2(rows), index, weights).reshape(hidden.shape)
     mixed = layer.post_feedforward_layernorm_2(mixed)
     return (hidden + layer.post_feedforward_layernorm(dense + mixed)) * layer.layer_scalar

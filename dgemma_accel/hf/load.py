@@ -33,14 +33,19 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
         The model in eval mode; `accelerate` comes after. It is not trainable.
 
     Raises:
-        ValueError: a format that is not known, or not that of the checkpoint; a checkpoint quantized otherwise; a plan
-            that shards the experts; with "nvfp4" a width that is no multiple of 16.
+        ValueError: a format that is not known, or not that of the checkpoint; a checkpoint quantized otherwise, or a
+            `quantization_config` besides `experts`; a plan that shards the experts; with "nvfp4" a width that is no
+            multiple of 16.
         RuntimeError: weights that are not finite; transformers' report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
     """
     if experts is not None:
         check_format(experts, name="experts")
+        if options.get("quantization_config") is not None:
+            raise ValueError(
+                "experts: a model takes one quantization, and a quantization_config was given as well"
+            )
     check_transformers()
     import transformers
 

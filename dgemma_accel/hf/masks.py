@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .cache import readable
 from .naming import takes_cache
-from .patches import Patch
+from .patches import Patch, patch_of
 
 
 @dataclass(eq=False)
@@ -46,6 +45,18 @@ class CausalRange(PrefixRange):
     padding: Tensor | None = None
 
 
+class _Once:
+    """A function without arguments that is called at the first need. `functools.cache` cannot be traced."""
+
+    def __init__(self, make: Callable[[], dict]) -> None:
+        self.make, self.made = make, None
+
+    def __call__(self) -> dict:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+
 def reference_mask(mask, layer_type: str):
     """What the original attention expects in place of `mask`."""
     return mask.reference_masks()[layer_type] if isinstance(mask, PrefixRange) else mask
@@ -74,8 +85,7 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, cache, decoder_att
     still holds. Everything else is the original's business.
     """
 
-    @functools.cache
-    def original() -> dict:
+    def make() -> dict:
         return patch.original()(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -83,10 +93,12 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, cache, decoder_att
             **patch.acceleration.as_argument(cache),
         )
 
+    original = _Once(make)
+
     mask = decoder_attention_mask
-    if cache is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+    if cache is None or not isinstance(mask, Tensor) or mask.ndim != 2 or cache.is_compileable:
         return original()
-    if cache.is_compileable:
+    if not _take_ranges(patch, patch.owner.layers):
         return original()
 
     visible = mask.bool()
@@ -117,8 +129,7 @@ def create_encoder_masks(
     Images and other masks are the original's business.
     """
 
-    @functools.cache
-    def original() -> dict:
+    def make() -> dict:
         return patch.original()(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -128,8 +139,12 @@ def create_encoder_masks(
             **patch.acceleration.as_argument(cache),
         )
 
+    original = _Once(make)
+
     text = config.get_text_config()
     if mm_token_type_ids is not None or cache is None or text.use_bidirectional_attention == "all":
+        return original()
+    if not _take_ranges(patch, patch.owner.language_model.layers):
         return original()
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] == 0):
         return original()
@@ -163,6 +178,20 @@ def create_encoder_masks(
                 return original()
         masks[kind] = CausalRange(*span, reference_masks=original, window=window, padding=padding)
     return masks
+
+
+def _take_ranges(patch: Patch, layers) -> bool:
+    """Whether nobody else's code makes the masks, and this package's attention serves every layer, since another one
+    knows nothing of ranges. It says so where not."""
+    if patch.overridden:
+        patch.acceleration.say("attention", f"{patch.name} is not transformers' own")
+        return False
+    if all(patch_of(getattr(layer, "self_attn", None)) is not None for layer in layers):
+        return True
+    patch.acceleration.say(
+        "attention", "a layer was replaced after accelerate(model); calling that again serves it as well"
+    )
+    return False
 
 
 def _first_layers(config) -> dict[str, int]:

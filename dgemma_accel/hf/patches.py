@@ -17,6 +17,7 @@ from torch import nn
 
 from ..backends import MODULES
 from .bank import CacheBank
+from .overrides import is_overridden
 from .registry import Captures
 
 logger = logging.getLogger("dgemma_accel")
@@ -27,13 +28,17 @@ ATTRIBUTE = "_dgemma_accel"
 
 @dataclass(eq=False)
 class Patch:
-    """One replaced method; the first argument of the function that replaces it."""
+    """One replaced method; the first argument of the function that replaces it.
+
+    had, previous: what stood in the owner's `__dict__`. overridden: the method was not transformers' own.
+    """
 
     acceleration: Acceleration
     owner: nn.Module
     name: str
     had: bool
     previous: Callable | None
+    overridden: bool = False
     replacement: Callable | None = None
 
     def original(self) -> Callable:
@@ -87,10 +92,16 @@ class Acceleration:
 
     def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
         """Let `owner.name(...)` call `function(patch, ...)`."""
-        patch = Patch(self, owner, name, name in owner.__dict__, owner.__dict__.get(name))
+        held, overridden = owner.__dict__, is_overridden(owner, name)
+        patch = Patch(self, owner, name, name in held, held.get(name), overridden)
         patch.replacement = functools.partial(function, patch)
         owner.__dict__[name] = patch.replacement
         self.patches.append(patch)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that was accelerated: the owner of the last method replaced."""
+        return self.patches[-1].owner if self.patches else None
 
     def undo(self) -> None:
         """Put every method back and let go of what calls have left: memory of the device above all."""
@@ -122,4 +133,17 @@ class Acceleration:
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:
-    return model.__dict__.get(ATTRIBUTE)
+    """The record of `accelerate(model)`. One that came along with a copy of the `__dict__` is another model's."""
+    found = model.__dict__.get(ATTRIBUTE)
+    return None if found is None or found.model is not model else found
+
+
+def patch_of(module: nn.Module | None, name: str = "forward") -> Patch | None:
+    """The patch that `module.name` calls, also through hooks of the library `accelerate`; None where it calls none of
+    this very module."""
+    held = {} if module is None else module.__dict__
+    for function in (held.get(name), held.get("_old_forward") if name == "forward" else None):
+        patch = function.args[0] if isinstance(function, functools.partial) and function.args else None
+        if isinstance(patch, Patch) and patch.owner is module:
+            return patch
+    return None

@@ -10,6 +10,7 @@ from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import experts
 from ..reference.quantization import SCALE_GROUP, quantize, quantize_nvfp4
 from .check import check_model
+from .copies import shares_layers_with
 from .experts import ACTIVATIONS, PLAIN, scales_of
 from .patches import acceleration_of
 
@@ -96,7 +97,7 @@ def quantize_experts(model, *, format: str = "fp8"):
     """
     check_model(model)
     check_format(format)
-    if acceleration_of(model) is not None:
+    if acceleration_of(model) is not None or shares_layers_with(model) is not None:
         raise ValueError(
             "model: it is accelerated; call quantize_experts(model) before accelerate(model), or after restore(model)"
         )

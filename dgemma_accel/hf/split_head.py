@@ -96,8 +96,8 @@ class SplitLogits:
         else:
             own = weight[self.start : self.start + self.logits.shape[-1]]
         part = soft_embedding(self.logits, self.stats, own, **settings).float()
-        # A rank's own distribution, weighted with its share of the row's mass. At a low temperature a logsumexp is large
-        # and so is its last place: shares need not add up to 1 before they are divided by their sum.
+        # A rank's own distribution, weighted with its share of the row's mass. At a low temperature a logsumexp is
+        # large and so is its last place: shares need not add up to 1 before they are divided by their sum.
         share = (
             (self.stats.logsumexp.double() - stats.logsumexp.double()).clamp(max=0.0).exp().nan_to_num(0.0)
         )

@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 def wanted() -> bool:
     """Whether the environment names this variant; ValueError where it names one that does not exist."""
-    variant = os.environ.get(VARIABLE, VARIANTS[0])
+    variant = os.environ.get(VARIABLE) or VARIANTS[0]
     if variant not in VARIANTS:
         raise ValueError(f"{VARIABLE}: must be one of {VARIANTS}, got {variant!r}")
     return variant == "sm_90a"

@@ -1,0 +1,53 @@
+"""Why the original sampler serves a call."""
+
+from __future__ import annotations
+
+from .call import Call
+from .hooks import has_hooks
+from .overrides import is_overridden
+from .patches import patch_of
+
+
+def why_original(model, call: Call | None, sampler, logits_processor, criteria) -> str | None:
+    """Why the accelerated denoising step cannot serve a call, or None.
+
+    Args:
+        sampler, logits_processor, criteria: as `generate` prepares them, the temperature's schedule included.
+    """
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+    if call is not None and call.needs_logits:
+        return "the streamer takes logits"
+    if type(sampler) is not generation.EntropyBoundSampler:
+        return f"the sampler is a {type(sampler).__name__}"
+    schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
+    if len(schedules) > 1 or not all(schedules):
+        names = ", ".join(type(processor).__name__ for processor in logits_processor)
+        return f"logits processors {names}"
+    if criteria is not None and type(criteria) is not generation.StableAndConfidentStoppingCriteria:
+        return f"the diffusion stopping criterion is a {type(criteria).__name__}"
+    if has_hooks(model):
+        return "the model has forward hooks"
+    return _why_other_code(model)
+
+
+def refusal(options: list[str], reason: str) -> str:
+    """What a call with options of the accelerated `generate` is told that the original sampler would have to serve."""
+    return f"{', '.join(options)}: only the accelerated sampler has it, but {reason}"
+
+
+def _why_other_code(model) -> str | None:
+    """Which method that the accelerated step goes round, or hands no logits to, is not transformers' own."""
+    decoder = model.model.decoder
+    # The inner two are handed self-conditioning logits, which the accelerated step does not make.
+    for path, module in (("", model), ("model.", model.model), ("model.decoder.", decoder)):
+        if is_overridden(module):
+            return f"{path}forward of the model is not transformers' own"
+    step = patch_of(model, "_denoising_step")
+    if step is not None and step.overridden:
+        return "_denoising_step of the model is not transformers' own"
+    if patch_of(decoder.self_conditioning) is None:
+        return "the self-conditioning block was replaced after accelerate(model); call that again"
+    if decoder.embed_tokens.weight.is_meta:
+        return "the embedding is offloaded"
+    return None
