@@ -502,3 +502,17 @@ def test_compile_fullgraph(backend, device):
         tokens, stats, EntropyBound(0.5), Renoise(VOCAB), seed=1, backend=backend
     ).tokens
     assert torch.equal(step(tokens, logits, torch.tensor(0.5, device=device)), expected)
+
+
+@pytest.mark.parametrize(
+    "entropy", [[0.1, math.nan, 0.2, 0.3], [math.nan, math.nan, 0.1, 0.1], [0.1, 0.2, 0.3, -math.nan]]
+)
+@pytest.mark.parametrize("rule", [EntropyBound(0.15), EntropyBound(1.0), EntropyBound(1.0, inclusive=True)])
+def test_an_entropy_of_nan_comes_first_on_every_backend(backend, device, rule, entropy):
+    """`row_stats` never says so, and what it means to a rule is torch.sort's answer."""
+    tokens, stats = make_tokens(1, 4, device), make_stats(1, 4, device)
+    stats = stats._replace(entropy=torch.tensor([entropy], device=device))
+    ours, reference = (
+        dgemma_accel.commit(tokens, stats, rule, Keep(), backend=name) for name in (backend, "reference")
+    )
+    assert torch.equal(ours.committed, reference.committed)

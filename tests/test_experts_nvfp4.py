@@ -98,6 +98,19 @@ def test_ties_go_to_the_even_code(device):
     assert total == 1 and scale.tolist() == [[448.0], [16.0]] and unpack(packed, torch.float32)[1, 0] == 6
 
 
+def test_quantize_knows_no_default_dtype(device):
+    """The borders between two numbers are fp32 whatever torch's default is."""
+    weight = torch.randn(4, 64, 64, device=device)
+    expected, before = quantize_nvfp4(weight), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = quantize_nvfp4(weight)
+    finally:
+        torch.set_default_dtype(before)
+    for ours, wanted in zip(result, expected):
+        assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))
+
+
 def test_quantize_shows_weights_that_are_not_finite(device):
     for value in (float("nan"), float("inf")):
         weight = torch.ones(2, 3, 32, device=device)

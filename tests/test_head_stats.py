@@ -129,3 +129,16 @@ def test_opcheck(backend, device):
         backend,
     )
     torch.library.opcheck(torch.ops.dgemma.head_stats.default, arguments)
+
+
+@pytest.mark.parametrize("level", [-2.5, -1.369, -0.01])
+def test_nearly_constant_rows_in_slices_are_within_budget(level):
+    """Sums of many equal terms: what is left over is the rounding of the results themselves."""
+    weight, hidden, uniform = torch.full((40_000, 1), level), torch.ones(2, 1), torch.full((2,), 0.5)
+    weight[7], hidden[1] = 0.0, 1.001
+    for settings in ({}, {"temperature": 3.0}, {"temperature": 0.7, "stats_temperature": 1.0}):
+        for backend in ("reference", "cpp"):
+            _, stats = dgemma_accel.head_stats(
+                hidden, weight, keep_logits=False, uniform=uniform, backend=backend, **settings
+            )
+            assert not check_row_stats(stats, hidden @ weight.T, uniform=uniform, **settings), backend

@@ -40,6 +40,22 @@ def test_philox_known_answers(counter, key, words):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_nearly_constant_rows_do_not_add_up_their_roundings(monkeypatch, isa):
+    """Where all powers are the same, each addition rounds the same way."""
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    uniform = torch.full((2,), 0.5)
+    for level in torch.linspace(-3, -0.01, 12).tolist():
+        logits = torch.full((2, 20_000), level)
+        logits[:, 7] = 0.0
+        logits[1] += torch.randn(20_000) * 1e-3
+        stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp")
+        assert not check_row_stats(stats, logits, uniform=uniform)
+        truth = torch.logsumexp(logits.double(), -1)
+        # Half a unit in the last place of the result, and little more than that of the powers.
+        assert (stats.logsumexp.double() - truth).abs().max() < 1e-6, level
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 3, 15, 17, 4095, 4097, 12_289])
 def test_each_instruction_set_is_within_budget(monkeypatch, isa, dtype, vocab):

@@ -301,3 +301,32 @@ def test_infinite_entropy_is_a_row_without_a_distribution(temperature, backend, 
             logits.to(device), temperature=temperature, seed=1, statistics=statistics, backend=backend
         )
         assert stats.entropy.isinf().nonzero().tolist() == [[0, 1], [0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("temperature", [1e20, 1e30, 3e38])
+def test_what_is_ruled_out_takes_no_mass_at_any_temperature(backend, device, temperature):
+    """A difference of minus infinity is none however it is scaled from one temperature to the other."""
+    logits, uniform = torch.randn(64, 31, device=device), torch.rand(64, device=device)
+    logits[torch.rand(64, 31, device=device) < 0.3] = -math.inf
+    logits[:, 3] = 0.0
+    for stats_temperature in (1.0, 1e-6):
+        kwargs = {"temperature": temperature, "stats_temperature": stats_temperature, "uniform": uniform}
+        ours, reference = (
+            dgemma_accel.row_stats(logits, backend=name, **kwargs) for name in (backend, "reference")
+        )
+        assert torch.equal(ours.sample, reference.sample)
+
+
+def test_a_softcap_makes_infinities_finite(backend, device):
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, math.inf, 1.0]], device=device)
+    uniform = torch.tensor([0.5, 0.5], device=device)
+    ours, capped = (
+        dgemma_accel.row_stats(x, softcap=2.0, uniform=uniform, backend=backend)
+        for x in (logits, logits.clamp(-1e4, 1e4))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, capped)) and ours.entropy.isfinite().all()
+    # A token that logits of -inf rule out is not ruled out any more.
+    low = dgemma_accel.row_stats(
+        logits[:1], softcap=2.0, uniform=torch.tensor([0.29], device=device), backend=backend
+    )
+    assert low.sample.tolist() == [1]

@@ -1,5 +1,6 @@
 """Strategies against literal statements of the published algorithms, decision by decision, on a toy model."""
 
+import math
 from functools import partial
 
 import pytest
@@ -24,6 +25,7 @@ from dgemma_accel.samplers import (
     MaskgitPlus,
     MinimalTopK,
     Origin,
+    Proposal,
     Random,
     Sequential,
     SequentialWindow,
@@ -421,3 +423,28 @@ def test_bad_steps():
         MaskedDiffusionSampler(CreditThreshold(), mask_id=MASK, top_k=3).step(
             torch.zeros(1, LENGTH, VOCAB), MASKED
         )
+
+
+@pytest.mark.parametrize("alpha", [0.7, 20.0, 150.0, 400.0, 1e30])
+def test_credit_of_any_weight(alpha):
+    """Greedy: probabilities of the raised logits in fp64, from a table of credits."""
+    gamma, beta = 0.2, 0.8
+    logits = torch.randn(4, 1, 6, VOCAB) * 2
+    logits[..., MASK] = -9.0
+    logits[2, 0, 3] = -math.inf
+    logits[2, 0, 3, 1] = 1.0
+    strategy = CreditThreshold(0.0, slack=0.0, alpha=alpha, gamma=gamma, beta=beta)
+    state = MaskedDiffusionSampler(strategy, mask_id=MASK, block_length=6).start(torch.full((1, 6), MASK))
+    table = torch.zeros(6, VOCAB, dtype=torch.float64)
+    for step in logits:
+        p, top = step[0].double().softmax(-1).max(-1)
+        table = (table * beta).scatter_add(-1, top[:, None], (p**gamma)[:, None])
+        # As fp32 holds them: at the largest weights that is coarse.
+        raised = (step[0].double() + (alpha * table.log1p()).float().double()).float().double()
+        expected = raised.softmax(-1)
+        stats = strategy.propose(step, state, torch.ones(1, 6, dtype=torch.bool), Proposal())
+        chosen = expected.gather(-1, stats.sample[0, :, None])[:, 0]
+        near = 1e-4 if alpha < 1e3 else 1.0
+        assert torch.allclose(stats.sample_prob[0].double(), chosen, atol=near)
+        assert (chosen >= expected.amax(-1) - near).all()
+        assert stats.sample_prob.isfinite().all() and (stats.sample_prob <= 1).all()

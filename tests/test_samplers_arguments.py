@@ -20,6 +20,7 @@ from dgemma_accel.samplers import (
     MinimalTopK,
     Proposal,
     Threshold,
+    TopK,
 )
 
 LENGTH = 8
@@ -123,7 +124,7 @@ def test_more_steps_than_masks_finish_what_fewer_would_leave():
         (lambda: MaskgitPlus(math.inf), ValueError, r"alg_temp: must be in \[0.0, inf\), got inf"),
         (lambda: MaskgitPlus(1e-40), ValueError, "alg_temp: must be in"),
         (lambda: MaskgitPlus(eps=0), ValueError, r"eps: must be in \(0.0, 1.0\], got 0"),
-        (lambda: CreditThreshold(alpha=math.inf), ValueError, r"alpha: must be in \[0.0, inf\), got inf"),
+        (lambda: CreditThreshold(alpha=math.inf), ValueError, r"alpha: must be in \[0.0, 1e\+30\], got inf"),
         (lambda: CreditThreshold(gamma=math.inf), ValueError, "gamma: must be in"),
         (lambda: CreditThreshold(alpha=torch.ones(1)), TypeError, "alpha: a number expected, got a tensor"),
         (lambda: HierarchyWithRemask(rho=torch.ones(1)), TypeError, "rho: a number expected, got a tensor"),
@@ -177,3 +178,75 @@ def test_what_is_taken():
     for zero in (torch.tensor(0.0), torch.zeros(1)):
         sampler_of(JointThresholdEdit(), temperature=zero).step(LOGITS, TOKENS)
     sampler_of(CreditThreshold(), confidence="proposal", top_k=0, top_p=1.0).step(LOGITS, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(2**63), r"k: must be in \[0, 9223372036854775807\], got 9223372036854775808"),
+        (lambda: Threshold(0.5, min_count=2**70), r"min_count: must be in \[0, 9223372036854775807\]"),
+        (
+            lambda: JointThresholdEdit(penalty_lambda=1e300),
+            r"penalty_lambda: must be in \[0.0, 3.40\d+e\+38\]",
+        ),
+        (
+            lambda: sampler_of(temperature=1e300),
+            r"temperature: must be in \[0.0, 3.40\d+e\+38\], got 1e\+300",
+        ),
+        (lambda: sampler_of(steps=10**30), r"steps: must be in \[1, 2147483647\], got 1000"),
+        (lambda: sampler_of(block_length=2**40), r"block_length: must be in \[1, 2147483647\]"),
+        (lambda: sampler_of(guidance_scale=10**400), r"guidance_scale: must be in \[0.0, 3.40"),
+        (lambda: CreditThreshold(alpha=1e31), r"alpha: must be in \[0.0, 1e\+30\], got 1e\+31"),
+    ],
+)
+def test_numbers_that_no_kernel_could_hold(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampler = sampler_of(
+        Threshold(np.float32(0.5), min_count=np.int32(2)),
+        block_length=np.int64(LENGTH),
+        steps=np.int16(9),
+        temperature=np.float32(0.5),
+        top_k=np.int64(5),
+        top_p=np.float32(0.5),
+        softcap=np.float32(30.0),
+    )
+    plain = sampler_of(
+        Threshold(0.5, min_count=2), steps=9, temperature=0.5, top_k=5, top_p=0.5, softcap=30.0
+    )
+    # Held as Python's own, so that nothing that follows has to know.
+    assert sampler == plain and type(sampler.block_length) is int and type(sampler.temperature) is float
+    assert type(sampler.strategy.min_count) is int and type(sampler.strategy.tau) is float
+
+    def model(tokens):
+        return LOGITS[:, : tokens.shape[1]]
+
+    ours = sampler.generate(model, [[1]], np.int64(5), seed=np.int64(3))
+    assert torch.equal(ours.sequences, plain.generate(model, [[1]], 5, seed=3).sequences)
+    for rule in (TopK(np.int64(2)), Threshold(np.float32(0.5)), Bernoulli(np.float64(0.5))):
+        sampler_of(rule, steps=LENGTH).step(LOGITS, TOKENS)
+    with pytest.raises(TypeError, match="k: an int or a tensor expected, got float32"):
+        TopK(np.float32(2.0))
+    with pytest.raises(TypeError, match="tau: a number or a tensor expected, got bool"):
+        Threshold(np.bool_(True))
+
+
+@pytest.mark.parametrize("strategy", [TopK(4), MinimalTopK(4)], ids=lambda s: type(s).__name__)
+def test_a_text_may_be_shorter_than_what_a_step_commits(strategy):
+    sampler = sampler_of(strategy, block_length=None)
+    result = sampler.generate(lambda tokens: LOGITS[:, : tokens.shape[1]], [[1]], 2)
+    assert result.nfe.tolist() == [1] and not result.stuck.any()
+    with pytest.raises(ValueError, match="4 is more than the 2 positions of a block"):
+        sampler_of(strategy, block_length=2)
+
+
+def test_a_step_takes_one_temperature_for_each_row():
+    for temperature in (torch.tensor([0.5, 0.5]), lambda *_: torch.tensor([0.5, 0.5])):
+        for filters in ({}, {"top_k": 3}):
+            with pytest.raises(ValueError, match="^temperature: one value per row is 1 values, got 2"):
+                sampler_of(temperature=temperature, **filters).step(LOGITS, TOKENS)
+    with pytest.raises(ValueError, match="^temperature: one value per row is 2 values, got 1"):
+        sampler_of(temperature=torch.tensor([0.5])).step(LOGITS.expand(2, -1, -1), TOKENS.expand(2, -1))

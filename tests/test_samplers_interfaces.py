@@ -1,6 +1,7 @@
 """How a masked-diffusion model is called: its parameters, its caches, and the rows that it is fed."""
 
 import inspect
+import math
 from dataclasses import replace
 
 import pytest
@@ -284,3 +285,22 @@ def test_bad_interfaces():
         MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=None, interface=BlockCache())
     with pytest.raises(ValueError, match="shift_logits"):
         BlockCache(shift_logits=True)
+
+
+@pytest.mark.parametrize("padding", ["a value", "NaN"])
+def test_an_empty_prompt_in_a_padded_batch_is_what_it_is_alone(padding):
+    """With shifted logits: what stands before its first token is padding, which says nothing."""
+
+    def model(tokens, attention_mask=None, position_ids=None):
+        output = stand_in(tokens, attention_mask=attention_mask, position_ids=position_ids)
+        if attention_mask is not None and padding == "NaN":
+            output.logits[~attention_mask[:, 0].any(-1)] = math.nan
+        return output
+
+    stand_in = Dream(1)
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=DREAM)
+    alone = sampler.generate(stand_in, [[]], 8)
+    for rows in ([[], [1, 2, 3]], [[4], [], [1, 2, 3]]):
+        result = sampler.generate(model, rows, 8)
+        row = rows.index([])
+        assert torch.equal(result.new_tokens[row], alone.new_tokens[0]) and not result.stuck.any()

@@ -230,3 +230,32 @@ def test_infinite_logits_of_guidance():
 
     result = sampler_of(guidance_scale=1.0).generate(model, [[1]], 4)
     assert result.new_tokens.tolist() == [[3] * 4]
+
+
+def test_temperatures_of_a_step_follow_their_rows():
+    prompts, values = [[1, 2], [3], [4, 5], [6]], torch.tensor([0.0, 0.8, 0.0, 1.5])
+    interface = FullSequence(attention_mask=None)
+    texts = [
+        sampler_of(temperature=temperature, interface=interface).generate(LLaDA(0), prompts, 8, seed=1)
+        for temperature in (values, lambda step, steps: values)
+    ]
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+    # Two rows in each group: as many values as one of them has rows are no answer.
+    sampler = sampler_of(temperature=lambda *_: values[:2], interface=interface)
+    with pytest.raises(ValueError, match="^temperature: one value per prompt is 4 values, got 2"):
+        sampler.generate(LLaDA(0), prompts, 8)
+
+
+def test_callbacks_see_all_rows():
+    """Also where prompts run in groups: those of one token first."""
+    seen = []
+    sampler = sampler_of(steps=2, interface=FullSequence(attention_mask=None), pad_id=3)
+    result = sampler.generate(
+        LLaDA(0), [[1, 2], [5], [6, 7]], 4, callback=lambda x, block, step: seen.append((x, block, step))
+    )
+    assert [(block, step) for _, block, step in seen] == [(0, 0), (0, 1)] * 2
+    assert all(x.shape == result.sequences.shape for x, *_ in seen)
+    assert all(x[:, :2].tolist() == [[1, 2], [3, 5], [6, 7]] for x, *_ in seen)
+    masks = [(x[:, 2:] == MASK).sum(-1).tolist() for x, *_ in seen]
+    assert masks == [[4, 2, 4], [4, 0, 4], [2, 0, 2], [0, 0, 0]]
+    assert torch.equal(seen[-1][0], result.sequences)

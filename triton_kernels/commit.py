@@ -59,8 +59,11 @@ def gumbel_noise(word):
 
 @triton.jit
 def sortable(x):
-    """fp32 to 32 bits, held in int64, that ascend where x descends; -0.0 and 0.0 give the same bits."""
-    b = (x + 0.0).to(tl.int32, bitcast=True)
+    """fp32 to 32 bits, held in int64, that ascend where x descends; -0.0 and 0.0 give the same bits.
+
+    NaN comes before everything, as in torch.sort, whatever its sign.
+    """
+    b = tl.where(x == x, (x + 0.0).to(tl.int32, bitcast=True), 0x7FFFFFFF)
     # A negative float orders by its bits reversed; the sign bit goes last.
     ascending = tl.where(b < 0, b ^ 0x7FFFFFFF, b).to(tl.int64)
     return 0x7FFFFFFF - ascending

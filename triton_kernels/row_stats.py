@@ -45,6 +45,10 @@ FEATURES = {
 
 # A difference x - M is kept above this, so that -inf contributes 0 * finite instead of 0 * inf.
 FLOOR = tl.constexpr(-1.0e30)
+# The same for the exponents of a tile, which are multiplied with Ts / T. The two together leave less than -300, whose
+# power is 0: so no lane that is -inf draws, however much larger T is than Ts, and no lane has to be asked.
+LOWEST_EXPONENT = tl.constexpr(-3.0e38)
+LOWEST_RATIO = tl.constexpr(1.0e-36)
 
 
 # Rows that one program of `merge_kernel` finishes at most.
@@ -121,16 +125,16 @@ def leave_tile_statistics(
         else:
             b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
         if not EVEN:
-            b_d = tl.where((o_v < vocab)[None, :], b_d, FLOOR)
+            b_d = tl.where((o_v < vocab)[None, :], b_d, LOWEST_EXPONENT)
     else:
         b_top = tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]
-        b_d = tl.maximum((b_raw - b_top) * b_k[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        b_d = tl.maximum((b_raw - b_top) * b_k[:, None], LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
 
     b_e = exp2_flushed(b_d)
     tl.store(tile_z + p_tile, tl.sum(b_e, 1), mask=m_r)
     tl.store(tile_s + p_tile, tl.sum(b_d * b_e, 1) / b_k, mask=m_r)
     if TWO_TEMPERATURES:
-        b_ratio = rate(b_t) / b_k
+        b_ratio = tl.maximum(rate(b_t) / b_k, LOWEST_RATIO)
         tl.store(tile_zt + p_tile, tl.sum(exp2_flushed(b_d * b_ratio[:, None]), 1), mask=m_r)
 
 

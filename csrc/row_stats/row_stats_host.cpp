@@ -52,6 +52,19 @@ struct Tile {
 
 // Independent accumulators, so that one vector does not wait for the one before.
 constexpr int kChains = 4;
+// Vectors that an accumulator takes in before it goes into the tile's sum, which carries what it rounds off. A row that
+// is nearly constant rounds every addition the same way, so what counts is how many there are one after the other.
+constexpr int kRound = 8;
+
+struct CarryingSum {
+  Vector sum = {}, carry = {};
+
+  DGEMMA_MEMBER void add(Vector value) {
+    const Vector more = value - carry, before = sum;
+    sum = before + more;
+    carry = (sum - before) - more;
+  }
+};
 
 template <class T, bool kSoftcap, bool kCheck>
 void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
@@ -121,6 +134,7 @@ void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahe
   const float reference = tile.max < -kLargestFloat ? -kLargestFloat : tile.max;
   const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
   Vector z[kChains] = {}, s[kChains] = {}, mass[kChains] = {};
+  CarryingSum all_z, all_s, all_mass;
   const auto take = [&](Vector x, int c) {
     const Vector difference = x - reference;
     const Vector t = at_least(difference * stats, kLowestPower);
@@ -129,19 +143,32 @@ void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahe
     s[c] += t * e;
     if (kTwoTemperatures) mass[c] += exp2_of_difference(at_least(difference * sampling, kLowestPower));
   };
+  const auto add_up = [](Vector* chains, CarryingSum& all) {
+    all.add((chains[0] + chains[1]) + (chains[2] + chains[3]));
+    for (int c = 0; c < kChains; ++c) chains[c] = Vector{};
+  };
+  const auto end_round = [&] {
+    add_up(z, all_z);
+    add_up(s, all_s);
+    if (kTwoTemperatures) add_up(mass, all_mass);
+  };
   int64_t i = 0;
-  for (; i + kChains <= tile.full; i += kChains) {
-    for (int c = 0; c < kChains; ++c) {
-      take(load(tile.x + (i + c) * DGEMMA_LANES), c);
-      __builtin_prefetch(ahead + (i + c) * ahead_step);
+  for (; i + kChains * kRound <= tile.full; end_round()) {
+    for (int n = 0; n < kRound; ++n, i += kChains) {
+      for (int c = 0; c < kChains; ++c) {
+        take(load(tile.x + (i + c) * DGEMMA_LANES), c);
+        __builtin_prefetch(ahead + (i + c) * ahead_step);
+      }
     }
   }
+  for (; i + kChains <= tile.full; i += kChains)
+    for (int c = 0; c < kChains; ++c) take(load(tile.x + (i + c) * DGEMMA_LANES), c);
   for (; i < tile.full; ++i) take(load(tile.x + i * DGEMMA_LANES), 0);
   take(tile.tail, 1);
-  const auto sum = [](const Vector* chains) { return sum_of_lanes((chains[0] + chains[1]) + (chains[2] + chains[3])); };
-  result.z = sum(z);
-  result.s = sum(s) * 0.693147180559945f;
-  result.mass = kTwoTemperatures ? sum(mass) : result.z;
+  end_round();
+  result.z = sum_of_lanes(all_z.sum);
+  result.s = sum_of_lanes(all_s.sum) * 0.693147180559945f;
+  result.mass = kTwoTemperatures ? sum_of_lanes(all_mass.sum) : result.z;
 }
 
 DGEMMA_HD TileStatistics* tiles_of(const RowStatsParams& params, int64_t row) {

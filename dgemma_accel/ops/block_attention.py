@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -163,9 +161,10 @@ def block_attention(
         checks.on_device(name, bound, query.device, "query")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    number = checks.plain_number(scale, integer=False)
+    if number is None:
         raise TypeError(f"scale: a number expected, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -checks.FP32_MAX <= number <= checks.FP32_MAX:
         raise ValueError(f"scale: must be finite, got {scale}")
 
     _check_window(window, causal)
@@ -178,7 +177,7 @@ def block_attention(
         prefix_value,
         prefix_start,
         prefix_end,
-        float(scale),
+        float(number),
         checks.softcap_value(softcap),
         bool(causal),
         window,

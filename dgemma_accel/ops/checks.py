@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INT64_MAX = 2**63 - 1
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def is_tensor(name: str, value: object) -> Tensor:
@@ -50,6 +52,17 @@ def interval(low: float, high: float, *, low_open: bool = False, high_open: bool
     return f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
 
 
+def plain_number(value: object, integer: bool) -> int | float | None:
+    """A number, which may be one of NumPy, as Python's own; None for what is none (a bool is none)."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int if integer else (int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if not integer and isinstance(value, Real) else None
+
+
 def may_keep_numbers(tensor: Tensor) -> bool:
     """Whether a call on `tensor` may get its numbers from `constant`: where a graph is traced they belong to it."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
@@ -73,7 +86,13 @@ def _number(value: float, dtype: torch.dtype, device: torch.device, keep: bool) 
         return torch.tensor(value, dtype=dtype, device="cpu")
     # A number of the host would be made by C++ that inductor writes, for which a machine with a GPU need not have a
     # compiler; one of the device by the code that is compiled anyway.
-    return ZEROS[dtype] if value == 0 else torch.full((), value, dtype=dtype, device=device)
+    if value == 0:
+        return ZEROS[dtype]
+    if not dtype.is_floating_point:
+        return torch.full((), value, dtype=dtype, device=device)
+    # As a product, a number that changes from call to call stays an input of the graph; as what fills a tensor it is a
+    # constant of it, and every new one compiles it again.
+    return torch.ones((), dtype=dtype, device=device) * value
 
 
 def number_or_rows(
@@ -114,10 +133,15 @@ def number_or_rows(
             value = value.to(dtype).reshape(-1)
         return value.contiguous()
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(
-            f"{name}: {'an int' if integer else 'a number'} or a tensor expected, got {type(value).__name__}"
-        )
-    if math.isnan(value) or not low <= value <= high or (low_open and value == low) or math.isinf(value):
+        number = plain_number(value, integer)
+        if number is None:
+            kind = "an int" if integer else "a number"
+            raise TypeError(f"{name}: {kind} or a tensor expected, got {type(value).__name__}")
+        value = number
+    most = INT64_MAX if integer else FP32_MAX
+    # Comparisons alone: a number may be a symbol of torch.compile, which `math` does not take. NaN fails the first.
+    if not low <= value <= high or not value <= most or (low_open and value == low):
+        high = min(high, most) if most < value < math.inf else high
         raise ValueError(
             f"{name}: must be finite and in {interval(low, high, low_open=low_open)}, got {value}"
         )
@@ -127,11 +151,12 @@ def number_or_rows(
 def softcap_value(softcap: float | None) -> float | None:
     if softcap is None:
         return None
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+    number = plain_number(softcap, integer=False)
+    if number is None:
         raise TypeError(f"softcap: a number or None expected, got {type(softcap).__name__}")
-    if not math.isfinite(softcap) or softcap <= 0:
+    if not 0 < number <= FP32_MAX:
         raise ValueError(f"softcap: must be finite and > 0, got {softcap}")
-    return float(softcap)
+    return float(number)
 
 
 def seed_and_offset(
@@ -173,7 +198,10 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bo
             on_device(name, value, device, "the input")
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: an int or a 0-d int64 tensor expected, got {type(value).__name__}")
+        number = plain_number(value, integer=True)
+        if number is None:
+            raise TypeError(f"{name}: an int or a 0-d int64 tensor expected, got {type(value).__name__}")
+        value = number
     if not 0 <= value <= INT64_MAX:
         raise ValueError(f"{name}: must be in [0, 2**63), got {value}")
     return _number(value, torch.int64, device, keep)

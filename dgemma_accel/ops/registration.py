@@ -2,7 +2,8 @@
 
 `torch.library.custom_op` passes through four Python functions on the way to a kernel. For a small canvas that takes
 longer than the kernel, so ops are defined on a `torch.library.Library`; schema, fake, autograd and the behaviour under
-torch.compile are those of a custom_op.
+torch.compile are those of a custom_op. But an op says its dtypes itself, so its body runs without the caller's
+autocast, as it does when it is compiled; a custom_op's runs with it, and returns other dtypes than its fake says.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import get_type_hints
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("dgemma", "FRAGMENT")
 
 _without_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
+_any_autocast = torch._C._is_any_autocast_enabled
+_without_autocast = torch._C._DisableAutocast
 
 
 class Operator:
@@ -33,7 +37,7 @@ class Operator:
         qualified = f"dgemma::{name}"
         schema = torch.library.infer_schema(_with_signature(kernel, fields), mutates_args=())
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, _never_traced(kernel), "CompositeExplicitAutograd")
+        _library.impl(name, _as_it_stands(kernel), "CompositeExplicitAutograd")
         self.name = name
         self.overload = getattr(torch.ops.dgemma, name).default
 
@@ -48,7 +52,11 @@ class Operator:
         return fake
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*arguments)):
+        if torch.compiler.is_compiling():
+            return self.overload(*arguments)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, arguments)
+        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
             return self.overload(*arguments)
         # Nothing to record, so the Python function that would find that out is left out.
         with _without_autograd():
@@ -58,6 +66,13 @@ class Operator:
 def operator(name: str, fields: Mapping[str, object] | None = None) -> Callable[[Callable], Operator]:
     """Decorator: registers a function as the body of `torch.ops.dgemma.<name>`; `fields` as in `Operator`."""
     return lambda kernel: Operator(name, kernel, fields)
+
+
+def _refuse_tangents(name: str, arguments: tuple) -> None:
+    """Forward mode asks no backward, so without this an op's derivative would be 0."""
+    for value in arguments:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f"dgemma::{name} is not differentiable, not in forward mode either")
 
 
 def _with_signature(kernel: Callable, fields: Mapping[str, object] | None) -> Callable:
@@ -77,13 +92,17 @@ def _with_signature(kernel: Callable, fields: Mapping[str, object] | None) -> Ca
     return looks_alike
 
 
-def _never_traced(kernel: Callable) -> Callable:
-    """`kernel`, into which torch.compile does not look when eager code calls it."""
+def _as_it_stands(kernel: Callable) -> Callable:
+    """`kernel`, which no autocast changes, and into which torch.compile does not look when eager code calls it."""
     disabled = None
 
     @functools.wraps(kernel)
     def run(*arguments):
         nonlocal disabled
+        if _any_autocast():
+            # For every device at once; inside it no autocast is left, so this happens once.
+            with _without_autocast():
+                return run(*arguments)
         if disabled is None:
             # Importing the compiler takes seconds, and where nobody did nothing is traced.
             if "torch._dynamo" not in sys.modules:

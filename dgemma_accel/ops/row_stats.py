@@ -129,8 +129,13 @@ def row_stats(
     A row without a distribution (all -inf, or NaN or +inf anywhere) yields argmax = sample = 0, entropy = +inf,
     logsumexp = NaN and probabilities 0; no rule of `commit` prefers such a row.
 
+    A softcap c makes infinities finite: -inf becomes -c and +inf becomes c, so that only NaN leaves a row without a
+    distribution, and a token that logits of -inf were to rule out can be drawn. transformers caps its logits before
+    it rules any out, in the same way; what is ruled out afterwards comes here without softcap.
+
     Args:
-        logits: [..., V] bf16, fp16 or fp32, -inf allowed. Any strides; a last stride other than 1 is copied.
+        logits: [..., V] bf16, fp16 or fp32, -inf allowed (but see softcap). Any strides; a last stride other than 1 is
+            copied.
         temperature: >= 0; a number, a 0-d tensor or one value per row [...].
         stats_temperature: > 0; the same forms, or None.
         softcap: > 0, or None.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .budget import _within
 from .experts import activate, experts
 from .quantization import dequantize
 
 
+@without_autocast
 def check_experts(
     result: Tensor,
     hidden: Tensor,

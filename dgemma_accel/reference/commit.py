@@ -168,6 +168,8 @@ def commit(call: CommitCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
     Source: EntropyBoundSampler, StableAndConfidentStoppingCriteria and `_denoising_step` of transformers'
     generation_diffusion_gemma.py; the rules as cited in `samplers.rules`.
     """
+    # Results then have no gaps either, on every backend.
+    call = call.contiguous()
     tokens, finished = call.tokens, call.finished
     batch, length = tokens.shape
     device = tokens.device

@@ -50,7 +50,7 @@ def experts(
         down_global_scale: likewise, [X].
 
     Returns:
-        [R, E] in the dtype of `hidden`.
+        [R, E] in the dtype of `hidden`, contiguous whatever the strides of `hidden`.
 
     Source: DiffusionGemmaTextExperts.forward in transformers' modeling_diffusion_gemma.py, which computes in the
     dtype of the weights; its activation is gelu_pytorch_tanh in the released configuration. The format of FP8
@@ -58,7 +58,7 @@ def experts(
     """
     compute = compute_dtype(hidden)
     x = hidden.to(compute)
-    output = torch.zeros_like(x)
+    output = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
     def widened(weight: Tensor, scale: Tensor | None, total: Tensor | None, expert: int) -> Tensor:
         scale, total = (None if one is None else one[expert] for one in (scale, total))

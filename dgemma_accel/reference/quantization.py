@@ -76,7 +76,7 @@ def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _e2m1(numbers: Tensor) -> Tensor:
     """The codes of the nearest e2m1 numbers as uint8, ties to the even code."""
-    middle = torch.tensor(E2M1, device=numbers.device)
+    middle = torch.tensor(E2M1, dtype=torch.float32, device=numbers.device)
     middle = (middle[:-1] + middle[1:]) / 2
     # `bucketize` leaves what equals a border below it; a tie goes up where the code above is the even one.
     middle[1::2] = torch.nextafter(middle[1::2], torch.zeros_like(middle[1::2]))

@@ -66,7 +66,8 @@ def row_stats(
     - sample_prob is p[sample].
 
     A row that has no distribution (all -inf, or NaN or +inf anywhere) yields argmax = sample = 0,
-    entropy = +inf, logsumexp = NaN and probabilities 0, so that no rule prefers it.
+    entropy = +inf, logsumexp = NaN and probabilities 0, so that no rule prefers it. With a softcap c infinite
+    logits are c and -c, and only NaN leaves a row without one.
 
     Args:
         logits: [N0, N1, V] bf16, fp16, fp32 or fp64. -inf is allowed.

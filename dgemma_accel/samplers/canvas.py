@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .numbers import SCALAR, Number, check_number
+from .numbers import SCALAR, Number, check_field
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class StableAndConfident:
     confidence: Number = 0.005
 
     def __post_init__(self) -> None:
-        check_number("stability", self.stability, 0, integer=True)
-        check_number("confidence", self.confidence, 1e-30, tensor=SCALAR)
+        check_field(self, "stability", 0, integer=True)
+        check_field(self, "confidence", 1e-30, tensor=SCALAR)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import checks
 from ..reference.row_stats import apply_softcap
 from .interfaces import Session
-from .numbers import check_number
+from .numbers import LONGEST, check_number
 from .prompts import check_tokens, device_of, prompt_rows
 from .strategies.base import EveryStep
 
@@ -64,6 +64,31 @@ def _numbers_per_row(owner, names) -> dict[str, Tensor]:
     return {name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 1}
 
 
+def _for_rows(temperature, group: list[int], rows: int):
+    """A function of the step that returns one temperature per prompt, as one that returns those of a group."""
+
+    def of_group(step: int, steps: int):
+        value = temperature(step, steps)
+        if not isinstance(value, Tensor) or value.ndim != 1:
+            return value
+        if len(value) != rows:
+            raise ValueError(f"temperature: one value per prompt is {rows} values, got {len(value)}")
+        return value[group]
+
+    return of_group
+
+
+def _for_all_rows(callback, sequences: Tensor, group: list[int], start: int):
+    """A callback that takes all rows as one that takes those of a group, whose first column is `start`."""
+
+    def of_group(tokens: Tensor, block: int, step: int) -> None:
+        whole = sequences.clone()
+        whole[group, start:] = tokens[:, : whole.shape[1] - start]
+        callback(whole, block, step)
+
+    return of_group
+
+
 def _by_groups(sampler, groups: list[list[int]], rows: int):
     """The sampler for each group of rows: its temperature and its rule's numbers are those of the group's rows."""
     rule = sampler.decider.fixed if isinstance(sampler.decider, EveryStep) else None
@@ -72,11 +97,14 @@ def _by_groups(sampler, groups: list[list[int]], rows: int):
     for name, values in (own | ruled).items():
         if len(values) != rows:
             raise ValueError(f"{name}: one value per prompt is {rows} values, got {len(values)}")
-    if not own and not ruled:
+    parts = callable(sampler.temperature) and len(groups) > 1
+    if not own and not ruled and not parts:
         return [sampler] * len(groups)
     samplers = []
     for group in groups:
         changed = {name: values[group] for name, values in own.items()}
+        if parts:
+            changed["temperature"] = _for_rows(sampler.temperature, group, rows)
         if ruled:
             changed["strategy"] = replace(rule, **{name: values[group] for name, values in ruled.items()})
         samplers.append(replace(sampler, **changed))
@@ -90,14 +118,15 @@ def generate(
     """`MaskedDiffusionSampler.generate`, whose docstring says it all."""
     if not callable(model):
         raise TypeError(f"model: a callable that returns logits expected, got {type(model).__name__}")
-    check_number("max_new_tokens", max_new_tokens, 1, integer=True)
+    max_new_tokens = check_number("max_new_tokens", max_new_tokens, 1, LONGEST, integer=True)
     device = device_of(model, prompt_ids)
     rows = prompt_rows(prompt_ids, attention_mask, device)
     _check_listeners(streamer, callback, len(rows))
     check_tokens(sampler, model, rows)
     if sampler.block_length is None:
-        # One block; what the strategy says about its length can be said only now.
-        sampler = replace(sampler, block_length=max_new_tokens)
+        # One block; what the strategy says about its length can be said only now. It may be shorter than a block of
+        # the strategy, and ends with the text.
+        sampler = replace(sampler, block_length=max(max_new_tokens, sampler.decider.shortest_block))
     seed = checks.seed_and_offset(seed, 0, device)[0]
 
     groups = [list(range(len(rows)))]
@@ -106,14 +135,22 @@ def generate(
         groups = [[i for i, row in enumerate(rows) if len(row) == length] for length in lengths]
     longest = max(len(row) for row in rows)
     sequences = torch.full((len(rows), longest + max_new_tokens), sampler.padding, device=device)
+    if callback is not None:
+        # What a callback sees of groups whose turn has not come.
+        sequences[:, longest:] = sampler.mask_id
+        for number, row in enumerate(rows):
+            sequences[number, longest - len(row) : longest] = row
     nfe = torch.zeros(len(rows), dtype=torch.int64, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     stuck = torch.zeros_like(ended)
     calls, rows_fed, offset = 0, 0, 0
     for own, group in zip(_by_groups(sampler, groups, len(rows)), groups):
-        run = _Run(own, model, [rows[i] for i in group], max_new_tokens, seed, offset, streamer, callback)
+        members = [rows[i] for i in group]
+        start = longest - max(len(row) for row in members)
+        listener = None if callback is None else _for_all_rows(callback, sequences, group, start)
+        run = _Run(own, model, members, max_new_tokens, seed, offset, streamer, listener)
         run.finish()
-        sequences[group, longest - run.prompt_length :] = run.tokens[:, : run.prompt_length + max_new_tokens]
+        sequences[group, start:] = run.tokens[:, : run.prompt_length + max_new_tokens]
         nfe[group], ended[group], stuck[group] = run.nfe, run.ended, run.stuck
         calls, rows_fed, offset = calls + run.session.calls, rows_fed + run.session.rows_fed, run.offset
     return GenerateResult(sequences, longest, nfe, calls, ended, stuck, rows_fed)
@@ -238,7 +275,7 @@ class _Run:
 
     def _report(self, number: int, state, start: int, end: int) -> None:
         if self.callback is not None:
-            self.callback(self.tokens.clone(), number, state.step - 1)
+            self.callback(self.tokens, number, state.step - 1)
         if hasattr(self.streamer, "put_draft"):
             new = slice(max(start, self.prompt_length), min(end, self.end))
             self.streamer.put_draft(self.tokens[:, new].cpu())

@@ -133,7 +133,7 @@ class Session:
 class Interface:
     """Base of the interfaces.
 
-    shift_logits: the logits that predict position i stand at i - 1 (Dream). Position 0 reads its own.
+    shift_logits: the logits that predict position i stand at i - 1 (Dream). A row's first token reads its own.
     """
 
     shift_logits: bool = False
@@ -161,7 +161,16 @@ class _FullSession(Session):
                     f"model: its forward takes no {name}, which a padded batch needs; "
                     f"interface=FullSequence(attention_mask=None{shifted}) runs prompts of different lengths in groups"
                 )
-        return self.block_of(self.checked(self.call(tokens, **kwargs), tokens), start, end)
+        logits = self.checked(self.call(tokens, **kwargs), tokens)
+        block = self.block_of(logits, start, end)
+        if not kwargs or not self.interface.shift_logits or start == 0:
+            return block
+        # A row whose first token this is, an empty prompt in a padded batch, has nothing but padding before it.
+        begins = ~self.valid[:, start - 1]
+        if not bool(begins.any()):
+            return block
+        first = torch.where(begins[:, None], logits[:, start], block[:, 0])
+        return torch.cat([first[:, None], block[:, 1:]], 1)
 
 
 @dataclass(frozen=True)

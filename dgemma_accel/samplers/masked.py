@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from ..ops import checks
 from ..ops.commit import CommitResult
 from .generation import GenerateResult, generate
 from .interfaces import DREAM, BlockCache, FullSequence, Interface
-from .numbers import PER_ROW, check_number, token_id, token_ids
+from .numbers import LONGEST, PER_ROW, check_field, check_number, token_id, token_ids
 from .proposals import Proposal
 from .rules import Rule
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
@@ -87,16 +86,16 @@ class MaskedDiffusionSampler:
         decider = self.decider
         self._check_tokens()
         if self.block_length is not None:
-            check_number("block_length", self.block_length, 1, integer=True)
+            check_field(self, "block_length", 1, LONGEST, integer=True)
         if self.steps is not None:
-            check_number("steps", self.steps, 1, integer=True)
+            check_field(self, "steps", 1, LONGEST, integer=True)
         if not callable(self.temperature):
-            check_number("temperature", self.temperature, 0.0, tensor=PER_ROW)
+            check_field(self, "temperature", 0.0, tensor=PER_ROW)
         if self.top_k is not None:
-            check_number("top_k", self.top_k, 0, integer=True)
+            check_field(self, "top_k", 0, integer=True)
         if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0)
-        check_number("guidance_scale", self.guidance_scale, 0.0)
+            check_field(self, "top_p", 0.0, 1.0)
+        check_field(self, "guidance_scale", 0.0)
         checks.softcap_value(self.softcap)
         backends.requested(self.backend)
         if self.confidence not in (*CONFIDENCES, None):
@@ -231,10 +230,9 @@ class MaskedDiffusionSampler:
     def _proposal(self, number: int, length: int) -> Proposal:
         temperature = self.temperature
         if callable(temperature):
-            temperature = temperature(number, self._steps(length))
-            if isinstance(temperature, Real):  # a number of NumPy too
-                temperature = float(temperature)
-            check_number("temperature", temperature, 0.0, tensor=PER_ROW)
+            temperature = check_number(
+                "temperature", temperature(number, self._steps(length)), 0.0, tensor=PER_ROW
+            )
         return self._proposal_at(temperature)
 
     def _proposal_at(self, temperature: float | Tensor) -> Proposal:
@@ -354,7 +352,9 @@ class MaskedDiffusionSampler:
             seed: as in `row_stats`; None draws one from torch's default generator.
             streamer: gets `put(prompt)`, `put_draft(block)` after every step if it has that method,
                 `put(block)` when a block is done, and `end()`, as transformers' TextDiffusionStreamer.
-            callback: called with (tokens [B, N], number of the block, number of the step) after every step.
+            callback: called with (tokens [B, N], number of the block, number of the step) after every step; tokens as
+                `GenerateResult.sequences`, masks where nothing is decided. Rows that run in groups, one for each length
+                of a prompt, are decided group after group, and blocks are counted anew in each.
 
         Returns:
             `GenerateResult`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ Number = float | int | Tensor
 
 # The most dimensions of a tensor parameter: one number, or one value per batch row.
 SCALAR, PER_ROW = 0, 1
+# Of tokens and of steps: sums with one of them stay far within int64.
+LONGEST = 2**31 - 1
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (*checks.FLOAT_DTYPES, torch.float64)
 
@@ -27,14 +30,17 @@ def check_number(
     integer: bool = False,
     low_open: bool = False,
     tensor: int | None = None,
-) -> None:
-    """Raise unless a number is finite and lies in [low, high], or in (low, high] with `low_open`.
+) -> Number:
+    """Raise unless a number lies in [low, high], or in (low, high] with `low_open`, and is one of int64 or fp32.
 
     A tensor's dtype and shape are checked here, its values only where it is on the CPU: reading another one would
     wait for its device, so there the ops check it, with `check=True`.
 
     Args:
         tensor: SCALAR where a 0-d tensor may be given too, PER_ROW where also one value per row [B]; None: no tensor.
+
+    Returns:
+        The value, a number of NumPy as Python's own.
 
     Raises:
         TypeError, ValueError: the value is of a wrong type, dtype or shape, or out of range.
@@ -49,13 +55,25 @@ def check_number(
             raise ValueError(f"{name}: {kind}, a 0-d tensor{rows} expected, got shape {tuple(value.shape)}")
         if checks.may_keep_numbers(value):
             checks.values_in(name, value, low, high, low_open=low_open, high_open=math.isinf(high))
-        return
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        return value
+    number = checks.plain_number(value, integer)
+    if number is None:
         allowed = kind if tensor is None else f"{kind} or a tensor"
         raise TypeError(f"{name}: {allowed} expected, got {type(value).__name__}")
+    most = checks.INT64_MAX if integer else checks.FP32_MAX
     # Written so that NaN is refused too.
-    if not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
+    if not (low < number if low_open else low <= number) or not number <= high or not number <= most:
+        high = min(high, most) if most < number < math.inf else high
         raise ValueError(f"{name}: must be in {checks.interval(low, high, low_open=low_open)}, got {value}")
+    return number
+
+
+def check_field(owner: Any, name: str, low: float, high: float = math.inf, **options) -> None:
+    """`check_number` of a field of a frozen dataclass, which holds what that returns from then on."""
+    value = getattr(owner, name)
+    number = check_number(name, value, low, high, **options)
+    if number is not value:
+        object.__setattr__(owner, name, number)
 
 
 def token_id(name: str, value) -> int:

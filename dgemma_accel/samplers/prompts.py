@@ -64,13 +64,13 @@ def _row(name: str, row: Any, device: torch.device) -> Tensor:
             f"{name}: a sequence of token ids expected, got {type(row).__name__}{_instead_of(row)}"
         )
     if hasattr(row, "dtype"):  # a tensor or an array
-        ids = torch.as_tensor(row)
+        ids = row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu")
         if ids.ndim != 1:
             raise ValueError(f"{name}: a sequence of token ids expected, got shape {tuple(ids.shape)}")
         if ids.numel():
             checks.has_dtype(name, ids, _INTEGERS)
     else:
-        ids = torch.tensor([token_id(name, one) for one in row], dtype=torch.int64)
+        ids = torch.tensor([token_id(name, one) for one in row], dtype=torch.int64, device="cpu")
     return ids.to(device, torch.int64)
 
 

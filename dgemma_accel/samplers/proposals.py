@@ -210,6 +210,10 @@ class Proposal:
         """A number, or one value per row of logits [B, C, V]."""
         if not isinstance(self.temperature, Tensor) or self.temperature.ndim == 0:
             return self.temperature
+        if len(self.temperature) != logits.shape[0]:
+            raise ValueError(
+                f"temperature: one value per row is {logits.shape[0]} values, got {len(self.temperature)}"
+            )
         return self.temperature.to(logits.device)[:, None].expand(logits.shape[:-1])
 
     def stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
@@ -295,11 +299,12 @@ class Proposal:
     def _filtered_stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
         shape, vocab = logits.shape[:-1], logits.shape[-1]
         rows = torch.arange(shape.numel(), device=logits.device)
-        uniform = row_uniform(None, seed, torch.as_tensor(offset), shape.numel(), logits.device)
+        number = torch.as_tensor(offset, device="cpu")
+        uniform = row_uniform(None, seed, number, shape.numel(), logits.device)
         temperature = self._flat_temperature(logits)
         stats = RowStats(
             *(torch.empty(len(rows), dtype=torch.int64, device=logits.device) for _ in range(2)),
-            *(torch.empty(len(rows), device=logits.device) for _ in range(5)),
+            *(torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(5)),
         )
 
         def keep(part: Tensor, x: Tensor, tokens: Tensor | None = None) -> None:
@@ -357,7 +362,7 @@ class Proposal:
             block,
             temperature=t,
             softcap=self.softcap,
-            uniform=torch.zeros(len(rows), device=block.device),
+            uniform=torch.zeros(len(rows), dtype=torch.float32, device=block.device),
             backend=self.backend,
         )
         return torch.exp((stats.logsumexp - highest).double())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .encoding import PROBABILITIES, EncodedRule, Flag, Measure, Select
-from .numbers import PER_ROW, Number, check_number
+from .numbers import PER_ROW, Number, check_field
 
 
 def _check_measure(measure: Measure, allowed: tuple[Measure, ...] = tuple(Measure)) -> None:
@@ -24,9 +24,9 @@ def _check_measure(measure: Measure, allowed: tuple[Measure, ...] = tuple(Measur
         raise ValueError(f"measure: must be one of {names}, which lie in [0, 1], got Measure.{measure.name}")
 
 
-def _check_count(name: str, k: Number | None) -> None:
-    if k is not None:
-        check_number(name, k, 0, integer=True, tensor=PER_ROW)
+def _check_count(rule: Rule) -> None:
+    if rule.k is not None:
+        check_field(rule, "k", 0, integer=True, tensor=PER_ROW)
 
 
 def _given_count(rule: Rule) -> Number:
@@ -65,10 +65,10 @@ class TopK(Rule):
     gumbel_temperature: Number | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 0, integer=True, tensor=PER_ROW)
+        check_field(self, "k", 0, integer=True, tensor=PER_ROW)
         _check_measure(self.measure)
         if self.gumbel_temperature is not None:
-            check_number("gumbel_temperature", self.gumbel_temperature, 1e-30, tensor=PER_ROW)
+            check_field(self, "gumbel_temperature", 1e-30, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         if self.gumbel_temperature is None:
@@ -86,7 +86,7 @@ class Random(Rule):
     k: Number | None = None
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k)
+        _check_count(self)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(Measure.RANDOM, Select.TOP_K, k=_given_count(self))
@@ -102,7 +102,7 @@ class Margin(Rule):
     k: Number | None = None
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k)
+        _check_count(self)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(Measure.MARGIN, Select.TOP_K, k=_given_count(self))
@@ -115,7 +115,7 @@ class Sequential(Rule):
     k: Number | None = None
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k)
+        _check_count(self)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(Measure.POSITION, Select.TOP_K, k=_given_count(self))
@@ -143,11 +143,11 @@ class Threshold(Rule):
     measure: Measure = Measure.SAMPLE_PROB
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
-        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
+        check_field(self, "tau", 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
         _check_measure(self.measure, PROBABILITIES)
         if self.slack is not None:
-            check_number("slack", self.slack, 0.0, tensor=PER_ROW)
+            check_field(self, "slack", 0.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         flags = Flag.STRICT if self.strict else Flag.NONE
@@ -175,7 +175,7 @@ class Factor(Rule):
     measure: Measure = Measure.SAMPLE_PROB
 
     def __post_init__(self) -> None:
-        check_number("f", self.f, 0.0, tensor=PER_ROW)
+        check_field(self, "f", 0.0, tensor=PER_ROW)
         _check_measure(self.measure, PROBABILITIES)
 
     def encode(self) -> EncodedRule:
@@ -199,7 +199,7 @@ class EntropyBound(Rule):
     inclusive: bool = False
 
     def __post_init__(self) -> None:
-        check_number("bound", self.bound, 0.0, tensor=PER_ROW)
+        check_field(self, "bound", 0.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         flags = Flag.INCLUSIVE if self.inclusive else Flag.NONE
@@ -217,7 +217,7 @@ class Bernoulli(Rule):
     p: Number
 
     def __post_init__(self) -> None:
-        check_number("p", self.p, 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "p", 0.0, 1.0, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(Measure.RANDOM, Select.BERNOULLI, value=self.p)
@@ -238,9 +238,9 @@ class RunBest(Rule):
     min_count: Number = 1
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
-        check_number("low", self.low, 0.0, 1.0, tensor=PER_ROW)
-        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
+        check_field(self, "tau", 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "low", 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(
@@ -269,10 +269,10 @@ class Edit(Rule):
     min_count: Number = 1
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0, tensor=PER_ROW)
-        check_number("tau_edit", self.tau_edit, 0.0, 1.0, tensor=PER_ROW)
-        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
-        check_number("min_count", self.min_count, 0, integer=True, tensor=PER_ROW)
+        check_field(self, "tau", 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "tau_edit", 0.0, 1.0, tensor=PER_ROW)
+        check_field(self, "mask_id", 0, 2**31 - 1, integer=True)
+        check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
         return EncodedRule(

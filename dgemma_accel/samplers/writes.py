@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .encoding import Write
-from .numbers import check_number
+from .numbers import check_field
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Remask:
     kind: Write = field(default=Write.REMASK, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_number("mask_id", self.mask_id, 0, 2**31 - 1, integer=True)
+        check_field(self, "mask_id", 0, 2**31 - 1, integer=True)
 
     @property
     def argument(self) -> int:
@@ -31,7 +31,7 @@ class Renoise:
     kind: Write = field(default=Write.RENOISE, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_number("vocab_size", self.vocab_size, 1, 2**31 - 1, integer=True)
+        check_field(self, "vocab_size", 1, 2**31 - 1, integer=True)
 
     @property
     def argument(self) -> int:

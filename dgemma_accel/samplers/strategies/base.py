@@ -136,6 +136,7 @@ class Strategy:
     repeats: if not scheduled, the decision depends on the proposals alone, so a greedy step that changes
         nothing would come again for ever.
     starts_from_noise: a block starts as random tokens of `noise`, not as masks.
+    shortest_block: a block that is to be shorter is a mistake of the caller, unless it is all that was asked for.
     reads_statistics: False if the decision takes `stats.argmax` and `stats.sample` alone, and nothing else of the
         statistics.
     """
@@ -144,6 +145,7 @@ class Strategy:
     confidence: ClassVar[str] = "untempered"
     repeats: ClassVar[bool] = True
     starts_from_noise: ClassVar[bool] = False
+    shortest_block: ClassVar[int] = 1
     reads_statistics: ClassVar[bool] = True
 
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
@@ -215,11 +217,16 @@ class EveryStep(Strategy):
         encoded = self._encoded
         return encoded.measure != Measure.RANDOM and not encoded.flags & Flag.GUMBEL
 
+    @property
+    def shortest_block(self) -> int:
+        k = getattr(self.fixed, "k", None)
+        return k if isinstance(k, int) else 1
+
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
         k = getattr(self.fixed, "k", None)
         if not isinstance(k, int) or block_length is None:
             return
-        if k > block_length:
+        if self.shortest_block > block_length:
             raise ValueError(f"k: {k} is more than the {block_length} positions of a block")
         if steps is not None and k * steps < block_length:
             raise ValueError(

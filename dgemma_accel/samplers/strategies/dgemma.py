@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ops.commit import CommitResult
 from ...reference.philox import WORD_RENOISE_HIGH, WORD_RENOISE_LOW, below, random_words
 from ..canvas import CanvasState, StableAndConfident
-from ..numbers import check_number
+from ..numbers import check_field
 from ..rules import EntropyBound
 from ..writes import Renoise
 from .base import BlockState, Step, Strategy
@@ -43,8 +43,8 @@ class EntropyBoundRenoise(Strategy):
     starts_from_noise = True
 
     def __post_init__(self) -> None:
-        check_number("vocab_size", self.vocab_size, 1, 2**31 - 1, integer=True)
-        check_number("bound", self.bound, 0.0)
+        check_field(self, "vocab_size", 1, 2**31 - 1, integer=True)
+        check_field(self, "bound", 0.0)
         StableAndConfident(self.stability, self.stop_confidence)
 
     def _stop(self) -> StableAndConfident:
@@ -53,7 +53,7 @@ class EntropyBoundRenoise(Strategy):
     def noise(self, tokens: Tensor, seed: Tensor, offset: int) -> Tensor:
         """Uniform tokens in the shape of tokens [B, C]: what the block starts from."""
         rows = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
-        words = random_words(seed, torch.as_tensor(offset), rows)
+        words = random_words(seed, torch.as_tensor(offset, device="cpu"), rows)
         return below(words[WORD_RENOISE_HIGH], words[WORD_RENOISE_LOW], self.vocab_size)
 
     def start(self, state: BlockState, tokens: Tensor) -> None:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
-from ..numbers import check_number
+from ..numbers import check_field
 from ..rules import Rule, RunBest, Threshold, TopK
 from ..writes import Keep, Remask
 from .base import BlockState, Step, Strategy
+
+# Of credit, so that raised logits are fp32 numbers.
+LARGEST_WEIGHT = 1e30
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class DInferThreshold(Strategy):
     slack: float = 1e-5
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("slack", self.slack, 0.0)
+        check_field(self, "tau", 0.0, 1.0)
+        check_field(self, "slack", 0.0)
 
     def decide(self, step: Step) -> CommitResult:
         candidates = step.masked & (step.stats.sample != step.mask_id)
@@ -54,11 +57,15 @@ class MinimalTopK(Strategy):
     tau: float = 0.9
 
     def __post_init__(self) -> None:
-        check_number("m", self.m, 1, integer=True)
-        check_number("tau", self.tau, 0.0, 1.0)
+        check_field(self, "m", 1, integer=True)
+        check_field(self, "tau", 0.0, 1.0)
+
+    @property
+    def shortest_block(self) -> int:
+        return self.m
 
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
-        if block_length is not None and self.m > block_length:
+        if block_length is not None and self.shortest_block > block_length:
             raise ValueError(f"m: {self.m} is more than the {block_length} positions of a block")
 
     def rule(self, step: Step) -> Rule:
@@ -78,7 +85,7 @@ class CreditThreshold(DInferThreshold):
 
     Args:
         tau, slack: as in `DInferThreshold`.
-        alpha: weight of the credit, >= 0 (0.7 published).
+        alpha: weight of the credit, in [0, 1e30] (0.7 published).
         gamma: exponent of the probability, >= 0 (0.2 published).
         beta: decay, in [0, 1] (0.8 published).
 
@@ -92,9 +99,9 @@ class CreditThreshold(DInferThreshold):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("alpha", self.alpha, 0.0)
-        check_number("gamma", self.gamma, 0.0)
-        check_number("beta", self.beta, 0.0, 1.0)
+        check_field(self, "alpha", 0.0, LARGEST_WEIGHT)
+        check_field(self, "gamma", 0.0)
+        check_field(self, "beta", 0.0, 1.0)
 
     def check_proposal(self, proposal) -> None:
         if proposal.filtered:
@@ -104,7 +111,7 @@ class CreditThreshold(DInferThreshold):
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         state.memory["credit"] = _Credit(
-            tokens.new_empty(*tokens.shape, 0), torch.empty(*tokens.shape, 0, device=tokens.device)
+            tokens.new_empty(*tokens.shape, 0), tokens.new_empty(*tokens.shape, 0, dtype=torch.float32)
         )
 
     def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
@@ -148,7 +155,7 @@ def _boosted_greedy(logits: Tensor, base: RowStats, tokens: Tensor, boost: Tenso
     """Argmax and its probability of logits raised at a few tokens, from the statistics of the plain logits.
 
     Raising can only move the argmax to a raised token, so the plain argmax and the raised ones are all there
-    is to compare; the sum of exponentials grows by the raised tokens' own growth.
+    is to compare; the sum of powers grows by the raised tokens' own growth.
     """
     own = torch.cat([base.argmax[..., None], tokens], -1)
     x = logits.gather(-1, own).float()
@@ -162,10 +169,13 @@ def _boosted_greedy(logits: Tensor, base: RowStats, tokens: Tensor, boost: Tenso
     best = raised.amax(-1, keepdim=True)
     # Ties go to the lower token, as argmax has it.
     argmax = torch.where(raised == best, own, torch.iinfo(torch.int64).max).amin(-1)
-    growth = (torch.exp(x[..., 1:] - base.logsumexp[..., None]) * torch.expm1(boost)).sum(-1)
-    logsumexp = base.logsumexp + torch.log1p(growth)
+    # All relative to the largest raised logit: by itself a power of the credit's weight would overflow.
+    growth = torch.exp(raised[..., 1:] - best) - torch.exp(x[..., 1:] - best)
+    total = torch.exp(base.logsumexp - best[..., 0]) + growth.sum(-1)
+    logsumexp = best[..., 0] + torch.log(total)
     valid = ~base.logsumexp.isnan()
-    probability = torch.where(valid, torch.exp(best[..., 0] - logsumexp), 0.0)
+    # Rounding may leave the sum the least bit below its largest power, which is 1.
+    probability = torch.where(valid, (1.0 / total).clamp_max(1.0), 0.0)
     argmax = torch.where(valid, argmax, 0)
     return base._replace(
         argmax=argmax, sample=argmax, logsumexp=logsumexp, top1_prob=probability, sample_prob=probability
@@ -185,8 +195,8 @@ class Hierarchy(Strategy):
     low: float = 0.4
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("low", self.low, 0.0, 1.0)
+        check_field(self, "tau", 0.0, 1.0)
+        check_field(self, "low", 0.0, 1.0)
 
     def rule(self, step: Step) -> Rule:
         return RunBest(self.tau, self.low)
@@ -213,7 +223,7 @@ class HierarchyWithRemask(Hierarchy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("rho", self.rho, 0.0, 1.0)
+        check_field(self, "rho", 0.0, 1.0)
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         if self.reopen_given:

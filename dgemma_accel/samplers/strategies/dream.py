@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.row_stats import RowStats
 from ..encoding import Measure
-from ..numbers import check_number
+from ..numbers import check_field, check_number
 from ..rules import Bernoulli, Rule, TopK
 from .base import BlockState, Step, Strategy
 
@@ -18,7 +18,8 @@ from .base import BlockState, Step, Strategy
 @lru_cache(maxsize=64)
 def _shares(steps: int, eps: float) -> tuple[float, ...]:
     """1 - s/t of every step in fp32, with t and s neighbours on linspace(1, eps, steps + 1); 1 at the last step."""
-    times = torch.linspace(1, eps, steps + 1)
+    # Kept for every later call, so whatever torch's defaults are at the first one must not show.
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     return (*(1 - times[1:-1] / times[:-2]).tolist(), 1.0)
 
 
@@ -37,10 +38,10 @@ def _count(step: Step, eps: float, batch_mean: bool) -> Tensor:
 
 
 def _check(strategy) -> None:
-    check_number("eps", strategy.eps, 0.0, 1.0, low_open=True)
+    check_field(strategy, "eps", 0.0, 1.0, low_open=True)
     alg_temp = getattr(strategy, "alg_temp", None)
     if alg_temp is not None:
-        check_number("alg_temp", alg_temp, 0.0)
+        check_field(strategy, "alg_temp", 0.0)
         # The least that `TopK` divides by.
         check_number("alg_temp", alg_temp or 1.0, 1e-30)
 
@@ -128,7 +129,7 @@ class Entropy(_TimedTopK):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("epsilon", self.epsilon, 0.0)
+        check_field(self, "epsilon", 0.0)
 
     def check_proposal(self, proposal) -> None:
         if self.epsilon and proposal.confidence != "proposal":

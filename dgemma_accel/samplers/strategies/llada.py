@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.commit import CommitResult
-from ..numbers import check_number
+from ..numbers import check_field
 from ..rules import Rule, Sequential, Threshold, TopK
 from ..writes import Keep
 from .base import Step, Strategy
@@ -44,7 +44,7 @@ class LowConfidenceDynamic(Strategy):
     confidence = "proposal"
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
+        check_field(self, "tau", 0.0, 1.0)
 
     def rule(self, step: Step) -> Rule:
         return Threshold(self.tau, min_count=step.even_count(), strict=True)

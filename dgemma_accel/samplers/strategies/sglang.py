@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
 from ...reference.row_stats import apply_softcap
-from ..numbers import check_number
+from ..numbers import check_field
 from ..rules import Edit, Rule, Threshold
 from ..writes import Keep
 from .base import BlockState, Step, Strategy
@@ -28,7 +28,7 @@ class SGLangLowConfidence(Strategy):
     tau: float = 0.95
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
+        check_field(self, "tau", 0.0, 1.0)
 
     def rule(self, step: Step) -> Rule:
         return Threshold(self.tau, min_count=1, strict=True)
@@ -59,10 +59,10 @@ class JointThresholdEdit(Strategy):
     penalty_lambda: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("tau_edit", self.tau_edit, 0.0, 1.0)
-        check_number("edit_budget", self.edit_budget, 0, integer=True)
-        check_number("penalty_lambda", self.penalty_lambda, 0.0)
+        check_field(self, "tau", 0.0, 1.0)
+        check_field(self, "tau_edit", 0.0, 1.0)
+        check_field(self, "edit_budget", 0, integer=True)
+        check_field(self, "penalty_lambda", 0.0)
 
     def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
         if not self.penalty_lambda:
@@ -74,8 +74,10 @@ class JointThresholdEdit(Strategy):
         return replace(proposal, softcap=None).stats(lowered, state.seed, state.offset)
 
     def check(self, block_length, steps, temperature) -> None:
-        if not callable(temperature) and bool(torch.as_tensor(temperature == 0).all()):
-            return
+        if not callable(temperature):
+            zero = temperature == 0
+            if bool(zero.all() if isinstance(zero, Tensor) else zero):
+                return
         raise ValueError(
             "temperature: JointThresholdEdit edits until nothing changes, which needs temperature 0"
         )
