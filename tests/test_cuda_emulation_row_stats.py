@@ -1,5 +1,6 @@
 """The CUDA kernels of row_stats, run thread by thread on the host under sanitizers, within the error budget."""
 
+import math
 import re
 
 import pytest
@@ -134,6 +135,20 @@ def test_rows_without_a_distribution_and_minus_infinity(program, tmp_path):
         for name, actual, wanted in zip(OUTPUTS, result(folder, logits), expected):
             same = torch.allclose(actual.double(), wanted.double(), rtol=1e-5, atol=1e-6, equal_nan=True)
             assert same, (name, temperature, softcap, actual, wanted)
+
+
+@pytest.mark.parametrize("stats_temperature", [1.0, 1e-6])
+def test_what_is_ruled_out_takes_no_mass_at_any_temperature(program, tmp_path, stats_temperature):
+    logits, uniform = torch.randn(1, 24, 31), torch.rand(24)
+    logits[torch.rand(1, 24, 31) < 0.3] = -math.inf
+    logits[..., 3] = 0.0
+    cases = [(tmp_path / str(temperature), temperature) for temperature in (1e20, 1e30, 3e38)]
+    settings = {"stats_temperature": stats_temperature, "uniform": uniform}
+    run_clean(program, [case(folder, logits, temperature=t, **settings) for folder, t in cases])
+    for folder, temperature in cases:
+        temperatures = torch.tensor(temperature), torch.tensor(stats_temperature)
+        expected = reference(logits, *temperatures, uniform, None, torch.tensor(0), None)
+        assert torch.equal(result(folder, logits).sample, expected[1])
 
 
 def test_a_row_of_minus_infinity_has_a_first_token_wherever_it_begins(program, tmp_path):

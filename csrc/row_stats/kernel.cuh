@@ -29,8 +29,10 @@ inline int64_t row_stats_tiles(const RowStatsParams& params) {
   return (elements + kRowStatsTile - 1) / kRowStatsTile;
 }
 
-// Exponents of logits below a reference; at or below this one 2^d is 0 whatever the temperatures.
-constexpr float kLowestDifference = -1e30f;
+// Exponents of logits below a reference, and the least that another temperature multiplies them with: together they
+// leave less than -300, whose power is 0, so that a logit of -inf is never drawn.
+constexpr float kLowestDifference = -3e38f;
+constexpr float kLowestRatio = 1e-36f;
 // Beyond it a temperature is the limit of a one-hot distribution.
 constexpr float kLargestRate = 1e30f;
 
@@ -52,7 +54,7 @@ struct RowExponents {
     temperature = params.has_stats_temperature ? of_row(params.stats_temperature, row) : sampling;
     two = !greedy && sampling != temperature;
     scale = exponent_rate(temperature);
-    ratio = two ? exponent_rate(sampling) / scale : 1.0f;
+    ratio = two ? fmaxf(exponent_rate(sampling) / scale, kLowestRatio) : 1.0f;
     inverse_softcap = params.softcap > 0 ? 1.0f / params.softcap : 0.0f;
     if (params.softcap > 0) scale *= params.softcap;
   }
