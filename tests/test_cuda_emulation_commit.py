@@ -7,9 +7,9 @@ import pytest
 import torch
 from emulated_kernels import build, planted, read_tensor, run, run_clean, skip_without_compiler, write_case
 
+from dgemma_accel import samplers as r
 from dgemma_accel.reference.budget import check_commit
 from dgemma_accel.reference.commit import CommitCall
-from dgemma_accel.samplers import rules as r
 
 pytestmark = skip_without_compiler()
 
