@@ -61,4 +61,4 @@ lint: prepare
 	@$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info dgemma_accel/_C*.so
+	rm -rf build dist *.egg-info dgemma_accel/_C*.so .venv*/.ready

@@ -76,6 +76,10 @@ def cuda_archs(nvcc: str, editable: bool) -> list[str]:
         bad = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
         if bad or not archs:
             raise SystemExit(f"DGEMMA_ACCEL_CUDA_ARCHS: such as '80;90a;120+PTX' expected, got {asked!r}")
+        if any(int(re.match(r"\d+", arch)[0]) < 80 for arch in archs):
+            raise SystemExit(
+                f"DGEMMA_ACCEL_CUDA_ARCHS: 80 is the oldest architecture supported, got {asked!r}"
+            )
         return archs
     known = subprocess.run(
         [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
@@ -111,6 +115,11 @@ def ninja_program() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
+def ninja_path(path: Path) -> str:
+    """A path as ninja reads it in a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -> str:
     """The text of build.ninja: rules, one edge per object, one link."""
     import pybind11
@@ -118,6 +127,8 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
     common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
     python_includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     cxx = shlex.split(os.environ.get("CXX") or "c++")
+    # The compiler behind a `ccache`, without options of its own.
+    host = [word for word in cxx if not word.startswith("-")][-1]
     # CUDA sources know nothing of Python, so another environment of the same tree does not compile them again.
     warnings = ["-Wall", "-Wextra", "-Wno-psabi"]
     cxx_flags = [*common, *python_includes, "-fPIC", "-fvisibility=hidden", "-pthread", *warnings]
@@ -138,11 +149,11 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
     ]
     if nvcc:
         cuda = [
-            nvcc, "-ccbin", cxx[0], *common, *with_cuda,
+            nvcc, "-ccbin", host, *common, *with_cuda,
             "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas",
             "-Xcudafe=--diag_suppress=177",
         ]  # fmt: skip
-        link = [nvcc, "-ccbin", cxx[0], "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
+        link = [nvcc, "-ccbin", host, "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
             f"  command = {shlex.join(link)} -Xcompiler=-pthread"
             " -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
@@ -162,8 +173,8 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
 
     def edge(rule: str, source: Path, suffix: str = "", flags: list[str] | None = None) -> None:
         obj = folder / f"{source.relative_to(ROOT)}{suffix}.o"
-        objects.append(str(obj))
-        lines.append(f"build {obj}: {rule} {source}")
+        objects.append(ninja_path(obj))
+        lines.append(f"build {ninja_path(obj)}: {rule} {ninja_path(source)}")
         if flags:
             lines.append(f"  flags = {shlex.join(flags)}")
 
@@ -179,7 +190,7 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
             own = [arch for arch in archs if only is None or arch.removesuffix("+PTX") == only[1]]
             if own:
                 edge("cuda", source, flags=gencode_flags(own))
-    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", f"default {ninja_path(target)}", ""]
     return "\n".join(lines)
 
 

@@ -182,7 +182,9 @@ def run_process(
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         code = None
-    _end_group(process)
+    finally:
+        # Also where the user interrupts: it has a session of its own, which Ctrl-C does not reach.
+        _end_group(process)
     reader.join(5)
     return code
 

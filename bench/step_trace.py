@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dgemma_accel.hf.patches import acceleration_of
+
 COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
 
 # Where the ops of this package belong, wherever the denoising loop calls them.
@@ -128,6 +130,8 @@ def component_timeline(model: nn.Module) -> Iterator[Timeline]:
         # lm_head and softcap follow at once, until the whole model's forward is over.
         timeline.become("head")
 
+    # The accelerated step does not call it, and one that is not the model's own would keep that step away.
+    replaces = acceleration_of(model) is None
     forward = model.forward
 
     def forward_and_mark(*arguments, **options):
@@ -148,7 +152,10 @@ def component_timeline(model: nn.Module) -> Iterator[Timeline]:
     try:
         # `generate` calls `forward` itself, past the hooks of the whole model.
         marks = ops_wrapped(functools.partial(_marked, timeline))
-        with mock.patch.object(model, "forward", forward_and_mark), marks:
+        with (
+            mock.patch.object(model, "forward", forward_and_mark) if replaces else contextlib.nullcontext(),
+            marks,
+        ):
             yield timeline
     finally:
         for handle in handles:

@@ -1,5 +1,6 @@
 """The step bench: floors as derived from the model's figures, random models made in place, counts and components."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -195,6 +196,17 @@ def test_components_cover_the_steps_of_the_reference(model):
     assert sum(found.values()) < spent
     # The model is left as it was.
     assert "forward" not in vars(model) and not model.model.decoder._forward_hooks
+
+
+def test_components_of_the_accelerated_step_are_its_own(model, monkeypatch):
+    own = step_ways.model_of(model, step_ways.OURS, "auto")
+    run = step_ways.denoiser(own, step_model.random_cache(own, 1, 16, kind="dynamic", room=0), 1)
+    counts = []
+    for look in (contextlib.nullcontext, lambda: step_trace.component_timeline(own)):
+        with step_trace.counting(inside=False) as counter, look():
+            run(3)
+        counts.append({name: n for name, n in counter.by_op.items() if name.startswith("dgemma")})
+    assert counts[0] == counts[1] and counts[0]["dgemma::commit"] == 3
 
 
 def test_a_run_takes_exactly_the_steps_asked_for(model):

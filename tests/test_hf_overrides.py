@@ -326,3 +326,74 @@ def test_a_forward_can_be_traced_whole():
             whole = torch.compile(model.forward, backend="eager", fullgraph=True)
             logits = whole(input_ids=ids, decoder_input_ids=canvas).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@pytest.mark.parametrize("way", ["forward", "call"])
+def test_a_compiled_part_is_conditioned_as_ever(caplog, part, way):
+    """A trace sees no soft embeddings but those of logits, so the original makes them."""
+    model = tiny_model()
+    expected = generate(model, prompt(1, 5)[0]).sequences
+    module = model.model if part == "model" else model.model.decoder
+    if way == "forward":
+        module.forward = torch.compile(module.forward, backend="eager")
+    else:
+        module.compile(backend="eager")
+    with dgemma_accel.accelerated(model, graph=False), caplog.at_level(logging.WARNING):
+        assert torch.equal(generate(model, prompt(1, 5)[0]).sequences, expected)
+    assert "forward is compiled" in caplog.text
+    with pytest.raises(TypeError, match="what torch.compile made"):
+        model.model.decoder = torch.compile(model.model.decoder)
+        dgemma_accel.accelerate(model)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_attention_function_of_the_callers_own(caplog, uncompiled, graph):
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def flipped(*args, **kwargs):
+        output, weights = plain(*args, **kwargs)
+        return output.flip(-1), weights
+
+    AttentionInterface.register("flipped", flipped)
+    AttentionMaskInterface.register("flipped", sdpa_mask)
+    model, ids = tiny_model(attn_implementation="flipped"), prompt(2, 7)[0]
+    expected = generate(model, ids).sequences
+    assert not torch.equal(expected, generate(tiny_model(), ids).sequences)
+    with dgemma_accel.accelerated(model, graph=graph), caplog.at_level(logging.WARNING):
+        assert torch.equal(generate(model, ids).sequences, expected)
+    assert "attention goes through 'flipped', a function of the caller's" in caplog.text
+
+
+def test_a_samplers_own_choice_is_kept(monkeypatch):
+    calls, accept = [], generation.EntropyBoundSampler.accept_canvas
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return accept(self, *args, **kwargs)
+
+    monkeypatch.setattr(generation.EntropyBoundSampler, "accept_canvas", counted)
+    model = dgemma_accel.accelerate(tiny_model(), graph=False)
+    generate(model, prompt(1, 5)[0])
+    assert calls
+
+
+@pytest.mark.parametrize("compiled", ["layer", "self_attn", "experts", "mlp"])
+def test_compiled_parts_of_a_layer_stay_in_the_graph(uncompiled, steps, compiled):
+    model, ids = tiny_model(), prompt(1, 5)[0]
+    expected = generate(model, ids).sequences
+    layer = model.model.decoder.layers[1]
+    module = layer if compiled == "layer" else getattr(layer, compiled)
+
+    def wrapped(*args, _forward=module.forward, **kwargs):
+        return _forward(*args, **kwargs)
+
+    # As torch.compile marks what it returns.
+    wrapped._torchdynamo_orig_callable = module.forward
+    module.forward = wrapped
+    with dgemma_accel.accelerated(model, graph=True):
+        assert torch.equal(generate(model, ids).sequences, expected)
+    assert not steps

@@ -201,17 +201,26 @@ class TestAShallowCopy:
         dgemma_accel.restore(other)
         assert_untouched(model, before)
 
-    def test_it_is_not_accelerated_on_top(self, both):
+    def test_accelerating_it_restores_the_first(self, both):
         model, other = both
         before = attributes(model)
-        for change in (dgemma_accel.accelerate, dgemma_accel.quantize_experts):
-            with pytest.raises(ValueError, match="model: "):
-                change(other)
+        with pytest.raises(ValueError, match="model: "):
+            dgemma_accel.quantize_experts(other)
         assert_untouched(model, before)
-        dgemma_accel.restore(model)
         dgemma_accel.accelerate(other)
+        assert patches.acceleration_of(model) is None and "generate" not in vars(model)
+        ids, mask = prompt(2, 20, left_padding=(0, 3))
+        assert torch.equal(generate(other, ids, mask).sequences, generate(model, ids, mask).sequences)
         dgemma_accel.restore(other)
         assert patches.patch_of(model.model.decoder.self_conditioning) is None
+
+    def test_a_copied_part_that_came_accelerated(self, model):
+        """Its patches hold a copy of the whole model, of which the caller knows nothing."""
+        other = tiny_model()
+        dgemma_accel.accelerate(model)
+        other.model = copy.deepcopy(model.model)
+        dgemma_accel.accelerate(other)
+        assert patches.acceleration_of(other) is not None and patches.acceleration_of(model) is not None
 
     def test_what_stood_there_before_accelerate(self, model):
         def users_own(*args, **kwargs):

@@ -58,11 +58,27 @@ def pins(transformers: str | None, gpu: bool) -> list[str]:
     return [f"{name}=={release}" for name, release in chosen.items() if release != NEWEST]
 
 
+def torch_brings_triton(python: Path) -> bool:
+    """Whether the installed PyTorch asks for one release of Triton, as builds with CUDA do."""
+    code = """if True:
+        import importlib.metadata, re, sys
+        wanted = importlib.metadata.requires("torch") or ()
+        sys.exit(0 if any(re.match(r"triton\\s*==", line) for line in wanted) else 1)
+    """
+    return subprocess.run([str(python), "-c", code]).returncode == 0
+
+
 def prepare(venv: Path, transformers: str | None) -> None:
-    build_options = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("DGEMMA_ACCEL_CUDA")]
+    compilers = ("CXX", "NVCC", "CUDA_HOME")
+    build_options = [
+        f"{k}={v}"
+        for k, v in sorted(os.environ.items())
+        if k.startswith("DGEMMA_ACCEL_CUDA") or k in compilers
+    ]
     gpu = has_gpu()
     stamp, wanted = venv / ".ready", digest([EXTRAS, *pins(transformers, gpu), *build_options])
-    if stamp.is_file() and stamp.read_text() == wanted:
+    built = any((ROOT / "dgemma_accel").glob("_C*.so"))
+    if built and stamp.is_file() and stamp.read_text() == wanted:
         return
     python = venv / "bin" / "python"
     if not python.exists():
@@ -74,15 +90,17 @@ def prepare(venv: Path, transformers: str | None) -> None:
     if not python_has_cuda_torch(str(python)):
         run(*pip, "torch>=2.11" if gpu else f"torch=={TESTED['torch']}")
     run(*pip, *BUILD_TOOLS)
-    nvcc = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
-    parts = "host C++ and CUDA" if nvcc else "host C++; no nvcc here"
-    say(f"building the extension ({parts}) and installing the extras")
+    say("building the extension and installing the extras")
     run(
         *pip,
         "--no-build-isolation",
         "--editable",
         f".[{EXTRAS}]",
-        *pins(transformers, gpu),
+        *[
+            pin
+            for pin in pins(transformers, gpu)
+            if not (pin.startswith("triton") and torch_brings_triton(python))
+        ],
     )
     stamp.write_text(wanted)
 

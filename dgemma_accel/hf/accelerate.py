@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,12 @@ from .experts import experts_forward
 from .generate import compute_tokens_per_forward, finalize_canvas, generate, prepare_denoiser_inputs
 from .masks import create_decoder_masks, create_encoder_masks
 from .naming import cache_argument, unknown_names
+from .overrides import is_compiled_module
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
 # The ops that the drop-in calls.
+logger = logging.getLogger("dgemma_accel")
+
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
 
@@ -51,9 +55,10 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         The model.
 
     Raises:
-        TypeError: a model of another class, an `exact` that is no bool, a `graph` that is neither a bool nor None.
+        TypeError: a model of another class, or one in which `torch.compile` of a module stands for its encoder or
+            decoder; an `exact` that is no bool, a `graph` that is neither a bool nor None.
         ImportError: transformers is missing, older than 5.17, or a later one whose methods are not known here.
-        ValueError: an unknown backend; a `copy.copy` of a model that is accelerated.
+        ValueError: an unknown backend.
         backends.BackendError: the backend cannot run on this machine.
     """
     _check_backend(backend)
@@ -63,10 +68,16 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         raise TypeError(f"graph: a bool or None expected, got {type(graph).__name__}")
     check_model(model)
     restore(model)
-    if shares_layers_with(model) is not None:
-        raise ValueError(
-            "model: it shares its layers with another model, which is accelerated; restore that one first"
-        )
+    other = shares_layers_with(model)
+    if other is not None:
+        # Of which, after copies of parts, the caller may know nothing.
+        logger.info("accelerate: restored another model, which shares its layers with this one")
+        restore(other)
+    for module in (model.model, model.model.encoder, model.model.decoder):
+        if is_compiled_module(module):
+            raise TypeError(
+                "model: a part of it is what torch.compile made of a module; accelerate(model) compiles the step itself"
+            )
     acceleration = Acceleration(backend, exact, graph, cache_argument())
     replacements = list(_replacements(model))
     _check_methods(replacements)

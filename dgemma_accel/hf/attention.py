@@ -11,6 +11,7 @@ from .cache import readable
 from .hooks import collected
 from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
+from .overrides import other_attention
 from .patches import Patch
 
 OVERRIDDEN = "an attention module has a forward that is not transformers' own"
@@ -63,10 +64,11 @@ def encoder_attention_forward(
     any other mask is served by the original without a word: images are its job.
     """
     module = patch.owner
-    if patch.overridden and not torch.compiler.is_compiling():
-        patch.acceleration.say("attention", OVERRIDDEN)
+    other = OVERRIDDEN if patch.overridden else other_attention(module.config)
+    if other is not None and not torch.compiler.is_compiling():
+        patch.acceleration.say("attention", other)
     if (
-        patch.overridden
+        other is not None
         or not isinstance(attention_mask, CausalRange)
         or _needs_original(module, hidden_states, cache.layers[module.layer_idx], kwargs)
     ):
@@ -147,6 +149,9 @@ def _reason_for_reference(patch: Patch, hidden_states: Tensor, mask, cache, kwar
     module = patch.owner
     if patch.overridden:
         return OVERRIDDEN
+    other = other_attention(module.config)
+    if other is not None:
+        return other
     if cache is None:
         return "no cache was given"
     if not readable(cache, cache.layers[module.layer_idx]):

@@ -10,7 +10,7 @@ from .experts import why_looping
 from .head import is_plain
 from .hooks import has_hooks
 from .masks import PrefixRange
-from .overrides import in_front, is_overridden
+from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
 from .patches import patch_of
 from .split_head import crosses_ranks
 
@@ -48,10 +48,15 @@ def _why_other_code(model) -> str | None:
     if any(has_hooks(module) or hasattr(module, "_hf_hook") for module in (model.model, decoder, *inner)):
         return "model.model or a module of the decoder has hooks"
     for module in inner:
+        # What is in the `__dict__` of a module that the compiler wraps is its own doing.
+        if "forward" not in module.__dict__ or is_compiled_module(module):
+            continue
         patch = patch_of(module)
-        replaced = in_front(module) is not None if patch is None else patch.had
-        if replaced:
+        if in_front(module) is not None if patch is None else patch.replaced:
             return f"a {type(module).__name__} has a forward of its own"
+    reason = other_attention(decoder.config) or other_experts(decoder.config)
+    if reason is not None:
+        return reason
     for layer in decoder.layers:
         attention = patch_of(layer.self_attn)
         if is_overridden(layer) or (

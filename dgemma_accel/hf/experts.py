@@ -17,6 +17,7 @@ from ..backends import MODULES, BackendError, auto_order, choose, compute_capabi
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import experts
 from ..reference.quantization import FP8, NVFP4, SCALE_BLOCK, scale_shape
+from .overrides import other_experts
 from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.
@@ -138,13 +139,16 @@ def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str | None:
-    if patch.had or hasattr(module, "_hf_hook"):
+    if patch.replaced or hasattr(module, "_hf_hook"):
         return "the experts' forward was replaced before, as device maps with offloading do"
     kind = type(module).__name__
     if kind not in (PLAIN, FINE_GRAINED, OURS) or "_apply_gate" in module.__dict__:
         return f"the experts are a {kind} with arithmetic of its own"
     if patch.overridden:
         return "the experts' forward is not transformers' own"
+    reason = other_experts(module.config) if hasattr(module, "config") else None
+    if reason is not None:
+        return reason
     if getattr(module, "_is_expert_parallel", False):
         return "the experts are sharded over devices"
     if type(module.act_fn).__name__ not in ACTIVATIONS:

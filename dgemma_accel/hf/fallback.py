@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .call import Call
 from .hooks import has_hooks
-from .overrides import is_overridden
+from .overrides import is_compiled, is_overridden, is_own
 from .patches import patch_of
 
 
@@ -20,6 +20,8 @@ def why_original(model, call: Call | None, sampler, logits_processor, criteria) 
         return "the streamer takes logits"
     if type(sampler) is not generation.EntropyBoundSampler:
         return f"the sampler is a {type(sampler).__name__}"
+    if "accept_canvas" in sampler.__dict__ or not is_own(type(sampler).accept_canvas):
+        return "the sampler's accept_canvas is not transformers' own"
     schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
     if len(schedules) > 1 or not all(schedules):
         names = ", ".join(type(processor).__name__ for processor in logits_processor)
@@ -43,6 +45,8 @@ def _why_other_code(model) -> str | None:
     for path, module in (("", model), ("model.", model.model), ("model.decoder.", decoder)):
         if is_overridden(module):
             return f"{path}forward of the model is not transformers' own"
+        if path and is_compiled(module):
+            return f"{path}forward is compiled, and takes self-conditioning as logits only"
     step = patch_of(model, "_denoising_step")
     if step is not None and step.overridden:
         return "_denoising_step of the model is not transformers' own"

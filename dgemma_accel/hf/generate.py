@@ -217,8 +217,9 @@ def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
 def _checked_steps(max_steps: int | None) -> int | None:
     if max_steps is None:
         return None
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+    number = checks.plain_number(max_steps, integer=True)
+    if number is None:
         raise TypeError(f"max_steps: an int expected, got {type(max_steps).__name__}")
-    if max_steps < 1:
+    if number < 1:
         raise ValueError(f"max_steps: must be at least 1, got {max_steps}")
-    return max_steps
+    return number

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache import readable
 from .naming import takes_cache
+from .overrides import other_attention
 from .patches import Patch, patch_of
 
 
@@ -185,6 +186,10 @@ def _take_ranges(patch: Patch, layers) -> bool:
     knows nothing of ranges. It says so where not."""
     if patch.overridden:
         patch.acceleration.say("attention", f"{patch.name} is not transformers' own")
+        return False
+    other = other_attention(layers[0].self_attn.config) if len(layers) else None
+    if other is not None:
+        patch.acceleration.say("attention", other)
         return False
     if all(patch_of(getattr(layer, "self_attn", None)) is not None for layer in layers):
         return True

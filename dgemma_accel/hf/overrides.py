@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 # Where a method and its decorators may come from; this package's `QuantizedExperts` stand in a model as well.
@@ -40,6 +41,51 @@ def is_own(method: Callable) -> bool:
             return False
         method = getattr(method, "__wrapped__", None)
     return True
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling `module` runs what `torch.compile` made of it, in whichever way that was asked for."""
+    return (
+        is_compiled_module(module)
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)` stands in a module's place."""
+    return "_orig_mod" in module._modules
+
+
+def other_attention(config) -> str | None:
+    """Whether the configuration names an attention function of the caller's own, registered with transformers.
+
+    Where it is traced nothing is looked up: what a function's module is called cannot be.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return _other_function("attention", config._attn_implementation, ALL_ATTENTION_FUNCTIONS)
+
+
+def other_experts(config) -> str | None:
+    """Likewise for the experts."""
+    if torch.compiler.is_compiling():
+        return None
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return _other_function("experts", getattr(config, "_experts_implementation", None), ALL_EXPERTS_FUNCTIONS)
+
+
+def _other_function(what: str, name: str | None, functions: Mapping) -> str | None:
+    # A name with a slash is that of a kernel from the Hub, which computes what transformers' own functions do.
+    function = functions.get(name) if name is not None and "/" not in name else None
+    return (
+        None
+        if function is None or is_own(function)
+        else f"{what} goes through {name!r}, a function of the caller's"
+    )
 
 
 def _only_moves(hook) -> bool:

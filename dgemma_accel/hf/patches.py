@@ -17,7 +17,7 @@ from torch import nn
 
 from ..backends import MODULES
 from .bank import CacheBank
-from .overrides import is_overridden
+from .overrides import in_front, is_overridden
 from .registry import Captures
 
 logger = logging.getLogger("dgemma_accel")
@@ -30,7 +30,9 @@ ATTRIBUTE = "_dgemma_accel"
 class Patch:
     """One replaced method; the first argument of the function that replaces it.
 
-    had, previous: what stood in the owner's `__dict__`. overridden: the method was not transformers' own.
+    had, previous: what stood in the owner's `__dict__`. replaced: that was another method than the class's, not only
+    a hook's or the compiler's way to it. overridden: the method was not transformers' own. static: its class has it as
+    a staticmethod.
     """
 
     acceleration: Acceleration
@@ -38,7 +40,9 @@ class Patch:
     name: str
     had: bool
     previous: Callable | None
+    replaced: bool = False
     overridden: bool = False
+    static: bool = False
     replacement: Callable | None = None
 
     def original(self) -> Callable:
@@ -47,7 +51,7 @@ class Patch:
             return self.previous
         # Looked up anew each time: a stored bound method does not survive pickling.
         found = getattr(type(self.owner), self.name)
-        if isinstance(inspect.getattr_static(type(self.owner), self.name), staticmethod):
+        if self.static:
             return found
         # A partial and no method object: the compiler can trace it.
         return functools.partial(found, self.owner)
@@ -92,8 +96,11 @@ class Acceleration:
 
     def replace(self, owner: nn.Module, name: str, function: Callable) -> None:
         """Let `owner.name(...)` call `function(patch, ...)`."""
-        held, overridden = owner.__dict__, is_overridden(owner, name)
-        patch = Patch(self, owner, name, name in held, held.get(name), overridden)
+        held, replaced = owner.__dict__, in_front(owner, name) is not None
+        # Asked here: where a call is traced, torch 2.11 cannot.
+        static = isinstance(inspect.getattr_static(type(owner), name), staticmethod)
+        overridden = is_overridden(owner, name)
+        patch = Patch(self, owner, name, name in held, held.get(name), replaced, overridden, static)
         patch.replacement = functools.partial(function, patch)
         owner.__dict__[name] = patch.replacement
         self.patches.append(patch)

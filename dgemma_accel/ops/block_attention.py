@@ -66,15 +66,17 @@ def _check_heads(name: str, tensor: Tensor, query: Tensor, kv_heads: int, length
     checks.has_shape(name, tensor, expected, "[B, Hkv, length, D]")
 
 
-def _check_window(window: int | None, causal: bool) -> None:
+def _checked_window(window: int | None, causal: bool) -> int | None:
     if window is None:
-        return
-    if isinstance(window, bool) or not isinstance(window, int):
+        return None
+    number = checks.plain_number(window, integer=True)
+    if number is None:
         raise TypeError(f"window: an int or None expected, got {type(window).__name__}")
-    if window < 1:
+    if number < 1:
         raise ValueError(f"window: must be at least 1, got {window}")
     if not causal:
         raise ValueError("window: only for causal=True; without it, prefix_start limits what all queries see")
+    return number
 
 
 def _unit_last_stride(tensor: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def block_attention(
     if not -checks.FP32_MAX <= number <= checks.FP32_MAX:
         raise ValueError(f"scale: must be finite, got {scale}")
 
-    _check_window(window, causal)
+    window = _checked_window(window, causal)
 
     output, lse = _block_attention(
         _unit_last_stride(query),

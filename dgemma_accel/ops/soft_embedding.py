@@ -97,9 +97,10 @@ def soft_embedding(
     temperature = checks.number_or_rows(
         "temperature", temperature, shape, device, low_open=True, keep=checks.may_keep_numbers(logits)
     )
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+    number = checks.plain_number(tolerance, integer=False)
+    if number is None:
         raise TypeError(f"tolerance: a number expected, got {type(tolerance).__name__}")
-    if not 0.0 <= tolerance <= 1.0:
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"tolerance: must be in [0, 1], got {tolerance}")
     rows = rows_view(logits)
     result = _soft_embedding(
@@ -109,7 +110,7 @@ def soft_embedding(
         weight,
         temperature,
         checks.softcap_value(softcap),
-        float(tolerance),
+        float(number),
         bool(exact),
         check,
         backend,
