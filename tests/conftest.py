@@ -85,6 +85,21 @@ def _the_gpu_survives(request):
             pytest.exit(f"the GPU was lost in {request.node.nodeid}: {error}", returncode=70)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models, whose operators would spend their time on threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What `torch.compile` is given, without the compiler's minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -16,12 +16,7 @@ from dgemma_accel.hf import bank, capture, cuda_graph, graph, patches, registry
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

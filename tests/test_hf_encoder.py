@@ -7,13 +7,7 @@ from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, as_argument, generate, prompt
 import dgemma_accel
 from dgemma_accel.hf import attention
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,7 @@ from dgemma_accel.hf import bank, compiled, graph, patches
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +46,6 @@ class Drafts:
 
     def end(self):
         pass
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The step as a function of tensors, without the compiler's minutes."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture

@@ -9,13 +9,7 @@ from torch.utils._pytree import tree_iter
 import dgemma_accel
 from dgemma_accel.hf import denoising, graph, lookout
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

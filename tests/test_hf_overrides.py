@@ -15,17 +15,7 @@ from dgemma_accel.hf.overrides import is_overridden, is_own
 modeling = pytest.importorskip("transformers.models.diffusion_gemma.modeling_diffusion_gemma")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -14,13 +14,7 @@ import dgemma_accel
 from dgemma_accel.backends import BackendError
 from dgemma_accel.hf import patches
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -13,12 +13,7 @@ from dgemma_accel.hf import denoising, patches
 preallocated = pytest.importorskip("dgemma_accel.hf.preallocated")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

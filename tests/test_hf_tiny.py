@@ -14,18 +14,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples" / "tiny-dgemma"
 CHECKPOINT = FOLDER / "checkpoint"
 BATCH, PROMPTS = 50, 500
 
-pytestmark = pytest.mark.skipif(
-    not (CHECKPOINT / "model.safetensors").exists(),
-    reason="examples/tiny-dgemma/checkpoint is not there; train.py makes it",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not (CHECKPOINT / "model.safetensors").exists(),
+        reason="examples/tiny-dgemma/checkpoint is not there; train.py makes it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -90,17 +90,16 @@ def prepare(venv: Path, transformers: str | None) -> None:
     if not python_has_cuda_torch(str(python)):
         run(*pip, "torch>=2.11" if gpu else f"torch=={TESTED['torch']}")
     run(*pip, *BUILD_TOOLS)
+    asked = pins(transformers, gpu)
+    if torch_brings_triton(python):
+        asked = [pin for pin in asked if not pin.startswith("triton==")]
     say("building the extension and installing the extras")
     run(
         *pip,
         "--no-build-isolation",
         "--editable",
         f".[{EXTRAS}]",
-        *[
-            pin
-            for pin in pins(transformers, gpu)
-            if not (pin.startswith("triton") and torch_brings_triton(python))
-        ],
+        *asked,
     )
     stamp.write_text(wanted)
 

@@ -22,9 +22,9 @@ from .naming import cache_argument, unknown_names
 from .overrides import is_compiled_module
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
 
-# The ops that the drop-in calls.
 logger = logging.getLogger("dgemma_accel")
 
+# The ops that the drop-in calls.
 OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
 
 

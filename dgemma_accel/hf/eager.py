@@ -32,13 +32,13 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
         return "autocast is on"
     if crosses_ranks(model):
         return "the weights are split over ranks"
-    reason = _why_other_code(model)
+    reason = _why_not_traced(model)
     if reason is not None:
         return reason
     return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
 
 
-def _why_other_code(model) -> str | None:
+def _why_not_traced(model) -> str | None:
     """Which code of another's `graph.take_step` would go round, or run once where it belongs into every step.
 
     `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.

@@ -83,7 +83,7 @@ def soft_embedding(
         # Of fp32 logits that are not capped it is the logits themselves.
         x = torch.sub(x, peak, out=None if softcap is None and logits.dtype == x.dtype else x)
         x = x.clamp_(max=0.0).div_(temperature).flatten(0, 1)
-        _set_in_slice(x, place - columns.start, 0.0)
+        _zero_at(x, place - columns.start)
         probabilities = x.exp_().mul_(top1_prob).masked_fill_(empty, 0.0).to(weight.dtype)
         own = probabilities.sum(-1, keepdim=True, dtype=torch.float32)
         mass += own
@@ -95,14 +95,14 @@ def soft_embedding(
     return result.to(weight.dtype).reshape(*logits.shape[:-1], weight.shape[1])
 
 
-def _set_in_slice(table: Tensor, place: Tensor, value: float) -> None:
-    """table [R, n] at place [R, 1] becomes `value` in the rows whose place lies in [0, n).
+def _zero_at(table: Tensor, place: Tensor) -> None:
+    """table [R, n] at place [R, 1] becomes 0 in the rows whose place lies in [0, n).
 
     The same value, capped alone and capped in a table, may differ in its last place.
     """
     width = table.shape[1]
     inside, place = (place >= 0) & (place < width), place.clamp(0, width - 1)
-    table.scatter_(1, place, torch.where(inside, value, table.gather(1, place)))
+    table.scatter_(1, place, torch.where(inside, 0.0, table.gather(1, place)))
 
 
 def exact_soft_embedding(
