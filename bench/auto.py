@@ -14,7 +14,9 @@ from pathlib import Path
 
 from dgemma_accel.backends import AUTO_FILE, MODULES
 
-from .report import find_results
+from .bench_ops import complain
+from .cases import BenchError
+from .measured import find_results
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = ("cuda", "triton")
@@ -68,19 +70,37 @@ def updated(table: dict, means: dict[tuple[str, str], dict[str, float]], devices
     return table
 
 
+def file_text(table: dict) -> str:
+    """The table as its file has it, an order on one line: what was not measured again gives no difference."""
+
+    def entry(name: str, one: dict) -> str:
+        inside = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in one.items())
+        return f"  {json.dumps(name)}: {{\n{inside}\n  }}"
+
+    ops = (
+        f" {json.dumps(op)}: {{\n" + ",\n".join(entry(*item) for item in entries.items()) + "\n }"
+        for op, entries in table.items()
+    )
+    return "{\n" + ",\n".join(ops) + "\n}\n"
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench auto", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=AUTO_FILE)
     options = parser.parse_args(arguments)
-    found, problems = find_results(options.results)
+    try:
+        found, problems = find_results(options.results)
+    except BenchError as error:
+        complain(str(error))
+        return 2
     print(*problems, sep="\n", end="\n" if problems else "")
     # Older files first, so that a newer measurement of a case replaces an older one.
     results = [result for _, result in found]
     results.sort(key=lambda result: result["environment"]["date"])
     means = measured(results)
     table = updated(json.loads(AUTO_FILE.read_text()), means, device_of(results))
-    options.output.write_text(json.dumps(table, indent=1) + "\n")
+    options.output.write_text(file_text(table))
     print(
         f"{len(means)} measured entries in {options.output.name}"
         if means

@@ -113,7 +113,7 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def traffic(batch: int, with_state: bool) -> int:
-    """Bytes: token, argmax, sample and five statistics in; tokens and flags out; draft and history both ways."""
+    """Bytes: token, argmax, sample and four fp32 statistics in; tokens and flags out; draft and history both ways."""
     position = 3 * 8 + 4 * 4 + 8 + 1
     if with_state:
         position += 2 * 8 + 2 * 8

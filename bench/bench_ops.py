@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
     has_time = within(options.budget)
     try:
         device = pick_device(options.device)
+        schema.check_targets(options.json, options.plot)
     except BenchError as error:
         complain(str(error))
         return 2
@@ -128,6 +129,13 @@ def main(arguments: list[str]) -> int:
             refused.append(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
     cases, problems = collect(options.ops, device, sizes)
     refused += problems
+    if options.backend:
+        there = sorted({variant.name for case in cases for variant in case.backends})
+        if cases and not set(there) & set(options.backend):
+            refused.append(
+                f"--backend {', '.join(options.backend)}: what can be timed here is {', '.join(there)}"
+            )
+            cases = []
     for line in refused:
         complain(line)
     if not cases:

@@ -25,7 +25,7 @@ from dgemma_accel.samplers import (
 )
 
 from . import planted
-from .cases import CANVAS, VOCAB, Case, Sizes, Variant, implementations, table_dtypes
+from .cases import CANVAS, VOCAB, BenchError, Case, Sizes, Variant, implementations, table_dtypes
 
 LLADA_BLOCK, LLADA_VOCAB, LLADA_MASK = 32, 126_464, 126_336
 STEPS = 8
@@ -143,7 +143,8 @@ def check(tokens: Tensor, inputs: Inputs) -> list[str]:
     given = inputs.tokens != inputs.mask_id
     if not bool(kept[given].all()):
         problems.append("given tokens changed")
-    if not bool((~kept).any()):
+    # Of a few rows a strategy may rightly commit none, as the reference above does then.
+    if len(kept[0]) > CHECKED_ROWS and not bool((~kept).any()):
         problems.append("nothing was committed")
     if inputs.temperature == 0:
         wrong = ~kept & (tokens != inputs.logits.argmax(-1))
@@ -159,6 +160,8 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
+    if sizes.vocab == 1:
+        raise BenchError("--vocab: must be at least 2 here, got 1: one token is the mask")
     present, lines = implementations("row_stats", device)
     shapes = [(CANVAS, VOCAB), (LLADA_BLOCK, LLADA_VOCAB)]
     if sizes.rows or sizes.vocab:

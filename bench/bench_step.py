@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dgemma_accel.backends import BACKENDS
+
 from . import ceilings, environment, schema, step_model, step_trace, table
 from .bench_ops import complain, pick_device
 from .cases import BenchError
@@ -82,7 +84,9 @@ def prepare_model(options, device: torch.device):
     config = step_model.full_config(options.layers)
     model = step_model.build(config, device, torch.bfloat16)
     layers = config.text_config.num_hidden_layers
-    return model, f"full ({layers} layers, random weights)"
+    whole = step_model.full_config().text_config.num_hidden_layers
+    size = "full" if layers == whole else f"{layers}-layers"
+    return model, f"{size} ({layers} of {whole} layers, random weights)"
 
 
 def main(arguments: list[str]) -> int:
@@ -91,6 +95,15 @@ def main(arguments: list[str]) -> int:
     try:
         if options.steps < 2 or options.batch < 1 or options.repeats < 1:
             raise BenchError("--steps must be at least 2, --batch and --repeats at least 1")
+        if options.backend not in ("auto", *BACKENDS):
+            raise BenchError(f"unknown backend {options.backend!r}; known are auto, {', '.join(BACKENDS)}")
+        known = [way.name for way in (*WAYS, *AUTOREGRESSIVE)]
+        for text in options.way or ():
+            if not any(is_named(name, text) for name in known):
+                raise BenchError(
+                    f"--way {text!r}: no variant has that in its name; there are {'; '.join(known)}"
+                )
+        schema.check_targets(options.json, options.plot)
         device = pick_device(options.device)
         model, name = prepare_model(options, device)
     except BenchError as error:
@@ -128,7 +141,7 @@ def bench(
 ) -> int:
     """Measure all ways at all contexts, print and write; the exit status."""
     longest = model.config.text_config.max_position_embeddings
-    default = CONTEXTS if name.startswith("full") else (64, 256)
+    default = (64, 256) if name.startswith("tiny") else CONTEXTS
     contexts, refused = [], []
     for context in options.context or default:
         if 1 <= context <= longest - model.config.canvas_length:
@@ -169,8 +182,10 @@ def bench(
     for position, (ways, context) in enumerate(plan):
         if not has_time():
             for way in ways:
-                if (context, way.name) not in found:
-                    late.append(f"{way.name} at context {context}: {NOT_REACHED} of {options.budget:g} s")
+                line = f"{way.name} at context {context}: {NOT_REACHED} of {options.budget:g} s"
+                # The plan has what does not compile twice.
+                if (context, way.name) not in found and line not in late:
+                    late.append(line)
             continue
         with step_trace.reading_compiled_code() if device.type == "cpu" else contextlib.nullcontext():
             group = measured.measure(ways, context)

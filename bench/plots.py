@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .environment import folder_name
+from .measured import fastest, newest_cases
 from .step_trace import COMPONENTS
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
@@ -28,42 +29,36 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def origin(facts: dict) -> str:
-    """Device and commit, as every figure is labelled."""
-    commit = (facts["commit"] or "unknown commit")[:10] + ("" if facts["clean"] else ", changed tree")
-    return f"{facts['device']}, {commit}"
+def origin(*sources: dict) -> str:
+    """The device and every commit that the figures come from, as all plots are labelled."""
+    commits = {
+        (facts["commit"] or "unknown commit")[:10] + ("" if facts["clean"] else ", changed tree"): None
+        for facts in sorted(sources, key=lambda facts: facts["date"])
+    }
+    return f"{sources[0]['device']}, {'; '.join(commits)}"
 
 
 def ops(results: list[dict], folder: Path) -> list[Path]:
     """One plot a device: the fastest right backend of every case against the roofline."""
     pyplot = _pyplot()
     written = []
-    by_device: dict[str, list[tuple[dict, dict]]] = {}
-    for result in results:
-        if result["kind"] == "ops":
-            for row in result["rows"]:
-                if row["status"] == "ok":
-                    by_device.setdefault(folder_name(result["environment"]), []).append(
-                        (row, result["environment"])
-                    )
-    for device, rows in sorted(by_device.items()):
-        best: dict[tuple, dict] = {}
-        for row, _ in rows:
-            key = (row["op"], row["shape"], row["dtype"], row["case"])
-            if key not in best or row["median_us"] < best[key]["median_us"]:
-                best[key] = row
-        labels = [
-            " ".join(part for part in key if part) + f" ({row['backend']})" for key, row in best.items()
-        ]
+    by_device: dict[str, dict[str, tuple[dict, dict]]] = {}
+    for (_, *key), rows in newest_cases(results).items():
+        best = fastest(rows)
+        if best is not None:
+            label = " ".join(part for part in key if part) + f" ({best[0]['backend']})"
+            by_device.setdefault(folder_name(best[1]), {})[label] = best
+    for device, best in sorted(by_device.items()):
         figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.28 * len(best)))
-        reached = [row["roofline_percent"] for row in best.values()]
+        reached = [row["roofline_percent"] for row, _ in best.values()]
         bars = axes.barh(range(len(best)), reached, color=PALETTE[0])
         axes.bar_label(bars, fmt="%.1f%%", padding=2, fontsize=7)
-        axes.set_yticks(range(len(best)), labels, fontsize=7)
+        axes.set_yticks(range(len(best)), best, fontsize=7)
         axes.invert_yaxis()
-        axes.set_xlim(0, 105)
+        # A copy is not the fastest way to read: what only reads may pass its bandwidth.
+        axes.set_xlim(0, max(105, 1.08 * max(reached)))
         axes.set_xlabel("percent of the measured roofline")
-        axes.set_title(origin(rows[0][1]), fontsize=9)
+        axes.set_title(origin(*(facts for _, facts in best.values())), fontsize=9)
         written.append(_save(figure, folder / f"roofline-{device}.svg"))
         pyplot.close(figure)
     return written

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from . import schema, table
+from . import table
 from .cases import BenchError
+from .measured import device, fastest, find_results, full_runs, newest_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -25,43 +27,10 @@ HEADLINE = {
 }
 
 
-def find_results(folder: Path) -> tuple[list[tuple[Path, dict]], list[str]]:
-    """(result files under a folder, one line for each that is of another schema)."""
-    found, problems = [], []
-    for path in sorted(folder.rglob("*.json")):
-        if path.name == "summary.json":
-            continue
-        try:
-            found.append((path, schema.read(path)))
-        except BenchError as error:
-            problems.append(str(error))
-    return found, problems
-
-
 def mark(facts: dict) -> str:
     """Commit and date of a figure."""
     commit = (facts["commit"] or "?")[:10]
     return f"{commit}{'' if facts['clean'] else '+'} {facts['date'][:10]}"
-
-
-def device(facts: dict) -> str:
-    if facts["device_type"] == "cpu":
-        return f"{facts['device']} CPU, {facts.get('threads', '?')} threads, {facts['capability']}"
-    return facts["device"]
-
-
-def _cases(results: list[dict]) -> dict[tuple, list[tuple[dict, dict]]]:
-    """(device, op, shape, dtype, case) -> rows with their environment; of two files with a case the later counts."""
-    found: dict[tuple, list[tuple[dict, dict]]] = {}
-    for result in sorted(results, key=lambda one: one["environment"]["date"]):
-        if result["kind"] != "ops" or result["options"].get("quick"):
-            continue
-        fresh: dict[tuple, list[tuple[dict, dict]]] = {}
-        for row in result["rows"]:
-            key = (device(result["environment"]), row["op"], row["shape"], row["dtype"], row["case"])
-            fresh.setdefault(key, []).append((row, result["environment"]))
-        found |= fresh
-    return found
 
 
 def _against(row: dict) -> str:
@@ -85,21 +54,21 @@ def op_table(results: list[dict], headline: bool) -> list[str]:
         "| Op | Case | Device | Backend | Time | Roofline | Extra memory | Time of peers over ours | Commit, date |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    cases = _cases(results)
+    cases = newest_cases(full_runs(results))
     for op in OPS:
         on_gpu = False
         for (name, of, shape, dtype, label), rows in sorted(cases.items(), key=lambda item: item[0][0]):
             if of != op or (headline and label not in HEADLINE[op]):
                 continue
             on_gpu |= rows[0][1]["device_type"] == "cuda"
-            right = [(row, facts) for row, facts in rows if row["status"] == "ok"]
             title = f"{shape} {dtype} {label}".rstrip()
-            if not right:
+            best = fastest(rows)
+            if best is None:
                 lines.append(
                     f"| {op} | {title} | {name} | - | {rows[0][0]['status']} | | | | {mark(rows[0][1])} |"
                 )
                 continue
-            row, facts = min(right, key=lambda one: one[0]["median_us"])
+            row, facts = best
             lines.append(
                 f"| {op} | {title} | {name} | {row['backend']} | {table.duration(row['median_us'])} | "
                 f"{row['roofline_percent']:.1f}% | {table.size(row['peak_extra_bytes'])} | {_against(row)} | "
@@ -121,7 +90,7 @@ def step_table(results: list[dict]) -> list[str]:
         if result["kind"] != "step":
             continue
         facts, model = result["environment"], result["options"]["model"]
-        full |= model.startswith("full") and facts["device_type"] == "cuda"
+        full |= model.split()[0] == "full" and facts["device_type"] == "cuda"
         for row in result["rows"]:
             head = f"| {model} | {row['context']} | {row['variant']} | {device(facts)} |"
             if row["status"] != "ok":
@@ -157,7 +126,8 @@ def readme_section(results: list[dict], plots: list[Path], root: Path) -> str:
     ]
     parts += ["\n".join(busy_lines(results))] if busy_lines(results) else []
     if plots:
-        parts.append("\n".join(f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in plots))
+        links = ((path.stem, Path(os.path.relpath(path, root)).as_posix()) for path in plots)
+        parts.append("\n".join(f"![{name}]({link})" for name, link in links))
     return "\n\n".join(parts)
 
 
@@ -182,14 +152,14 @@ def main(arguments: list[str]) -> int:
         "--check", action="store_true", help="write nothing; exit 1 if the README is not up to date"
     )
     options = parser.parse_args(arguments)
-    found, problems = find_results(options.results)
-    results = [result for _, result in found]
-    for line in problems:
-        print(f"bench report: {line}", file=sys.stderr)
     try:
+        found, problems = find_results(options.results)
+        results = [result for _, result in found]
+        for line in problems:
+            print(f"bench report: {line}", file=sys.stderr)
         text = options.readme.read_text()
         drawn = [] if options.check else draw(results, options.results)
-        plots = sorted((options.results / "plots").glob("*.svg")) if options.check else drawn
+        plots = sorted((options.results / "plots").resolve().glob("*.svg")) if options.check else drawn
         new = replace_section(text, readme_section(results, plots, options.readme.resolve().parent))
     except OSError as error:
         print(f"bench report: {options.readme}: {error.strerror}", file=sys.stderr)
@@ -215,7 +185,7 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
     try:
         from . import plots
 
-        latest = [one for one in results if not one["options"].get("quick")]
+        latest = full_runs(results)
         drawn = plots.ops(latest, folder / "plots") + plots.steps(latest, folder / "plots")
     except ImportError as error:
         print(f"bench report: no plots: {error}", file=sys.stderr)
@@ -223,4 +193,4 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
     for old in (folder / "plots").glob("*.svg"):
         if old not in drawn:
             old.unlink()
-    return [path.resolve() for path in drawn]
+    return sorted(path.resolve() for path in drawn)

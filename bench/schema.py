@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from .cases import BenchError
@@ -52,6 +53,10 @@ OP_ROW = {
     **TIMED,
 }
 PEER_ROW = {"peer": str, "variant": str, "ratio": _OPTIONAL, **TIMED}
+# What a row of status "ok" has measured.
+OP_MEASURED = ("median_us", "p20_us", "p80_us", "runs", "method", "roofline_percent")
+PEER_MEASURED = OP_MEASURED[:-1]
+STEP_MEASURED = ("step_ms", "floor_multiple")
 STEP_ROW = {
     "variant": str,
     "context": int,
@@ -75,7 +80,7 @@ def _is_a(value: object, kinds: type | tuple) -> bool:
     return type(value) in allowed if isinstance(value, bool) else isinstance(value, allowed)
 
 
-def _fields(where: str, value: object, fields: dict) -> list[str]:
+def _fields(where: str, value: object, fields: dict, measured: tuple[str, ...] = ()) -> list[str]:
     if not isinstance(value, dict):
         return [f"{where}: an object expected, got {type(value).__name__}"]
     problems = []
@@ -86,6 +91,8 @@ def _fields(where: str, value: object, fields: dict) -> list[str]:
             problems.append(f"{where}: {name} has type {type(value[name]).__name__}")
     if value.get("status", "ok") not in STATUSES:
         problems.append(f"{where}: unknown status {value['status']!r}")
+    elif value.get("status") == "ok":
+        problems += [f"{where}: ok without {name}" for name in measured if value.get(name, 0) is None]
     return problems
 
 
@@ -101,15 +108,36 @@ def violations(result: object) -> list[str]:
     for name in ("ceilings", "clocks", "options"):
         if not isinstance(result.get(name), dict):
             problems.append(f"{name} is missing")
+    if result["kind"] == "step" and isinstance(result.get("options"), dict):
+        problems += _fields("options", result["options"], {"model": str})
     if not isinstance(result.get("rows"), list) or not isinstance(result.get("problems"), list):
         return [*problems, "rows or problems are missing"]
     for number, row in enumerate(result["rows"]):
         where = f"rows[{number}]"
-        problems += _fields(where, row, OP_ROW if result["kind"] == "ops" else STEP_ROW)
+        form = (OP_ROW, OP_MEASURED) if result["kind"] == "ops" else (STEP_ROW, STEP_MEASURED)
+        problems += _fields(where, row, *form)
         if result["kind"] == "ops" and isinstance(row, dict):
             for index, peer in enumerate(row.get("peers") or ()):
-                problems += _fields(f"{where}.peers[{index}]", peer, PEER_ROW)
+                problems += _fields(f"{where}.peers[{index}]", peer, PEER_ROW, PEER_MEASURED)
     return problems
+
+
+def check_targets(file: Path | None, folder: Path | None) -> None:
+    """Raise before anything is measured if a result file and a folder for plots cannot be written there.
+
+    Raises:
+        BenchError: one is in the place of the other, or below a file, or nothing may be written there.
+    """
+    if file is not None and file.is_dir():
+        raise BenchError(f"--json {file}: is a folder, a file is needed")
+    for option, needed in (("--json", file and file.absolute().parent), ("--plot", folder)):
+        if needed is None:
+            continue
+        there = next(one for one in (needed.absolute(), *needed.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise BenchError(f"{option}: {there} is a file, a folder is needed")
+        if not os.access(there, os.W_OK):
+            raise BenchError(f"{option}: nothing may be written in {there}")
 
 
 def write(result: dict, path: Path) -> None:

@@ -58,8 +58,16 @@ def per_step(
 
 
 def counted(run: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """(launches, host reads) of a step, by the same difference."""
-    one, many = step_trace.count(lambda: run(1), device), step_trace.count(lambda: run(steps), device)
+    """(launches, host reads) of a step, by the same difference.
+
+    All runs draw the same canvas: transformers launches a product for each expert that a step happens to choose.
+    """
+
+    def seeded(steps: int) -> None:
+        torch.manual_seed(0)
+        run(steps)
+
+    one, many = step_trace.count(lambda: seeded(1), device), step_trace.count(lambda: seeded(steps), device)
     return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
 
 

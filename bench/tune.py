@@ -136,6 +136,22 @@ def tune(
     return found
 
 
+def file_text(file: dict[str, list[dict]]) -> str:
+    """The configurations as their file has them, a line for an entry: only what was tuned gives a difference."""
+
+    def entry(one: dict) -> str:
+        text = json.dumps({name: value for name, value in one.items() if name != "try"})
+        if "try" in one:
+            rivals = ",\n    ".join(map(json.dumps, one["try"]))
+            text = f'{text[:-1]},\n   "try": [{rivals}]}}'
+        return f"  {text}"
+
+    ops = (
+        f" {json.dumps(op)}: [\n" + ",\n".join(map(entry, entries)) + "\n ]" for op, entries in file.items()
+    )
+    return "{\n" + ",\n".join(ops) + "\n}\n"
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="+", metavar="OP")
@@ -175,6 +191,6 @@ def tune_file(options, device: torch.device, path: Path, time_of=case_time) -> i
             continue
         file[op] = tune(op, cases, device, file[op], time_of)
         if options.write:
-            path.write_text(json.dumps(file, indent=1) + "\n")
+            path.write_text(file_text(file))
             print(f"written {path}", flush=True)
     return status

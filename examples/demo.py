@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dgemma_accel.backends import BACKENDS
 from dgemma_accel.cli.generate import compare, load, show_drafts, show_table
 
 FOLDER = Path(__file__).resolve().parent / "tiny-dgemma"
@@ -29,6 +30,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
+    if options.prompts < 1:
+        parser.error(f"--prompts: must be at least 1, got {options.prompts}")
+    if options.backend not in ("auto", *BACKENDS):
+        parser.error(f"--backend: must be auto or one of {', '.join(BACKENDS)}, got {options.backend}")
 
     from tasks import make_prompts
 

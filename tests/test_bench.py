@@ -68,7 +68,6 @@ def test_a_run_writes_a_result_of_the_schema(tmp_path, capsys, fixed_ceilings):
     [
         (["row_stat"], "unknown op 'row_stat'"),
         (["--peer", "nobody"], "unknown peer 'nobody'"),
-        (["--backend", "fpga"], "unknown backend 'fpga'"),
         (["--rows", "0"], "--rows: must be at least 1, got 0"),
         (["block_attention", "--context", "-5"], "--context: must be at least 1"),
         (["block_attention", "--context", "100000000000"], "does not fit"),
@@ -87,8 +86,16 @@ def test_bad_requests_get_a_line_and_status_2_and_the_rest_runs(
     assert code == 2
     assert line in capsys.readouterr().err
     assert line in " ".join(result["problems"])
-    if "--backend" not in arguments:
-        assert any(row["op"] == "commit" and row["status"] == "ok" for row in result["rows"])
+    assert any(row["op"] == "commit" and row["status"] == "ok" for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    "name, line", [("fpga", "unknown backend 'fpga'"), ("cuda", "what can be timed here")]
+)
+def test_nothing_is_timed_for_backends_that_are_not_here(name, line, capsys, fixed_ceilings):
+    assert bench_ops.main(["commit", "--device", "cpu", "--backend", name]) == 2
+    out, err = capsys.readouterr()
+    assert line in err and "median" not in out
 
 
 def test_a_lost_device_leaves_what_was_measured(tmp_path, monkeypatch, fixed_ceilings):
@@ -241,6 +248,17 @@ def test_the_floor_of_quantised_experts_counts_weights_and_scales():
     assert fp8.bytes - rows == 128 * 3 * 704 * 2816 + 128 * (11 * 22 + 22 * 6) * 4
     assert nvfp4.bytes - rows == 128 * 3 * 704 * 2816 * 9 / 16 + 128 * 2 * 4
     assert nvfp4.flops == fp8.flops == plain.flops
+
+
+def test_the_floor_of_few_rows_counts_the_experts_they_choose():
+    one, few, all_rows = (
+        bench_experts.cases(torch.device("cuda"), Sizes(rows=rows))[0][0] for rows in (1, 8, 256)
+    )
+    expert = 3 * 704 * 2816 * 2
+    assert one.bytes == 8 * expert + 2 * 2816 * 2
+    # 8 rows of 8 of 128: each expert is left out with probability (15/16)^8.
+    assert few.bytes == pytest.approx(128 * (1 - (15 / 16) ** 8) * expert, rel=0.05)
+    assert all_rows.bytes > 127.9 * expert
 
 
 def test_attention_traffic_leaves_out_what_padding_hides():

@@ -96,4 +96,6 @@ def test_command(tmp_path, capsys):
     assert auto.main(["--results", str(tmp_path), "--output", str(output)]) == 2
     said = capsys.readouterr().out
     assert "bad.json: not a result file" in said and "summary.json" not in said
-    assert json.loads(output.read_text()) == backends.auto_table()
+    assert output.read_text() == backends.AUTO_FILE.read_text()
+    assert auto.main(["--results", str(tmp_path / "nowhere"), "--output", str(output)]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import report, schema
+from bench import bench_ops, report, schema
 from bench.cases import BenchError
 
 pytestmark = pytest.mark.source_tree
@@ -146,6 +146,61 @@ def test_a_later_file_counts_and_a_quick_one_does_not():
     assert "| 50 us |" in lines and "123 us" not in lines and "| 1 us |" not in lines
 
 
+def test_table_and_plot_show_the_newer_of_two_files_even_if_it_is_slower(place):
+    slower, other = copy.deepcopy(OPS), copy.deepcopy(OPS)
+    slower["environment"] |= {"date": "2026-02-02T00:00:00", "commit": "fedcba9876543210"}
+    slower["rows"][0] |= {"median_us": 400.0, "roofline_percent": 15.0}
+    other["rows"][0] |= {"op": "commit", "roofline_percent": 130.0}
+    for name, result in (("old", OPS), ("new", slower), ("other", other)):
+        schema.write(result, place / "results" / "test" / f"{name}.json")
+    assert make(place) == 0
+    assert "| 400 us | 15.0% |" in (place / "README.md").read_text()
+    (plot,) = (place / "results" / "plots").glob("*.svg")
+    words = plot.read_text()
+    # matplotlib leaves what it draws as a comment beside the glyphs.
+    assert "15.0%" in words and "48.6%" not in words
+    assert "0123456789; fedcba9876" in words
+
+
+def test_a_bar_beyond_the_ceiling_is_drawn_whole(monkeypatch, tmp_path):
+    from bench import plots
+
+    above = copy.deepcopy(OPS)
+    above["rows"][0]["roofline_percent"] = 130.0
+    seen = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: seen.append(figure.axes[0].get_xlim()) or path)
+    plots.ops([above], tmp_path)
+    assert seen[0][1] > 130
+
+
+def test_a_model_with_fewer_layers_is_not_the_full_one(place):
+    part = copy.deepcopy(STEP)
+    part["options"]["model"] = "6-layers (6 of 30 layers, random weights)"
+    assert "not yet measured" in "\n".join(report.step_table([part]))
+    assert "not yet measured" not in "\n".join(report.step_table([part, STEP]))
+    for name, result in (("part", part), ("full", STEP)):
+        schema.write(result, place / "results" / "test" / f"{name}.json")
+    assert make(place) == 0
+    assert len(list((place / "results" / "plots").glob("step-*.svg"))) == 2
+    assert make(place, "--check") == 0
+
+
+def test_a_folder_that_is_not_there_leaves_the_readme_alone(place, capsys):
+    arguments = ["--readme", str(place / "README.md"), "--results", str(place / "resutls")]
+    assert report.main(arguments) == 2
+    assert "resutls: no such folder" in capsys.readouterr().err
+    assert (place / "README.md").read_text() == README
+
+
+def test_results_may_lie_beside_the_readme_s_folder(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text(README)
+    schema.write(OPS, tmp_path / "elsewhere" / "ops.json")
+    arguments = ["--readme", str(tmp_path / "docs" / "README.md"), "--results", str(tmp_path / "elsewhere")]
+    assert report.main(arguments) == 0
+    assert "](../elsewhere/plots/roofline-test.svg)" in (tmp_path / "docs" / "README.md").read_text()
+
+
 def test_a_changed_tree_is_marked():
     changed = copy.deepcopy(OPS)
     changed["environment"]["clean"] = False
@@ -193,6 +248,9 @@ def test_files_of_another_schema_get_a_line_and_the_others_count(place, capsys):
         (lambda r: r["rows"][0]["peers"][0].pop("ratio"), "rows[0].peers[0]: ratio is missing"),
         (lambda r: r.update(kind="plan"), "kind 'plan'"),
         (lambda r: r.pop("clocks"), "clocks is missing"),
+        (lambda r: r["rows"][0].update(median_us=None), "rows[0]: ok without median_us"),
+        (lambda r: r["rows"][0].update(roofline_percent=None), "rows[0]: ok without roofline_percent"),
+        (lambda r: r["rows"][0]["peers"][0].update(p20_us=None), "rows[0].peers[0]: ok without p20_us"),
     ],
 )
 def test_the_schema_finds_what_is_missing(change, line, tmp_path):
@@ -212,3 +270,28 @@ def test_step_results_have_a_schema_too():
     broken = copy.deepcopy(STEP)
     del broken["rows"][0]["floor_multiple"]
     assert "floor_multiple is missing" in schema.violations(broken)[0]
+    broken = copy.deepcopy(STEP)
+    broken["rows"][0]["step_ms"] = None
+    assert "ok without step_ms" in schema.violations(broken)[0]
+    broken["rows"][0]["status"] = "failed"
+    assert schema.violations(broken) == []
+    del broken["options"]["model"]
+    assert "options: model is missing" in schema.violations(broken)[0]
+
+
+def test_a_place_where_no_result_can_be_written_is_said_before_anything_is_measured(tmp_path):
+    from bench.__main__ import main
+
+    (tmp_path / "file").write_text("")
+    for arguments, line in (
+        (["--json", str(tmp_path)], "is a folder"),
+        (["--json", str(tmp_path / "file" / "x.json")], "is a file, a folder is needed"),
+        (["--plot", str(tmp_path / "file")], "is a file, a folder is needed"),
+    ):
+        options = bench_ops.parser().parse_args(arguments)
+        with pytest.raises(BenchError, match=line):
+            schema.check_targets(options.json, options.plot)
+        assert main(["row_stats", "--device", "cpu", *arguments]) == 2
+        assert main(["step", "--device", "cpu", *arguments]) == 2
+    schema.check_targets(tmp_path / "new" / "folder" / "x.json", tmp_path / "plots")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

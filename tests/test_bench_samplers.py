@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import bench_samplers
+from bench.__main__ import main
 from bench.peers import published_samplers
 from bench.peers.traffic import passes
 
@@ -35,3 +36,14 @@ def test_every_kind_says_how_often_published_code_passes_over_the_table(kind):
     case = bench_samplers.cases(torch.device("cpu"), bench_samplers.Sizes(quick=True))[0][0]
     (variant,) = published_samplers.variants(case, inputs)
     assert f"{found:.1f} passes" in variant.name
+
+
+@pytest.mark.parametrize("rows", ["1", "2"])
+def test_a_strategy_that_rightly_commits_nothing_is_not_wrong(rows):
+    arguments = ["--rows", rows, "--vocab", "64", "--device", "cpu", "--quick", "--peer", "none"]
+    assert main(["samplers", *arguments]) == 0
+
+
+def test_a_vocabulary_of_the_mask_alone_is_refused(capsys):
+    assert main(["samplers", "--vocab", "1", "--device", "cpu"]) == 2
+    assert "--vocab: must be at least 2 here" in capsys.readouterr().err

@@ -136,6 +136,8 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch, capsys):
         (["--steps", "1"], "--steps must be at least 2"),
         (["--model", "tiny", "--layers", "3"], "--layers: only the full model"),
         (["--model", "full", "--layers", "0"], "--layers: must be at least 1"),
+        (["--backend", "nope"], "unknown backend 'nope'; known are auto, reference"),
+        (["--way", "ours, grahp"], "--way 'ours, grahp': no variant has that in its name"),
     ],
 )
 def test_bad_requests(arguments, line, capsys):
@@ -311,6 +313,43 @@ def test_variants_take_turns_and_one_that_fails_leaves_the_others():
         *[(n, s) for n in "ac" for s in (1, 5)],
     ]
     assert isinstance(times["b"], RuntimeError) and isinstance(times["a"], float)
+
+
+def test_a_part_of_the_model_is_not_called_full(monkeypatch):
+    made = []
+    monkeypatch.setattr(step_model, "build", lambda config, *_: made.append(config))
+    for layers, name in (
+        (None, "full (30 of 30 layers"),
+        (30, "full (30 of"),
+        (6, "6-layers (6 of 30 layers"),
+    ):
+        options = bench_step.parser().parse_args(["--model", "full"])
+        options.layers = layers
+        assert bench_step.prepare_model(options, CPU)[1].startswith(name)
+    assert [config.text_config.num_hidden_layers for config in made] == [30, 30, 6]
+
+
+def test_what_no_time_was_left_for_is_named_once(model, monkeypatch, capsys):
+    options = bench_step.parser().parse_args(["--context", "8", "16", "--budget", "0"])
+    assert bench_step.bench(model, "full (narrow)", options, CPU, lambda: False) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not reached" in line]
+    assert len(lines) == len(set(lines)) == 2 * 5
+
+
+def test_launches_are_counted_on_one_and_the_same_canvas():
+    """What a step launches depends on what it draws, as transformers' loop over the chosen experts does."""
+    left = torch.ones(8)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            for _ in range(int(torch.randint(1, 50, ()))):
+                left.add(1)
+
+    torch.manual_seed(0)
+    drawn = [int(torch.randint(1, 50, ())) for _ in range(4)]
+    launches, _ = step_measure.counted(run, 4, CPU)
+    alone = step_trace.count(lambda: int(torch.randint(1, 50, ())), CPU)[0]
+    assert launches == pytest.approx(sum(drawn[1:]) / 3 + alone)
 
 
 def test_compilers_come_last():

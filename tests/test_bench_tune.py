@@ -100,6 +100,16 @@ def test_a_file_is_written_only_when_asked(tmp_path, monkeypatch, write, capsys)
     assert found["row_stats"][0]["use"]["span"] == (8192 if write else 1024)
 
 
+@pytest.mark.parametrize("path", sorted(tune.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_a_written_file_differs_in_what_was_tuned_only(path):
+    text = path.read_text()
+    file = json.loads(text)
+    assert tune.file_text(file) == text
+    file["row_stats"][0]["use"]["span"] = 31
+    changed = zip(text.splitlines(), tune.file_text(file).splitlines(), strict=True)
+    assert sum(old != new for old, new in changed) == 1
+
+
 def test_a_rival_that_is_faster_starts_the_search_and_stays_listed(monkeypatch):
     """From `use` alone no neighbour is better, so without the rival the search would end there."""
     case = triton_case(torch.float32)

@@ -36,3 +36,27 @@ def test_generate_command():
     assert one_side.returncode == 0 and "1247" in one_side.stdout and "reference" not in one_side.stdout
     wrong = run(*command, "--prompt", "x", "--max-new-tokens", 0)
     assert wrong.returncode == 2 and "--max-new-tokens: must be at least 1" in wrong.stdout
+    wrong = run(*command, "--prompt", "x", "--seed", 2**64)
+    assert wrong.returncode == 2 and "--seed: must have at most 64 bits" in wrong.stdout
+
+
+def test_the_table_s_library_is_missed_before_anything_is_generated(monkeypatch):
+    from dgemma_accel.cli import generate
+
+    monkeypatch.setattr(generate, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="rich is needed"):
+        generate.load(CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, line",
+    [
+        ("demo.py", ("--prompts", 0), "--prompts: must be at least 1"),
+        ("demo.py", ("--backend", "nope"), "--backend: must be auto or one of"),
+        ("tiny-dgemma/evaluate.py", ("--prompts", 0), "--prompts: must be at least 1"),
+        ("tiny-masked/evaluate.py", ("--prompts", 0), "--prompts: must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_the_examples_get_a_line(script, arguments, line):
+    result = run(EXAMPLES / script, *arguments)
+    assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr

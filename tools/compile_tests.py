@@ -55,12 +55,9 @@ class Refusals:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("capability", help="for example 9.0")
-    capability = tuple(int(part) for part in parser.parse_args().capability.split("."))
-    if capability not in ahead_of_time.SHARED_LIMIT:
-        parser.error(
-            f"capability: known are {', '.join('.'.join(map(str, c)) for c in ahead_of_time.SHARED_LIMIT)}"
-        )
+    known = {".".join(map(str, capability)): capability for capability in ahead_of_time.SHARED_LIMIT}
+    parser.add_argument("capability", choices=known, help="for example 9.0")
+    capability = known[parser.parse_args().capability]
 
     # The kernels' modules take these names when they are imported, which the tests do.
     common.DEVICES, common.unavailable = frozenset({"cuda", "cpu"}), lambda: None

@@ -65,6 +65,9 @@ def run(options) -> int:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         print(f"--max-new-tokens: must be at least 1, got {options.max_new_tokens}")
         return 2
+    if not -(2**63) <= options.seed < 2**64:
+        print(f"--seed: must have at most 64 bits, got {options.seed}")
+        return 2
     try:
         model, tokenizer = load(options.model, experts=options.experts)
     except (OSError, ImportError, TypeError, ValueError) as error:
@@ -97,6 +100,9 @@ def load(path: str | Path, *, experts: str | None = None):
         raise ImportError(
             f"transformers >= 5.17 is needed: pip install 'dgemma-accel[hf]' ({error})"
         ) from error
+    if find_spec("rich") is None:
+        # Better before the answers are generated than after.
+        raise ImportError("rich is needed for the table of answers: pip install 'dgemma-accel[hf]'")
     from ..hf import from_pretrained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

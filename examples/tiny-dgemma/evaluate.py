@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--show-errors", action="store_true")
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error(f"--prompts: must be at least 1, got {args.prompts}")
 
     torch.manual_seed(args.seed)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.checkpoint).eval()

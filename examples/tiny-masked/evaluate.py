@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error(f"--prompts: must be at least 1, got {args.prompts}")
 
     model, tokenizer = load(args.checkpoint)
     pairs = pairs_of(args.prompts, args.seed)

@@ -1,0 +1,61 @@
+"""What the result files of a folder hold: of two files with a case the newer counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import schema
+from .cases import BenchError
+
+# (device, op, shape, dtype, case)
+Key = tuple[str, str, str, str, str]
+
+
+def find_results(folder: Path) -> tuple[list[tuple[Path, dict]], list[str]]:
+    """(result files under a folder, one line for each that is of another schema).
+
+    Raises:
+        BenchError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise BenchError(f"{folder}: no such folder")
+    found, problems = [], []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == "summary.json":
+            continue
+        try:
+            found.append((path, schema.read(path)))
+        except BenchError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def device(facts: dict) -> str:
+    if facts["device_type"] == "cpu":
+        return f"{facts['device']} CPU, {facts.get('threads', '?')} threads, {facts['capability']}"
+    return facts["device"]
+
+
+def full_runs(results: list[dict]) -> list[dict]:
+    """Those that are not of a quick run, whose smaller cases stand for nothing else."""
+    return [result for result in results if not result["options"].get("quick")]
+
+
+def newest_cases(results: list[dict]) -> dict[Key, list[tuple[dict, dict]]]:
+    """The rows of every case, each with the environment of its file."""
+    found: dict[Key, list[tuple[dict, dict]]] = {}
+    for result in sorted(results, key=lambda one: one["environment"]["date"]):
+        if result["kind"] != "ops":
+            continue
+        fresh: dict[Key, list[tuple[dict, dict]]] = {}
+        for row in result["rows"]:
+            key = (device(result["environment"]), row["op"], row["shape"], row["dtype"], row["case"])
+            fresh.setdefault(key, []).append((row, result["environment"]))
+        found |= fresh
+    return found
+
+
+def fastest(rows: list[tuple[dict, dict]]) -> tuple[dict, dict] | None:
+    """The right row of the least time; None where no backend was right."""
+    right = [one for one in rows if one[0]["status"] == "ok"]
+    return min(right, key=lambda one: one[0]["median_us"]) if right else None
