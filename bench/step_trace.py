@@ -27,6 +27,7 @@ OP_COMPONENT = {
     "head_stats": "head",
     "row_stats": "sampler",
     "commit": "sampler",
+    "progress": "sampler",
     "soft_embedding": "self-conditioning",
 }
 

@@ -8,5 +8,6 @@ PYBIND11_MODULE(_C, m) {
   dgemma::register_random(m);
   dgemma::register_row_stats(m);
   dgemma::register_commit(m);
+  dgemma::register_progress(m);
   dgemma::register_block_attention(m);
 }

@@ -87,6 +87,28 @@ struct CommitParams {
   bool* new_finished = nullptr;              // [B]
 };
 
+// What `commit` left of a block: which rows go on. The fields up to `last` are those of `reference.progress`.
+struct ProgressParams {
+  int64_t batch = 0, length = 0;             // B, C
+  const int64_t* tokens = nullptr;           // [B, C]
+  const int64_t* new_tokens = nullptr;       // [B, C]
+  const bool* open = nullptr;                // [B, C]
+  const float* entropy = nullptr;            // [B, C], nats
+  const bool* active = nullptr;              // [B]
+  const bool* stuck = nullptr;               // [B]
+  const int64_t* nfe = nullptr;              // [B]
+  const bool* finished = nullptr;            // [B], or nullptr: rows without a mask left
+  int64_t mask_id = -1;
+  bool noise = false;
+  bool ends_unchanged = false;
+  bool last = false;
+
+  bool* new_active = nullptr;                // [B]
+  bool* new_stuck = nullptr;                 // [B]
+  int64_t* new_nfe = nullptr;                // [B]
+  bool* masks_left = nullptr;                // [B]
+};
+
 // Keys, values or queries of every head: [B, H, slots, D], last stride 1.
 struct HeadsView {
   const void* data = nullptr;

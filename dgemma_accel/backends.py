@@ -44,6 +44,12 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "dgemma_accel.triton_kernels.commit",
         "cuda": "dgemma_accel.native.commit_cuda",
     },
+    "progress": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.progress_cpp",
+        "triton": "dgemma_accel.triton_kernels.progress",
+        "cuda": "dgemma_accel.native.progress_cuda",
+    },
     "block_attention": {
         "reference": "dgemma_accel.backends_reference",
         "triton": "dgemma_accel.triton_kernels.block_attention",

@@ -1,6 +1,6 @@
 """The reference as a backend: any device, any dtype."""
 
-from .reference import block_attention, commit, experts, head_stats, row_stats, soft_embedding
+from .reference import block_attention, commit, experts, head_stats, progress, row_stats, soft_embedding
 
 __all__ = [
     "FEATURES",
@@ -8,6 +8,7 @@ __all__ = [
     "commit",
     "experts",
     "head_stats",
+    "progress",
     "row_stats",
     "soft_embedding",
     "unavailable",

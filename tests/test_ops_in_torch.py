@@ -8,8 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dgemma_accel
 from dgemma_accel.backends import MODULES
 from dgemma_accel.ops import registration
+from dgemma_accel.ops.progress import progress
 from dgemma_accel.reference import budget
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.samplers import (
     CanvasState,
     Edit,
@@ -60,6 +62,9 @@ def arguments_of(op, device, lay=as_it_is):
     if op == "commit":
         fields = [whole(VOCAB, 2, 6) for _ in range(2)] + [real(2, 6).abs() for _ in range(5)]
         return (whole(2, 2, 6), *(lay(field) for field in fields))
+    if op == "progress":
+        flags = [whole(2, *shape) > 0 for shape in ((2, 6), (2,), (2,))]
+        return (whole(2, 2, 6), whole(2, 2, 6), flags[0], real(2, 6), *flags[1:], whole(9, 2))
     if op == "block_attention":
         return tuple(real(2, heads, length, 16) for heads, length in ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5)))
     return (
@@ -104,6 +109,8 @@ def run(op, backend, given):
             state.history,
             state.finished,
         )
+    if op == "progress":
+        return progress(ProgressCall(*given, None, 1, False, False, False), backend)
     if op == "block_attention":
         return dgemma_accel.block_attention(*given, return_lse=True, backend=backend)
     return (dgemma_accel.experts(*given, backend=backend),)
@@ -151,7 +158,7 @@ def test_autocast_loosens_no_budget():
         assert check_experts(mixed, *experts)
 
 
-@pytest.mark.parametrize("op", [op for op in MODULES if op not in ("commit", "soft_embedding")])
+@pytest.mark.parametrize("op", [op for op in MODULES if op not in ("commit", "progress", "soft_embedding")])
 def test_forward_mode_is_refused(op):
     given = arguments_of(op, "cpu")
 

@@ -27,9 +27,9 @@ from dgemma_accel.triton_kernels import ahead_of_time, common
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
-    "test_row_stats.py", "test_commit.py", "test_block_attention.py", "test_head_stats.py", "test_soft_embedding.py",
-    "test_experts.py", "test_experts_nvfp4.py", "test_triton_block_attention.py", "test_triton_head.py",
-    "test_triton_experts.py", "test_triton_experts_nvfp4.py",
+    "test_row_stats.py", "test_commit.py", "test_progress.py", "test_block_attention.py", "test_head_stats.py",
+    "test_soft_embedding.py", "test_experts.py", "test_experts_nvfp4.py", "test_triton_block_attention.py",
+    "test_triton_head.py", "test_triton_experts.py", "test_triton_experts_nvfp4.py",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 
 from .. import configs
 from ..reference.commit import CommitCall
+from ..reference.progress import ProgressCall
 from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
 from ..samplers import EntropyBound, Renoise
 from ..samplers.encoding import Flag, Measure, Select, Write
@@ -26,6 +27,7 @@ from .block_attention import block_attention
 from .commit import commit
 from .experts import experts
 from .head_stats import head_stats, head_stats_without_logits
+from .progress import progress
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
 
@@ -118,6 +120,21 @@ def _commit_by_device_numbers(number: int, select: Select, by_row: bool) -> Call
             *((tokens, canvas, _empty(batch, dtype=torch.bool), _empty()) if state else (None,) * 4),
         )  # fmt: skip
         return commit(call)
+
+    return launch
+
+
+def _progress(noise: bool, finished: bool) -> Callable[[], object]:
+    batch = 4
+
+    def launch():
+        tokens, flags = _empty(batch, CANVAS, dtype=torch.int64), _empty(batch, dtype=torch.bool)
+        return progress(
+            ProgressCall(
+                tokens, tokens, _empty(batch, CANVAS, dtype=torch.bool), _empty(batch, CANVAS), flags, flags,
+                _empty(batch, dtype=torch.int64), flags if finished else None, 7, noise, not noise, False,
+            )
+        )  # fmt: skip
 
     return launch
 
@@ -237,6 +254,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                     yield label + " fp8 weights", False, _experts(when, FP8)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
+    # It has one shape for all architectures.
+    yield "progress", False, _progress(False, False)
+    yield "progress from noise", False, _progress(True, True)
 
 
 # Calls whose kernel differs from the configuration's own by how its numbers come in, or by a few rows.

@@ -5,6 +5,7 @@ from .commit import commit
 from .experts import experts
 from .head_stats import head_stats
 from .philox import philox4x32, random_words, uniform_from_word
+from .progress import progress
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
 
@@ -14,6 +15,7 @@ __all__ = [
     "experts",
     "head_stats",
     "philox4x32",
+    "progress",
     "random_words",
     "row_stats",
     "soft_embedding",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import backends
 from ..ops import checks
-from ..ops.commit import CommitResult
+from ..ops.progress import progress
+from ..reference.progress import ProgressCall
 from .generation import GenerateResult, generate
 from .interfaces import DREAM, BlockCache, FullSequence, Interface
 from .numbers import LONGEST, PER_ROW, check_field, check_number, token_id, token_ids
@@ -30,7 +31,7 @@ _INFINITY = checks.constant(math.inf, torch.float32)
 class MaskedDiffusionSampler:
     """Turns the logits of a masked diffusion model into tokens, a block at a time.
 
-    Every step reads the block's logits once (`row_stats`) and decides once (`commit`).
+    Every step reads the block's logits once (`row_stats`), decides once (`commit`), and sees which rows are done.
 
         sampler = MaskedDiffusionSampler.for_llada(Threshold(0.9), block_length=32, eos_id=126081)
         result = sampler.generate(model, prompt_ids, max_new_tokens=256)
@@ -293,7 +294,7 @@ class MaskedDiffusionSampler:
             tokens=tokens,
             valid=valid,
             masked=masked if whole else masked & valid,
-            open=owned if whole else owned & valid,
+            owned=owned,
             stats=stats,
             state=state,
             steps=self._steps(tokens.shape[1]),
@@ -304,32 +305,32 @@ class MaskedDiffusionSampler:
         )
         result = decider.decide(step)
 
-        state.nfe = state.nfe + state.active
         state.step += 1
         state.offset += 1
         state.committed = result.committed
-        state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
-        ended = decider.finished(step, result)
-        if proposal.greedy and decider.repeats and not decider.scheduled:
-            # The same tokens would bring the same proposals again.
-            ended = ended | (result.tokens == tokens).all(-1)
-        elif not whole:
-            ended = ended | self._hopeless(step, result)
-        ended = state.active & ended if state.step < state.most_steps else state.active
-        undecided = state.masks_left
-        if decider.starts_from_noise:
-            undecided = (owned & ~valid).any(-1)
-        state.stuck = state.stuck | ended & undecided
-        state.active = state.active & ~ended
+        finished = None
+        if type(decider).finished is not Strategy.finished:
+            state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
+            finished = decider.finished(step, result)
+        state.active, state.stuck, state.nfe, state.masks_left = progress(
+            ProgressCall(
+                tokens=tokens,
+                new_tokens=result.tokens,
+                open=state.open,
+                entropy=stats.entropy,
+                active=state.active,
+                stuck=state.stuck,
+                nfe=state.nfe,
+                finished=finished,
+                mask_id=self.mask_id,
+                noise=decider.starts_from_noise,
+                # The same tokens would bring the same proposals again.
+                ends_unchanged=proposal.greedy and decider.repeats and not decider.scheduled,
+                last=state.step >= state.most_steps,
+            ),
+            self.backend,
+        )
         return result.tokens
-
-    def _hopeless(self, step: Step, result: CommitResult) -> Tensor:
-        """[B] bool: rows for which no draw and no later step can do anything, as no logits have a distribution."""
-        if self.decider.starts_from_noise:
-            left = step.open.any(-1)
-        else:
-            left = step.masked.any(-1) | ~step.state.masks_left
-        return ~left & (result.tokens == step.tokens).all(-1)
 
     def generate(
         self,

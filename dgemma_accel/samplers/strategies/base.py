@@ -76,14 +76,14 @@ class Step:
     """What a strategy decides from: one step of one block.
 
     tokens: [B, C] int64. valid: [B, C] bool, False where the logits have no distribution (NaN, +inf, or all -inf).
-    masked: [B, C] bool, valid open mask tokens of active rows. open: [B, C] bool, valid positions of active rows
-    that the strategy may write. stats: `RowStats` [B, C]. steps: evaluations per block.
+    masked: [B, C] bool, valid open mask tokens of active rows. owned: [B, C] bool, positions of active rows that
+    the strategy may write where they are valid. stats: `RowStats` [B, C]. steps: evaluations per block.
     """
 
     tokens: Tensor
     valid: Tensor
     masked: Tensor
-    open: Tensor
+    owned: Tensor
     stats: RowStats
     state: BlockState
     steps: int
@@ -91,6 +91,11 @@ class Step:
     mask_id: int
     vocab_size: int
     backend: str
+
+    @cached_property
+    def open(self) -> Tensor:
+        """[B, C] bool, valid positions of active rows that the strategy may write."""
+        return self.owned & self.valid
 
     @property
     def number(self) -> int:
