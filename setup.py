@@ -25,8 +25,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-WHEEL_ARCHS = ("80", "86", "89", "90a", "100", "120", "121+PTX")
-EDITABLE_ARCHS = ("80", "89", "90a", "100", "120+PTX")
+# What no machine code below is for takes the newest PTX that is not newer than itself: 11.0 that of 100.
+WHEEL_ARCHS = ("80", "86", "89", "90a", "100+PTX", "120", "121+PTX")
+EDITABLE_ARCHS = ("80", "89", "90a", "100+PTX", "120+PTX")
 
 # Files compiled once per instruction set, and the flags of each set.
 PER_ISA_SOURCES = ("csrc/row_stats/row_stats_host.cpp",)
@@ -66,7 +67,7 @@ def local_gpu_archs() -> list[str]:
         [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
     )
     archs = {found.replace(".", "") for found in re.findall(r"^\s*(\d+\.\d)\s*$", query.stdout, re.MULTILINE)}
-    return sorted({"90": "90a"}.get(arch, arch) for arch in archs)
+    return [{"90": "90a"}.get(arch, arch) for arch in sorted(archs, key=int)]
 
 
 def cuda_archs(nvcc: str, editable: bool) -> list[str]:
@@ -90,8 +91,12 @@ def cuda_archs(nvcc: str, editable: bool) -> list[str]:
         raise SystemExit(
             f"{nvcc} knows none of the architectures {', '.join(default)}; set DGEMMA_ACCEL_CUDA_ARCHS"
         )
-    # A GPU that comes later needs PTX, also where this nvcc is too old for the last of the list.
-    return archs if any(arch.endswith("+PTX") for arch in archs) else [*archs[:-1], archs[-1] + "+PTX"]
+    # A GPU that comes later needs PTX, also where this nvcc is too old for the last of the list. That of an
+    # architecture with a letter runs on no other one.
+    general = [arch for arch in archs if arch.removesuffix("+PTX").isdigit()]
+    if general and not any(arch.endswith("+PTX") for arch in general):
+        archs[archs.index(general[-1])] += "+PTX"
+    return archs
 
 
 def gencode_flags(archs: list[str]) -> list[str]:

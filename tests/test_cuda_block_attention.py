@@ -7,21 +7,33 @@ from test_block_attention import make_case
 import dgemma_accel
 from dgemma_accel.backends import Implementation
 from dgemma_accel.native import block_attention_cuda
+from dgemma_accel.native.params import extension, missing_extension
 from dgemma_accel.reference.budget import check_block_attention
 
 SUPPORTED = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 512, "compute_capability": (8, 0)}
 
 
+@pytest.mark.skipif(missing_extension() is not None, reason=str(missing_extension()))
 @pytest.mark.parametrize(
     "name, value, line",
     [
         ("device", "cpu", "device: required cpu, supported {cuda}"),
         ("dtype", torch.float32, "dtype: required float32, supported {bfloat16, float16}"),
         ("head_dim", 96, "head_dim: required 96, supported {128, 256, 512, 64}"),
-        ("compute_capability", (7, 5), "compute_capability: required 7.5, supported 8.0 and above"),
+        (
+            "compute_capability",
+            (7, 5),
+            "compute_capability: required 7.5, supported 8.0 and above, with code for 80 121",
+        ),
+        (
+            "compute_capability",
+            (9, 0),
+            "compute_capability: required 9.0, supported 8.0 and above, with code for 80 121",
+        ),
     ],
 )
-def test_a_mismatch_says_what_is_required_and_supported(name, value, line):
+def test_a_mismatch_says_what_is_required_and_supported(monkeypatch, name, value, line):
+    monkeypatch.setattr(extension(), "CUDA_ARCHS", "80 121", raising=False)
     implementation = Implementation("block_attention", "cuda", None, block_attention_cuda)
     assert implementation.missing(SUPPORTED) == []
     assert implementation.missing({**SUPPORTED, "compute_capability": (12, 1)}) == []

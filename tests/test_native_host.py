@@ -2,17 +2,21 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dgemma_accel
 from dgemma_accel.backends import BackendError
+from dgemma_accel.native import params as native_params
 from dgemma_accel.native import row_stats_cpp
-from dgemma_accel.native.params import CapabilityAtLeast, extension, missing_extension, row_parameter
+from dgemma_accel.native.params import BuiltCapability, extension, missing_extension, row_parameter
 from dgemma_accel.native.row_stats_params import outputs, row_stats_params
 from dgemma_accel.reference.budget import check_row_stats
 from dgemma_accel.reference.commit import CommitCall
@@ -20,6 +24,7 @@ from dgemma_accel.samplers import Keep, TopK
 
 pytestmark = pytest.mark.skipif(missing_extension() is not None, reason=str(missing_extension()))
 
+ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = [] if missing_extension() else extension().host_instruction_sets().split()
 
 
@@ -216,10 +221,67 @@ def test_cuda_backend_says_what_is_missing():
         dgemma_accel.row_stats(torch.randn(2, 8), backend="cuda")
 
 
-def test_capabilities_below_8_0_are_not_supported():
-    supported = CapabilityAtLeast(8, 0)
-    assert (8, 0) in supported and (12, 1) in supported
-    assert (7, 5) not in supported and str(supported) == "8.0 and above"
+@pytest.mark.parametrize(
+    "archs, runs, fails",
+    [
+        ("80 90a", [(8, 0), (8, 9), (9, 0)], [(7, 5), (10, 0), (12, 0)]),
+        ("86 100f", [(8, 6), (10, 0), (10, 3)], [(8, 0), (11, 0)]),
+        ("90a+PTX", [(9, 0)], [(8, 0), (12, 0)]),
+        ("90a 100+PTX", [(9, 0), (10, 3), (11, 0), (13, 0)], [(8, 0)]),
+        ("", [(8, 0), (11, 0)], [(7, 5)]),
+    ],
+)
+def test_capabilities_are_those_that_there_is_code_for(monkeypatch, archs, runs, fails):
+    monkeypatch.setattr(extension(), "CUDA_ARCHS", archs, raising=False)
+    supported = BuiltCapability(8, 0)
+    assert all(capability in supported for capability in runs)
+    assert not any(capability in supported for capability in fails)
+    assert str(supported) == "8.0 and above" + (f", with code for {archs}" if archs else "")
+
+
+@pytest.mark.parametrize(
+    "driver, line",
+    [
+        (12040, r"built with CUDA 13\.0, the driver's newest is 12\.4: .* a build with CUDA 12"),
+        (13000, None),
+        (14010, None),
+    ],
+)
+def test_a_driver_too_old_for_the_extension_is_said_before_a_launch(monkeypatch, driver, line):
+    built = SimpleNamespace(
+        row_stats_cuda=None, cuda_runtime_version=lambda: 13000, cuda_driver_version=lambda: driver
+    )
+    monkeypatch.setattr(native_params, "extension", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    missing = native_params.missing_cuda()
+    assert missing is None if line is None else re.search(line, missing)
+
+
+@pytest.mark.source_tree
+@pytest.mark.parametrize(
+    "known, here, editable, archs",
+    [
+        ("80 86 89 90 100 103 110 120 121", "", False, "80 86 89 90a 100+PTX 120 121+PTX"),
+        ("80 86 89 90 100 120", "", False, "80 86 89 90a 100+PTX 120"),
+        # PTX of 90a is for 9.0 alone.
+        ("80 86 89 90", "", False, "80 86 89+PTX 90a"),
+        ("80 86 89 90", "", True, "80 89+PTX 90a"),
+        ("80 86 89 90 100 120", "9.0", True, "90a"),
+        ("80 86 89 90 100 120", "12.0 9.0 8.6", True, "86 90a 120+PTX"),
+    ],
+)
+def test_a_gpu_that_comes_later_finds_ptx_in_the_build(monkeypatch, tmp_path, known, here, editable, archs):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.delenv("DGEMMA_ACCEL_CUDA_ARCHS", raising=False)
+    for name, lines in {"nvcc": [f"sm_{arch}" for arch in known.split()], "nvidia-smi": here.split()}.items():
+        (tmp_path / name).write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    spec = importlib.util.spec_from_file_location("build_of_the_extension", ROOT / "setup.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert " ".join(build.cuda_archs(str(tmp_path / "nvcc"), editable)) == archs
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

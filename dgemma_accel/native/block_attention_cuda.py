@@ -7,13 +7,13 @@ from torch import Tensor
 
 from . import block_attention_sm_90a
 from .block_attention_launch import launch
-from .params import CapabilityAtLeast, extension, missing_cuda
+from .params import BuiltCapability, extension, missing_cuda
 
 FEATURES = {
     "device": {"cuda"},
     "dtype": {torch.bfloat16, torch.float16},
     "head_dim": {64, 128, 256, 512},
-    "compute_capability": CapabilityAtLeast(8, 0),
+    "compute_capability": BuiltCapability(8, 0),
 }
 
 

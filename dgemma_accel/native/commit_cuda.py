@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..reference.commit import CommitCall
 from .commit_params import prepare
-from .params import AtMost, CapabilityAtLeast, extension, missing_cuda
+from .params import AtMost, BuiltCapability, extension, missing_cuda
 
 # A block ranks a canvas with one thread per position.
-FEATURES = {"device": {"cuda"}, "canvas_length": AtMost(1024), "compute_capability": CapabilityAtLeast(8, 0)}
+FEATURES = {"device": {"cuda"}, "canvas_length": AtMost(1024), "compute_capability": BuiltCapability(8, 0)}
 
 unavailable = missing_cuda
 

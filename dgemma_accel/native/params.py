@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import Tensor
@@ -37,20 +38,49 @@ def missing_cuda() -> str | None:
         return "dgemma_accel._C was built without CUDA (no nvcc at build time, or DGEMMA_ACCEL_CUDA=0)"
     if not torch.cuda.is_available():
         return NO_DEVICE
+    # The runtime is part of the extension, and PyTorch's own may be an older one that this driver can serve.
+    built, driver = extension().cuda_runtime_version(), extension().cuda_driver_version()
+    if driver // 1000 < built // 1000:
+        return (
+            f"dgemma_accel._C was built with CUDA {_cuda_version(built)}, the driver's newest is "
+            f"{_cuda_version(driver)}: it takes a newer driver, or a build with CUDA {driver // 1000}"
+        )
     return None
 
 
-class CapabilityAtLeast:
-    """A container of compute capabilities: every (major, minor) not below the given one."""
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arch`, such as "80", "90a" or "120+PTX", runs on a GPU of that compute capability."""
+    number, letter, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch).groups()
+    own = divmod(int(number), 10)
+    if letter == "a":
+        return capability == own
+    same_major = capability[0] == own[0] and capability >= own
+    return same_major or (ptx is not None and not letter and capability >= own)
+
+
+class BuiltCapability:
+    """A container of compute capabilities: those from the given one on that the extension has code for."""
 
     def __init__(self, major: int, minor: int) -> None:
         self.lowest = (major, minor)
 
+    def _archs(self) -> list[str]:
+        return getattr(extension(), "CUDA_ARCHS", "").split() if missing_extension() is None else []
+
     def __contains__(self, capability: object) -> bool:
-        return isinstance(capability, tuple) and capability >= self.lowest
+        if not isinstance(capability, tuple) or capability < self.lowest:
+            return False
+        # Where there is none at all, `unavailable` has said so.
+        archs = self._archs()
+        return not archs or any(_runs(arch, capability) for arch in archs)
 
     def __str__(self) -> str:
-        return f"{self.lowest[0]}.{self.lowest[1]} and above"
+        built = f", with code for {' '.join(archs)}" if (archs := self._archs()) else ""
+        return f"{self.lowest[0]}.{self.lowest[1]} and above{built}"
 
 
 class AtMost:

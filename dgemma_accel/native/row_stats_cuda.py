@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .params import DTYPES, AtMost, CapabilityAtLeast, extension, missing_cuda
+from .params import DTYPES, AtMost, BuiltCapability, extension, missing_cuda
 from .row_stats_params import outputs, row_stats_params
 
 FEATURES = {
     "device": {"cuda"},
     "dtype": set(DTYPES),
     "vocab": AtMost(2**31 - 1),
-    "compute_capability": CapabilityAtLeast(8, 0),
+    "compute_capability": BuiltCapability(8, 0),
 }
 
 unavailable = missing_cuda
