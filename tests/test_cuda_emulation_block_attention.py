@@ -186,6 +186,15 @@ def test_unaligned_rows_are_read_in_place(program, tmp_path):
     assert not attend(program, tmp_path, case)[2]
 
 
+def test_one_slot_has_no_stride(program, tmp_path):
+    """What a tile reads beyond the only slot is nothing, from an address that is a multiple of 16 all the same."""
+    case = make_case(1, 2, 1, 1, 64, prefix=1, dtype=torch.bfloat16)
+    for i in range(1, 5):
+        pitched = torch.randn(67).to(torch.bfloat16).as_strided((1, 1, 1, 64), (67, 67, 67, 1))
+        case[i] = pitched
+    assert not attend(program, tmp_path, case)[2]
+
+
 def test_bounds_are_clamped_to_the_prefix(program, tmp_path):
     case = make_case(3, 2, 1, 5, 64, prefix=37, ranges=[(0, 37), (0, 0), (30, 37)], dtype=torch.float16)
     write_case(tmp_path, case, 0.125, None, False, 1)

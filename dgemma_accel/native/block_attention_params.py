@@ -22,7 +22,9 @@ def heads_view(tensor: Tensor | None) -> tuple[int, int, int, int, bool]:
     """(address, batch stride, head stride, slot stride, aligned), strides in elements."""
     if tensor is None:
         return 0, 0, 0, 0, True
-    return (tensor.data_ptr(), *tensor.stride()[:3], is_aligned(tensor))
+    # A dimension of one may have any stride, and copies of nothing, from beyond it, need aligned addresses as well.
+    strides = (stride if count > 1 else 0 for stride, count in zip(tensor.stride()[:3], tensor.shape))
+    return (tensor.data_ptr(), *strides, is_aligned(tensor))
 
 
 def block_attention_params(

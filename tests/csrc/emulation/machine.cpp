@@ -398,7 +398,7 @@ unsigned char* write_shared(uint32_t offset, uint32_t bytes, int thread) {
 void start_copy(uint32_t offset, const void* source, bool valid) {
   Fiber& fiber = *machine.current;
   check_range("copy", offset, 16, fiber.thread);
-  if (valid && reinterpret_cast<uintptr_t>(source) % 16)
+  if (reinterpret_cast<uintptr_t>(source) % 16)
     fail("copy by thread %d: the source is not a multiple of 16", fiber.thread);
   check_before_write("copy", offset, 16, fiber.thread);
   for (uint32_t i = offset; i < offset + 16; ++i) own().bytes[i].copying = fiber.thread;
