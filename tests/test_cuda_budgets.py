@@ -205,6 +205,16 @@ def test_a_tile_is_read_with_one_wide_load_per_sixteen_bytes():
         assert wide == (8 if "kernelIf" in kernel else 4), (arch, kernel, wide)
 
 
+def test_products_of_a_tile_are_waited_for_twice():
+    # Where ptxas cannot prove that nobody touches the sums, it waits after each product and says so in a message alone.
+    for (arch, kernel), counter in opcodes().items():
+        if "block_attention_cluster_kernel" not in kernel:
+            continue
+        for opcode in (r"WARPGROUP\.ARRIVE", r"WARPGROUP\.DEPBAR"):
+            came = sum(n for name, n in counter.items() if re.match(opcode, name))
+            assert came == 2, (arch, kernel, opcode, came)
+
+
 USAGE = """
 arch = sm_89
 Resource usage:
