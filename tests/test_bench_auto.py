@@ -68,6 +68,12 @@ def test_the_shipped_table_names_known_ops_and_backends():
             assert entry["basis"].startswith(("budget: ", "measured on "))
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
+def test_block_attention_is_tritons_where_mma_sync_is_not_the_tensor_cores_own(capability):
+    order, _ = backends.auto_order("block_attention", {"device": "cuda", "compute_capability": capability})
+    assert order[:2] == ("triton", "cuda")
+
+
 def test_order_by_architecture(monkeypatch, tmp_path):
     file = tmp_path / "auto.json"
     row = {"order": ["triton", "reference"], "basis": "measured on x: ..."}
