@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from dgemma_accel.samplers import (
     MaskedDiffusionSampler,
     PrefixCache,
     Threshold,
+    interfaces,
 )
 
 # Parameters of the published models' forward, in their order.
@@ -276,6 +277,34 @@ def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperatu
 def test_transformers_cache_drops_rows():
     transformers = pytest.importorskip("transformers")
     assert hasattr(transformers.DynamicCache(), "batch_select_indices")
+
+
+class SoFar(interfaces.Session):
+    free_rows = True
+
+    def logits(self, tokens, start, end):
+        fed = tokens[:, :end]
+        return self.checked(self.call(fed), fed)[:, start:end]
+
+
+@dataclass(frozen=True)
+class BlocksSoFar(interfaces.Interface):
+    session = SoFar
+
+
+def test_an_interface_of_ones_own():
+    """A model that never sees the blocks to come writes what it writes when it is asked for a block at a time."""
+    numbers = {"mask_id": MASK, "block_length": 4}
+    for seed in SEEDS:
+        text, calls = prompts(3, 5, seed), 0
+        result = MaskedDiffusionSampler(Threshold(0.6), interface=BlocksSoFar(), **numbers).generate(
+            LLaDA(seed), text, 12
+        )
+        for _ in range(3):
+            block = MaskedDiffusionSampler(Threshold(0.6), **numbers).generate(LLaDA(seed), text, 4)
+            text, calls = block.sequences, calls + block.calls
+        assert torch.equal(result.sequences, text)
+        assert result.calls == calls
 
 
 def test_bad_interfaces():
