@@ -168,3 +168,14 @@ class SDAR(Attention):
         if store_kv:
             past_key_values.layers = cache
         return SimpleNamespace(logits=logits)
+
+
+class LLaDA2(Attention):
+    """LLaDA2MoeModelLM: the blocks so far, under a mask [B, 1, N, N] that is added to the scores."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        assert attention_mask.shape == (len(input_ids), 1, *2 * input_ids.shape[1:]) and not use_cache
+        assert attention_mask.dtype == self.embedding.dtype
+        visible = attention_mask == 0
+        assert bool((visible | (attention_mask == -torch.inf)).all())
+        return SimpleNamespace(logits=self.core(input_ids, position_ids, mask=visible)[0])

@@ -16,6 +16,7 @@ from samplers_models import (
     FastDream,
     FastLLaDA,
     LLaDA,
+    LLaDA2,
     Store,
     prompts,
 )
@@ -23,6 +24,7 @@ from samplers_models import (
 from dgemma_accel.samplers import (
     DREAM,
     BlockCache,
+    BlockCausal,
     DualCache,
     FullSequence,
     LowConfidence,
@@ -50,6 +52,9 @@ FORWARDS = {
     "DreamModel of Fast-dLLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep dual_cache "
     "replace_position **loss_kwargs",
+    # inclusionAI/LLaDA2.0-mini, modeling_llada2_moe.py: from the copy in AnZhong24/FOCUS.
+    "LLaDA2MoeModelLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "store_kv output_attentions output_hidden_states output_router_logits return_dict **kwargs",
     # JetAstra/SDAR, training/model/SDAR-4B-Chat/modeling_sdar.py.
     "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "output_attentions output_hidden_states cache_position logits_to_keep **kwargs",
@@ -87,6 +92,7 @@ SHIFTED = {cache: replace(INTERFACES[cache], shift_logits=True) for cache in ("p
             SHIFTED["dual"],
             "past_key_values use_cache replace_position dual_cache",
         ),
+        ("LLaDA2MoeModelLM", LLaDA2, BlockCausal(), "attention_mask position_ids use_cache"),
         (
             "SDARForCausalLM",
             SDAR,
@@ -241,8 +247,9 @@ class DroppingStore(Store):
         (PrefixCache(), FastLLaDA),
         (DualCache(), FastLLaDA),
         (BlockCache(new_cache=DroppingStore), SDAR),
+        (BlockCausal(), LLaDA2),
     ],
-    ids=("full", "prefix", "dual", "block"),
+    ids=("full", "prefix", "dual", "block", "block-causal"),
 )
 def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperature, guidance_scale):
     def run(eos_id, number):
@@ -270,7 +277,7 @@ def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperatu
     assert dropped.calls == whole.calls
     assert dropped.rows_fed < whole.rows_fed
     assert bool(whole.ended.any())
-    if isinstance(interface, FullSequence):
+    if isinstance(interface, (FullSequence, BlockCausal)):
         assert dropped.rows_fed == int(dropped.nfe.sum())
 
 
@@ -310,10 +317,11 @@ def test_an_interface_of_ones_own():
 def test_bad_interfaces():
     with pytest.raises(ValueError, match="attention_mask"):
         FullSequence(attention_mask="3d")
-    with pytest.raises(ValueError, match="BlockCache"):
-        MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=None, interface=BlockCache())
-    with pytest.raises(ValueError, match="shift_logits"):
-        BlockCache(shift_logits=True)
+    for kind in (BlockCache, BlockCausal):
+        with pytest.raises(ValueError, match=kind.__name__):
+            MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=None, interface=kind())
+        with pytest.raises(ValueError, match="shift_logits"):
+            kind(shift_logits=True)
 
 
 @pytest.mark.parametrize("padding", ["a value", "NaN"])

@@ -6,7 +6,19 @@ from itertools import pairwise
 import pytest
 import torch
 from samplers_literal import by_rank, transfer_counts
-from samplers_models import INTERFACES, MASK, SDAR, SEEDS, Dream, FastDream, FastLLaDA, LLaDA, Store, prompts
+from samplers_models import (
+    INTERFACES,
+    MASK,
+    SDAR,
+    SEEDS,
+    Dream,
+    FastDream,
+    FastLLaDA,
+    LLaDA,
+    LLaDA2,
+    Store,
+    prompts,
+)
 
 from dgemma_accel.samplers import (
     BlockCache,
@@ -239,6 +251,62 @@ def test_sdar_samples_at_temperature_1_as_published():
     )
     assert torch.equal(default.sequences, sampled.sequences)
     assert not torch.equal(default.sequences, greedy.sequences)
+
+
+def llada2_generate(model, prompt, new, block, steps, tau):
+    """LLaDA2's generate, greedy. Returns (tokens, model calls)."""
+    length = prompt.shape[1]
+    blocks = -(-(length + new) // block)
+    x = torch.full((1, blocks * block), MASK)
+    x[:, :length] = prompt
+    visible = torch.ones(blocks, blocks).tril().repeat_interleave(block, 0).repeat_interleave(block, 1)
+    counts, calls = transfer_counts(block, steps), 0
+    for end in range((length // block + 1) * block, blocks * block + 1, block):
+        for step in range(steps):
+            masked = (x[0, end - block : end] == MASK).nonzero()[:, 0].tolist()
+            if not masked:
+                break
+            logits = model(
+                x[:, :end],
+                attention_mask=visible[None, None, :end, :end].log(),
+                position_ids=torch.arange(end)[None],
+            ).logits[:, end - block :]
+            calls += 1
+            x0, c = confidence_of(logits)
+            c = c[0].tolist()
+            high = [i for i in masked if c[i] > tau]
+            taken = high if len(high) >= counts[step] else by_rank(c, masked)[: counts[step]]
+            x[0, [end - block + i for i in taken]] = x0[0, taken]
+    return x[:, : length + new], calls
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 9])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_llada2(length, steps):
+    for seed in SEEDS:
+        prompt = prompts(1, length, seed)
+        expected, calls = llada2_generate(LLaDA2(seed), prompt, 10, 4, steps, 0.6)
+        sampler = MaskedDiffusionSampler.for_llada2(
+            LowConfidenceDynamic(0.6), mask_id=MASK, block_length=4, steps=steps
+        )
+        result = sampler.generate(LLaDA2(seed), prompt, 10)
+        assert torch.equal(result.sequences, expected) and result.calls == calls
+
+
+def test_llada2_takes_batches_of_different_lengths():
+    rows = [prompts(1, length, length)[0] for length in (9, 2, 9, 4)]
+    sampler = MaskedDiffusionSampler.for_llada2(mask_id=MASK, block_length=4, steps=3)
+    together = sampler.generate(LLaDA2(3), rows, 6)
+    for number, row in enumerate(rows):
+        alone = sampler.generate(LLaDA2(3), row[None], 6)
+        assert torch.equal(together.new_tokens[number], alone.new_tokens[0])
+        assert int(together.nfe[number]) == int(alone.nfe[0])
+
+
+def test_llada2_in_half_precision_gets_its_mask_in_it():
+    sampler = MaskedDiffusionSampler.for_llada2(mask_id=MASK, block_length=4, steps=4)
+    result = sampler.generate(LLaDA2(1).bfloat16(), prompts(2, 5, 1), 8)
+    assert not (result.new_tokens == MASK).any()
 
 
 def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_lambda=0.0):

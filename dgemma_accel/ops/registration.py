@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import get_type_hints
 
@@ -23,6 +22,7 @@ _without_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
 _any_autocast = torch._C._is_any_autocast_enabled
 _without_autocast = torch._C._DisableAutocast
+_tracer = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 class Operator:
@@ -103,10 +103,10 @@ def _as_it_stands(kernel: Callable) -> Callable:
             # For every device at once; inside it no autocast is left, so this happens once.
             with _without_autocast():
                 return run(*arguments)
+        if _tracer() is None:
+            # Nothing is traced, as nearly always. What keeps a tracer away costs more than a small kernel.
+            return kernel(*arguments)
         if disabled is None:
-            # Importing the compiler takes seconds, and where nobody did nothing is traced.
-            if "torch._dynamo" not in sys.modules:
-                return kernel(*arguments)
             disabled = torch.compiler.disable(kernel)
         return disabled(*arguments)
 

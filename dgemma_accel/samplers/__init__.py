@@ -8,7 +8,7 @@ from . import interfaces
 from .canvas import CanvasState, StableAndConfident
 from .encoding import Measure
 from .generation import GenerateResult
-from .interfaces import DREAM, BlockCache, DualCache, FullSequence, PrefixCache
+from .interfaces import DREAM, BlockCache, BlockCausal, DualCache, FullSequence, PrefixCache
 from .masked import MaskedDiffusionSampler
 from .proposals import Proposal
 from .rules import (
@@ -50,6 +50,7 @@ __all__ = [
     "DREAM",
     "Bernoulli",
     "BlockCache",
+    "BlockCausal",
     "BlockState",
     "CanvasState",
     "CreditThreshold",

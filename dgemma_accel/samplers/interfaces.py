@@ -8,11 +8,13 @@ themselves stay as they are published:
 - `PrefixCache`, `DualCache`: Fast-dLLM's caches, for its LLaDA and (with `shift_logits=True`) its Dream; the prefix
   cache also for models of transformers that return a cache.
 - `BlockCache`: SDAR's block diffusion, for models that accept a cache and `store_kv`.
+- `BlockCausal`: LLaDA2's, which reads the blocks so far at every evaluation.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +143,8 @@ class Interface:
     session = Session
     # Rows of a batch must have prompts of one length; other batches are split by length.
     same_length = True
-    # Blocks begin at multiples of the block length, so that the first one may hold the end of the prompt.
+    # Blocks begin at multiples of the block length, so that the first one may hold the end of the prompt, and the
+    # sampler says in the field `block_length` how long they are.
     aligned = False
 
     def open(self, model: Callable, valid: Tensor) -> Session:
@@ -352,6 +355,46 @@ class BlockCache(Interface):
     def __post_init__(self) -> None:
         if self.shift_logits:
             raise ValueError("shift_logits: BlockCache has no shifted form")
+
+
+class _BlockCausalSession(Session):
+    free_rows = True
+
+    def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        fed, device = tokens[:, :end], tokens.device
+        block = torch.arange(end, device=device) // self.interface.block_length
+        mask = torch.zeros(end, end, dtype=self._dtype(), device=device)
+        mask = mask.masked_fill(block[:, None] < block[None], -math.inf)
+        positions = torch.arange(end, device=device)[None]
+        output = self.call(
+            fed, attention_mask=mask.expand(len(fed), 1, -1, -1), position_ids=positions, use_cache=False
+        )
+        return self.checked(output, fed)[:, start:end]
+
+    def _dtype(self) -> torch.dtype:
+        """The model's, as its attention adds the mask to its scores."""
+        parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+@dataclass(frozen=True)
+class BlockCausal(Interface):
+    """LLaDA2's block diffusion: blocks see themselves and those before, and all are read at every evaluation.
+
+    model(tokens up to the block's end, attention_mask=[B, 1, end, end], position_ids=[1, end], use_cache=False). The
+    mask is added to the scores: 0 where a position sees another, else -inf. Blocks begin at multiples of the block
+    length.
+
+    Source: inclusionAI/LLaDA2.0-mini, modeling_llada2_moe.py, generate.
+    """
+
+    block_length: int = 0  # set by the sampler
+    session = _BlockCausalSession
+    aligned = True
+
+    def __post_init__(self) -> None:
+        if self.shift_logits:
+            raise ValueError("shift_logits: BlockCausal has no shifted form")
 
 
 # As Dream's generation_utils.py calls it; padding has the position 1 there and 0 here, and nothing attends to it.

@@ -15,7 +15,7 @@ from ..ops import checks
 from ..ops.progress import progress
 from ..reference.progress import ProgressCall
 from .generation import GenerateResult, generate
-from .interfaces import DREAM, BlockCache, FullSequence, Interface
+from .interfaces import DREAM, BlockCache, BlockCausal, FullSequence, Interface
 from .numbers import LONGEST, PER_ROW, check_field, check_number, token_id, token_ids
 from .proposals import Proposal
 from .rules import Rule
@@ -61,7 +61,7 @@ class MaskedDiffusionSampler:
         eos_id: one token or several that end a row; what follows the first becomes `pad_id`. Not the mask.
         pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
-            `DualCache()`, `BlockCache()`.
+            `DualCache()`, `BlockCache()`, `BlockCausal()`.
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
     """
@@ -109,11 +109,10 @@ class MaskedDiffusionSampler:
             )
         decider.check(self.block_length, self.steps, self.temperature)
         decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))
-        if isinstance(self.interface, BlockCache):
+        if self.interface.aligned:
             if self.block_length is None:
-                raise ValueError(
-                    "block_length: BlockCache() needs the length of the model's blocks, got None"
-                )
+                name = type(self.interface).__name__
+                raise ValueError(f"block_length: {name}() needs the length of the model's blocks, got None")
             interface = replace(self.interface, block_length=self.block_length)
             object.__setattr__(self, "interface", interface)
 
@@ -162,6 +161,21 @@ class MaskedDiffusionSampler:
             "interface": BlockCache(),
         }
         return cls(strategy or LowConfidenceDynamic(), **{**numbers, **options})
+
+    @classmethod
+    def for_llada2(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """LLaDA2's numbers: mask 156895, blocks of 32, `LowConfidenceDynamic(0.95)` unless another is given.
+
+        Its end token is 156892; it goes in as `eos_id`, as with every family.
+        """
+        numbers = {
+            "mask_id": 156895,
+            "block_length": 32,
+            "schedule": "block",
+            "confidence": "proposal",
+            "interface": BlockCausal(),
+        }
+        return cls(strategy or LowConfidenceDynamic(0.95), **{**numbers, **options})
 
     @cached_property
     def decider(self) -> Strategy:
