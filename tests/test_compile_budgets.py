@@ -20,6 +20,8 @@ CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 SHARED_LIMIT = {
     (8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376,
 }  # fmt: skip
+# Columns of tensor memory that one block may use.
+TENSOR_MEMORY_LIMIT = 512
 # The tensor-core instructions of each generation: mma.sync, wgmma, tcgen05.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
 
@@ -116,6 +118,8 @@ def violations(row: dict, spills: int = 0, spills_in_loops: int = 0) -> list[str
     problems = []
     if row["shared"] > SHARED_LIMIT[capability]:
         problems.append(f"{row['shared']} bytes of shared memory, {SHARED_LIMIT[capability]} allowed")
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        problems.append(f"{row['tensor_memory']} columns of tensor memory, {TENSOR_MEMORY_LIMIT} allowed")
     if row["spills"] > spills:
         problems.append(f"{row['spills']} spills to local memory")
     if row["spills_in_loops"] > spills_in_loops:
@@ -199,6 +203,7 @@ def test_nothing_shipped_is_left_out(table):
     "change, problem",
     [
         ({"shared": 101_377}, "shared memory"),
+        ({"tensor_memory": 513}, "tensor memory"),
         ({"spills": 1}, "spills"),
         ({"spills_in_loops": 1}, "in loops"),
         ({"blocks": 0}, "no block fits"),
@@ -210,8 +215,8 @@ def test_nothing_shipped_is_left_out(table):
 )
 def test_a_kernel_over_budget_is_noticed(change, problem):
     row = {
-        "capability": [12, 0], "shared": 101_376, "spills": 0, "spills_in_loops": 0, "blocks": 1, "matrix": ["HMMA"],
-        "matrix_expected": True, "fused": True,
+        "capability": [12, 0], "shared": 101_376, "tensor_memory": 512, "spills": 0, "spills_in_loops": 0, "blocks": 1,
+        "matrix": ["HMMA"], "matrix_expected": True, "fused": True,
     }  # fmt: skip
     assert not violations(row)
     assert problem in violations(row | change)[0]
@@ -236,10 +241,12 @@ def test_configuration_files_answer_every_call():
                     assert sliced or "slices" not in use
         for block in (1, 2, 64, 256, 512, 1024):
             assert configs._select(name, "commit", (("block", block),))["num_warps"] in (1, 2, 4, 8, 16)
-        for rows in ("few", "many"):
+        for rows, chained in (("few", True), ("many", True), ("few", False), ("many", False)):
             uses = {
                 (size, kind): configs._select(
-                    name, "experts", (("bytes", size), ("format", kind), ("rows", rows))
+                    name,
+                    "experts",
+                    (("bytes", size), ("chained", chained), ("format", kind), ("rows", rows)),
                 )
                 for size, kind in (
                     (2, "plain"),
@@ -252,8 +259,10 @@ def test_configuration_files_answer_every_call():
             }
             for use in uses.values():
                 assert all(use[key] % 16 == 0 for key in ("block_m", "up_n", "up_k", "down_n", "down_k"))
-            # The two weights may differ in format, and both take the same tiles of rows.
-            assert len({use["block_m"] for (size, _), use in uses.items() if size < 4}) == 1
+            # The two weights may differ in format, and both take the same tiles of rows: the smaller ones.
+            heights = {kind: use["block_m"] for (size, kind), use in uses.items() if size < 4}
+            assert heights["plain"] == heights["fp8"] >= heights["nvfp4"]
+            assert not chained or heights["plain"] == heights["nvfp4"]
             # FP8 weights, of fp32 rows too: a pass stays inside a block of scales, a tile's rows reach two at most.
             for use in (uses[1, "fp8"], uses[4, "fp8"]):
                 assert all(128 % use[key] == 0 for key in ("up_n", "up_k", "down_n", "down_k"))

@@ -4,7 +4,7 @@
 
 The interpreter, in which these tests run where there is no GPU, takes programs that the compiler refuses. Here the
 same tests run with every launch compiled for the compute capability and none executed. So their own results mean
-nothing and are not shown; what counts is whether every variant compiles and fits the architecture's shared memory.
+nothing and are not shown; what counts is whether every variant compiles and fits the architecture's memories.
 Exit status 1 if one does not. Takes some minutes; `make compile-tests CAPABILITY=12.0` does it in the project's
 environment.
 """
@@ -67,19 +67,20 @@ def main() -> int:
         with contextlib.redirect_stdout(nowhere):
             pytest.main(["-q", "-p", "no:cacheprovider", "-k", "triton", *files], plugins=[refusals])
 
-    variants = {kernel.hash: (name, kernel.metadata.shared) for name, kernel in compiled}
-    limit = ahead_of_time.SHARED_LIMIT[capability]
-    too_large = {
-        f"{name}: {shared} bytes of shared memory" for name, shared in variants.values() if shared > limit
-    }
+    variants = {kernel.hash: (name, kernel.metadata) for name, kernel in compiled}
+    limit, columns = ahead_of_time.SHARED_LIMIT[capability], ahead_of_time.TENSOR_MEMORY_LIMIT
+    too_large = set()
+    for name, metadata in variants.values():
+        if metadata.shared > limit:
+            too_large.add(f"{name}: {metadata.shared} bytes of shared memory, {limit} allowed")
+        if (metadata.tmem_size or 0) > columns:
+            too_large.add(f"{name}: {metadata.tmem_size} columns of tensor memory, {columns} allowed")
     for name, count in sorted(Counter(name for name, _ in variants.values()).items()):
         print(f"{name:32} {count:4} variants")
     for line in [*refusals.found, *sorted(too_large)]:
         print(f"REFUSED {line}")
     print(f"{refusals.tests} tests launched {len(compiled)} kernels: {len(variants)} variants", end="")
-    print(
-        f", {len(refusals.found)} errors of the compiler, {len(too_large)} beyond {limit} bytes of shared memory"
-    )
+    print(f", {len(refusals.found)} errors of the compiler, {len(too_large)} kinds of kernel too large")
     return 1 if refusals.found or too_large or not variants else 0
 
 

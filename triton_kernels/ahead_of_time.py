@@ -39,6 +39,9 @@ BLOCKS_PER_MULTIPROCESSOR = {
     (8, 0): 32, (8, 6): 16, (8, 9): 24, (9, 0): 32, (10, 0): 32, (12, 0): 24, (12, 1): 24,
 }  # fmt: skip
 REGISTERS_PER_MULTIPROCESSOR = 65_536
+# Columns of a multiprocessor's tensor memory, which sm_100 keeps accumulators in. A kernel that needs more compiles,
+# to a trap, and Triton refuses to launch it.
+TENSOR_MEMORY_LIMIT = 512
 RESERVED_SHARED = 1024
 # A branch of machine code, to an address.
 JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
@@ -48,9 +51,9 @@ JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 class Resources:
     """What one compiled kernel takes.
 
-    registers: by thread. shared: bytes of shared memory by block. spills: loads from and stores to local memory
-    in the machine code. spills_in_loops: those of them that a loop repeats. matrix: the tensor-core instructions
-    in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
+    registers: by thread. shared: bytes of shared memory by block. tensor_memory: columns of it. spills: loads
+    from and stores to local memory in the machine code. spills_in_loops: those of them that a loop repeats.
+    matrix: the tensor-core instructions in it ("HMMA", "HGMMA", "UTCHMMA", ...), sorted.
     loads: how wide its loads from global memory into registers are, in bits, sorted.
     blocks: blocks resident on a multiprocessor. fused: whether a * b + c is one instruction.
     """
@@ -60,6 +63,7 @@ class Resources:
     warps: int
     registers: int
     shared: int
+    tensor_memory: int
     spills: int
     spills_in_loops: int
     matrix: tuple[str, ...]
@@ -155,6 +159,7 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
     # Warp specialisation launches more warps than the configuration names.
     warps = max(kernel.metadata.num_warps, getattr(kernel.metadata, "total_num_warps", 0) or 0)
     shared = kernel.metadata.shared
+    tensor_memory = getattr(kernel.metadata, "tmem_size", 0) or 0
     blocks = resident_blocks(capability, warps, registers, shared)
     fused = kernel.metadata.enable_fp_fusion
     return Resources(
@@ -163,6 +168,7 @@ def resources(name: str, kernel, capability: tuple[int, int]) -> Resources:
         warps,
         registers,
         shared,
+        tensor_memory,
         spills,
         spills_in_loops,
         tuple(matrix),

@@ -15,6 +15,8 @@ from ..backends import compute_capability
 # Kernels are built for the interpreter or for the compiler when their module is imported.
 INTERPRET = bool(triton.knobs.runtime.interpret)
 DEVICES = frozenset({"cuda", "cpu"}) if INTERPRET else frozenset({"cuda"})
+# Of some kernels older compilers make something else, which configuration files then know by a name.
+SINCE_3_9 = INTERPRET or tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
 # Of every launch: a * b + c is one instruction and is rounded once. Triton 3.10 no longer does so by itself, and the

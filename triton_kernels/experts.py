@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import configs
 from ..reference.quantization import NVFP4
-from .common import CAPABILITIES, DEVICES, FUSED, INTERPRET, capability, on_device, unavailable
+from .common import CAPABILITIES, DEVICES, FUSED, INTERPRET, SINCE_3_9, capability, on_device, unavailable
 from .expert_routing import route
 from .expert_weights import (
     IN_WORD,
@@ -61,6 +61,9 @@ E4M3_INSTRUCTION = (8, 9)
 # (F2F) that does 16 numbers in a cycle, fewer than the memory delivers. Triton 3.6 takes it for sm_89 too, which
 # has none, in a process that compiled for a newer one before.
 BF16_INSTRUCTION = (10, 0)
+# Products one after the other on one accumulator, as NVFP4 weights take four of in a pass. Triton before 3.9 gives each
+# of them tensor memory of its own on sm_100, and the launch of a large tile is refused.
+CHAINS = SINCE_3_9
 
 
 @triton.jit
@@ -342,11 +345,13 @@ def _experts(
     def config_for(matrix: Matrix) -> dict:
         # Products of fp32 rows are bound by arithmetic, however the weights are stored.
         size = hidden.element_size() if hidden.dtype == torch.float32 else matrix.bytes
-        return configs.select("experts", capability(hidden), bytes=size, format=matrix.format, rows=crowd)
+        return configs.select(
+            "experts", capability(hidden), bytes=size, format=matrix.format, rows=crowd, chained=CHAINS
+        )
 
     first, second = config_for(gate_up), config_for(down)
-    # Tiles are cut once for both products.
-    block_m = first["block_m"]
+    # Tiles are cut once for both products: what fits the one of more rows fits with fewer.
+    block_m = min(first["block_m"], second["block_m"])
     order, tiles = route(index, count, block_m)
     total = tiles.shape[1]
     middle = hidden.new_empty(index.numel(), width)

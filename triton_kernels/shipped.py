@@ -23,6 +23,7 @@ from ..samplers import EntropyBound, Renoise
 from ..samplers.encoding import Flag, Measure, Select, Write
 from . import ahead_of_time, sliced_scores
 from . import block_attention as block_attention_module
+from . import experts as experts_module
 from .block_attention import block_attention
 from .commit import commit
 from .experts import experts
@@ -189,7 +190,7 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     return launch
 
 
-def _experts(when: dict, kind: torch.dtype | None) -> Callable[[], object]:
+def _experts(when: dict, kind: torch.dtype | None, plain_gate_up: bool = False) -> Callable[[], object]:
     # One canvas through the 128 experts of a layer, top 8, or the rows of a prompt.
     rows, count, top_k, width = (4096 if when.get("rows") == "many" else CANVAS), 128, 8, 704
 
@@ -197,15 +198,21 @@ def _experts(when: dict, kind: torch.dtype | None) -> Callable[[], object]:
         dtype = DTYPES.get(when["bytes"], torch.bfloat16)
         index, weights = _empty(rows, top_k, dtype=torch.int64), _empty(rows, top_k)
         matrices, scales, totals = [], [], []
-        for *outer, columns in ((count, 2 * width, EMBEDDING), (count, EMBEDDING, width)):
-            stored = columns // 2 if kind == NVFP4 else columns
-            matrices.append(_empty(*outer, stored, dtype=kind or dtype))
+        shapes = (count, 2 * width, EMBEDDING), (count, EMBEDDING, width)
+        kinds = None if plain_gate_up else kind, kind
+        for (*outer, columns), stored_as in zip(shapes, kinds):
+            stored = columns // 2 if stored_as == NVFP4 else columns
+            matrices.append(_empty(*outer, stored, dtype=stored_as or dtype))
             groups = _empty(*outer, columns // SCALE_GROUP, dtype=FP8)
             blocks = _empty(*scale_shape((*outer, columns)))
-            scales.append({NVFP4: groups, FP8: blocks}.get(kind))
-            totals.append(_empty(count) if kind == NVFP4 else None)
+            scales.append({NVFP4: groups, FP8: blocks}.get(stored_as))
+            totals.append(_empty(count) if stored_as == NVFP4 else None)
         hidden = _empty(rows, EMBEDDING, dtype=dtype)
-        return experts(hidden, index, weights, *matrices, "gelu_tanh", *scales, *totals)
+        # As with sliced scores: the entry behind one with chained products has to fit as well.
+        with mock.patch.object(
+            experts_module, "CHAINS", when.get("chained", False) and experts_module.CHAINS
+        ):
+            return experts(hidden, index, weights, *matrices, "gelu_tanh", *scales, *totals)
 
     return launch
 
@@ -250,6 +257,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "experts":
                 kind = NVFP4 if when.get("format") == "nvfp4" else QUANTISED.get(when["bytes"])
                 yield label, when["bytes"] < 4, _experts(when, kind)
+                if kind == NVFP4 and when.get("rows") == "many":
+                    # Tiles of rows are those of the weights that take the smaller ones.
+                    yield label + " plain gate_up", True, _experts(when, kind, plain_gate_up=True)
                 if when["bytes"] == 4 and kind is None:
                     yield label + " fp8 weights", False, _experts(when, FP8)
             else:
@@ -261,7 +271,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
 
 # Calls whose kernel differs from the configuration's own by how its numbers come in, or by a few rows.
 OTHER_NUMBERS = ("two temperatures", "short vocabulary", "numbers by row", "0-d numbers", "fp8 weights")
-OTHER_CALLS = (*OTHER_NUMBERS, "no logits", "unsplit", "prompt", "causal", "causal softcap")
+OTHER_CALLS = (*OTHER_NUMBERS, "no logits", "unsplit", "prompt", "causal", "causal softcap", "plain gate_up")
 
 
 def left_out(capability: tuple[int, int]) -> tuple[str, ...]:

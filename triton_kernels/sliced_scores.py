@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import INTERPRET
+from .common import SINCE_3_9
 
-# Triton 3.6 divides the warps of a batched product otherwise: its shared memory does not fit and it spills.
-COMPILES = INTERPRET or tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+# Triton before 3.9 divides the warps of a batched product otherwise: it spills, and shared memory may not suffice.
+COMPILES = SINCE_3_9
 
 
 @triton.jit
