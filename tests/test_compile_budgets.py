@@ -15,7 +15,9 @@ from dgemma_accel import configs
 
 triton = pytest.importorskip("triton")
 
-CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+RELEASE = ".".join(triton.__version__.split(".")[:2])
+# The tools of Triton 3.6 are of CUDA 12.8, whose cuobjdump cannot read sm_121.
+CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)) + (((12, 1),) if RELEASE != "3.6" else ())
 # Bytes of shared memory that one block may use.
 SHARED_LIMIT = {
     (8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376,
@@ -55,8 +57,32 @@ for argument in sys.argv[1:]:
 RIVAL_SPILLS = 16
 
 
+# What kernels spill with an older release, (all, in loops): tiles are chosen by what the newest makes of them.
+OLDER_SPILLS = {
+    "3.6": {
+        ((8, 0), "block_attention head_dim=256 bytes=4"): (10, 0),
+        ((8, 0), "row_stats bytes=2 numbers by row"): (2, 0),
+        ((8, 0), "row_stats bytes=4 numbers by row"): (2, 0),
+    },
+    "3.7": {
+        ((8, 0), "block_attention head_dim=256 bytes=4"): (10, 0),
+        ((8, 9), "block_attention head_dim=128 bytes=2"): (13, 5),
+        ((9, 0), "experts bytes=4 fp8 weights"): (2, 0),
+        ((10, 0), "block_attention head_dim=256 bytes=2"): (14, 7),
+        ((10, 0), "block_attention head_dim=256 bytes=2 causal"): (30, 15),
+        ((10, 0), "commit block=[512, 1024]"): (2, 0),
+        ((10, 0), "soft_embedding bytes=4"): (2, 0),
+        ((12, 0), "commit block=[512, 1024]"): (2, 0),
+        ((12, 1), "commit block=[512, 1024]"): (2, 0),
+    },
+}
+
+
 def allowed_spills(row: dict) -> tuple[int, int]:
     """(spills, those in loops): none, but for attention without splits at head_dim 256, outside its loop."""
+    known = OLDER_SPILLS.get(RELEASE, {}).get((tuple(row["capability"]), row["label"]))
+    if known is not None:
+        return known
     if "head_dim=256" not in row["label"] or not row["label"].endswith(("unsplit", "prompt")):
         return 0, 0
     # A prompt's kernel for sm_100 keeps three registers in local memory throughout.
@@ -88,12 +114,6 @@ def _rows(processes) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def table() -> list[dict]:
-    if triton.__version__.startswith("3.6."):
-        # Without sm_121: no tcgen05 in the experts' two products of many rows on sm_100, and on sm_80 spills of 2 and 2
-        # (row_stats, numbers by row) and 10 (block_attention in fp32 at head_dim 256).
-        pytest.skip(
-            "Triton 3.6: its cuobjdump cannot read sm_121; five kernels for sm_80 and sm_100 miss budgets"
-        )
     return _rows([_start(CAPABILITIES[::2]), _start(CAPABILITIES[1::2])])
 
 
