@@ -161,7 +161,7 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
         link = [nvcc, "-ccbin", host, "-shared", "-cudart=static", *gencode_flags(archs)[:1]]
         lines += [
             f"  command = {shlex.join(link)} -Xcompiler=-pthread"
-            " -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -o $out",
+            " -Xlinker=--exclude-libs,ALL,--gc-sections,-s $in -ldl -o $out",
             "  description = link $out",
             "rule cuda",
             f"  command = {shlex.join(cuda)} $flags -MD -MF $out.d -c $in -o $out",
@@ -171,7 +171,7 @@ def ninja_file(folder: Path, target: Path, nvcc: str | None, archs: list[str]) -
         ]
     else:
         lines += [
-            f"  command = {shlex.join(cxx)} -shared -pthread -Wl,--gc-sections,-s $in -o $out",
+            f"  command = {shlex.join(cxx)} -shared -pthread -Wl,--gc-sections,-s $in -ldl -o $out",
             "  description = link $out",
         ]
     objects = []

@@ -148,6 +148,26 @@ def test_python_threads_may_call_at_once(threads):
     assert not wrong
 
 
+SHARED = """
+import os, torch, dgemma_accel
+torch.set_num_threads(3)
+logits = torch.randn(8, 200_000)
+logits.softmax(-1)
+before = len(os.listdir("/proc/self/task"))
+stats = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+assert before >= 3 and len(os.listdir("/proc/self/task")) == before, before
+torch.set_num_threads(1)
+alone = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+assert all(torch.equal(a, b) for a, b in zip(stats, alone))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc")
+def test_work_is_done_by_the_threads_that_pytorch_has():
+    """Threads of its own would share the cores with PyTorch's, which go on spinning after each operator."""
+    subprocess.run([sys.executable, "-c", SHARED], check=True, timeout=120)
+
+
 FORKED = """
 import os, sys, torch, dgemma_accel
 torch.set_num_threads(2)

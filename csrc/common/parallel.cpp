@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -87,6 +88,16 @@ Pool& pool() {
   return *instance;
 }
 
+// GNU's OpenMP waits for ever for the threads that a forked child does not have.
+const pid_t loaded_by = getpid();
+
+// The entry of the OpenMP runtime that PyTorch has loaded; nullptr without one, as in a process without PyTorch.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+OpenMpParallel openmp_parallel() {
+  static const auto entry = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return loaded_by == getpid() ? entry : nullptr;
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
@@ -99,7 +110,12 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
     return;
   }
   Loop loop{count, grain, &body};
-  pool().run(loop, helpers);
+  // PyTorch's threads go on spinning for milliseconds after each of its operators, and threads of our own would share
+  // the cores with them. They take this loop at once.
+  if (const auto parallel = openmp_parallel())
+    parallel([](void* data) { static_cast<Loop*>(data)->work(); }, &loop, unsigned(helpers + 1), 0);
+  else
+    pool().run(loop, helpers);
 }
 
 }  // namespace dgemma
