@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.progress import ProgressCall
-from .common import CAPABILITIES, DEVICES, on_device, unavailable
+from .common import CAPABILITIES, DEVICES, FUSED, on_device, unavailable
 
 __all__ = ["FEATURES", "progress", "unavailable"]
 
@@ -83,6 +83,7 @@ def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with on_device(call.tokens):
             progress_kernel[(batch,)](
                 *call[:8], active, stuck, nfe, masks_left, length, call.mask_id,
-                NOISE=call.noise, ENDS_UNCHANGED=call.ends_unchanged, LAST=call.last, BLOCK=BLOCK, num_warps=4,
+                NOISE=call.noise, ENDS_UNCHANGED=call.ends_unchanged, LAST=call.last, BLOCK=BLOCK,
+                **FUSED, num_warps=4,
             )  # fmt: skip
     return active, stuck, nfe, masks_left
