@@ -13,13 +13,14 @@ import pytest
 pytest.importorskip("triton")
 
 HELPERS = r"""
-import json, pkgutil, importlib, sys
+import itertools, json, pkgutil, importlib, sys
 import torch
 import dgemma_accel.triton_kernels as package
 from dgemma_accel.reference.commit import CommitCall
+from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
-from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, row_stats
+from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, progress, row_stats
 from dgemma_accel.triton_kernels import sliced_scores, soft_embedding
 from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.jit import JITFunction
@@ -59,6 +60,12 @@ def decisions():
                 flags |= Flag.RELATIVE if select == Select.THRESHOLD else Flag.NONE
                 decide(kind, select, flags, list(Measure)[i % len(Measure)], list(Write)[i % len(Write)], state)
 
+def progresses():
+    tokens, flags = empty(3, 4, dtype=torch.int64), empty(3, dtype=torch.bool)
+    for finished, *how in itertools.product((None, flags), *[(False, True)] * 3):
+        progress.progress(ProgressCall(tokens, tokens, empty(3, 4, dtype=torch.bool), empty(3, 4), flags, flags,
+            empty(3, dtype=torch.int64), finished, 7, *how))
+
 def statistics():
     logits, one, zero = empty(2, 3, 100, dtype=torch.bfloat16), torch.tensor(1.0), torch.tensor(0)
     each, seed = empty(6), empty(dtype=torch.int64)
@@ -93,7 +100,7 @@ def mixture():
 capability = tuple(int(part) for part in sys.argv[1].split("."))
 kernels = {}
 with ahead_of_time.recording(capability) as compiled:
-    for part in (decisions, statistics, attention, mixture):
+    for part in (decisions, progresses, statistics, attention, mixture):
         part()
 for name, kernel in compiled:
     assert kernel.asm["cubin"], name
@@ -129,6 +136,7 @@ def test_every_helper_compiles_for_real(capability, tmp_path):
         missing -= {"load_sliced", "sum_slices"}
     assert not missing
     assert found["kernels"]["commit_kernel"] == 35
+    assert found["kernels"]["progress_kernel"] == 16
 
 
 EXPONENTS = r"""
