@@ -234,6 +234,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                     for number, (by_row, select) in enumerate(itertools.product((False, True), Select)):
                         kind = f"commit {select.name} " + ("numbers by row" if by_row else "0-d numbers")
                         yield kind, False, _commit_by_device_numbers(number, select, by_row)
+                    # What follows a commit has one shape for all architectures.
+                    yield "progress", False, _progress(False, False)
+                    yield "progress from noise", False, _progress(True, True)
             elif op == "block_attention":
                 # fp32 products keep fp32 precision, which tensor cores do not have.
                 matrix = when["bytes"] == 2
@@ -264,9 +267,6 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                     yield label + " fp8 weights", False, _experts(when, FP8)
             else:
                 raise ValueError(f"configs/{name}.json: no launch known for {op}")
-    # It has one shape for all architectures.
-    yield "progress", False, _progress(False, False)
-    yield "progress from noise", False, _progress(True, True)
 
 
 # Calls whose kernel differs from the configuration's own by how its numbers come in, or by a few rows.
