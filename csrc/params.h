@@ -106,7 +106,6 @@ struct ProgressParams {
   bool* new_active = nullptr;                // [B]
   bool* new_stuck = nullptr;                 // [B]
   int64_t* new_nfe = nullptr;                // [B]
-  bool* masks_left = nullptr;                // [B]
 };
 
 // Keys, values or queries of every head: [B, H, slots, D], last stride 1.

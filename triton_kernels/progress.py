@@ -21,7 +21,7 @@ BLOCK = 256
 @triton.jit(do_not_specialize=["length", "mask_id"])
 def progress_kernel(
     tokens, new_tokens, open, entropy, active, stuck, nfe, finished,
-    new_active, new_stuck, new_nfe, masks_left_out,
+    new_active, new_stuck, new_nfe,
     length: tl.int32, mask_id: tl.int64,
     NOISE: tl.constexpr, ENDS_UNCHANGED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,20 +70,19 @@ def progress_kernel(
     tl.store(new_active + i_b, was_active & (ended == 0))
     tl.store(new_stuck + i_b, (tl.load(stuck + i_b) != 0) | (ended & undecided))
     tl.store(new_nfe + i_b, tl.load(nfe + i_b) + was_active.to(tl.int64))
-    tl.store(masks_left_out + i_b, masks_left)
 
 
-def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments, results and arithmetic: `reference.progress`."""
     call = call.contiguous()
     batch, length = call.tokens.shape
-    active, stuck, masks_left = (torch.empty_like(call.active) for _ in range(3))
+    active, stuck = (torch.empty_like(call.active) for _ in range(2))
     nfe = torch.empty_like(call.nfe)
     if batch:
         with on_device(call.tokens):
             progress_kernel[(batch,)](
-                *call[:8], active, stuck, nfe, masks_left, length, call.mask_id,
+                *call[:8], active, stuck, nfe, length, call.mask_id,
                 NOISE=call.noise, ENDS_UNCHANGED=call.ends_unchanged, LAST=call.last, BLOCK=BLOCK,
                 **FUSED, num_warps=4,
             )  # fmt: skip
-    return active, stuck, nfe, masks_left
+    return active, stuck, nfe

@@ -27,7 +27,6 @@ void register_progress(pybind11::module_& m) {
       pointer_field(params, "new_active", &P::new_active),
       pointer_field(params, "new_stuck", &P::new_stuck),
       pointer_field(params, "new_nfe", &P::new_nfe),
-      pointer_field(params, "masks_left", &P::masks_left),
   });
 
   m.def("progress_host", &progress_host, pybind11::arg("params"),

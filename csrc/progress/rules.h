@@ -32,7 +32,6 @@ DGEMMA_HD void write_row(const ProgressParams& params, int64_t row, bool active,
   params.new_active[row] = active && !ended;
   params.new_stuck[row] = params.stuck[row] || (ended && undecided);
   params.new_nfe[row] = params.nfe[row] + active;
-  params.masks_left[row] = masks_left;
 }
 
 }  // namespace dgemma

@@ -13,11 +13,6 @@ def prepare(call: ProgressCall) -> tuple[object, tuple[Tensor, ...], ProgressCal
     """(struct, result of `progress` not yet written, the call: keep its tensors while the struct is used)."""
     call = call.contiguous()
     active, nfe = call.active, call.nfe
-    result = (
-        torch.empty_like(active),
-        torch.empty_like(active),
-        torch.empty_like(nfe),
-        torch.empty_like(active),
-    )
+    result = (torch.empty_like(active), torch.empty_like(active), torch.empty_like(nfe))
     # `ProgressParams.FIELDS` names them.
     return extension().ProgressParams(*call.tokens.shape, *call, *result), result, call

@@ -16,7 +16,7 @@ from .registration import operator
 
 
 @operator("progress", {**get_type_hints(ProgressCall), "backend": str})
-def _progress(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _progress(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = ProgressCall(*arguments[:-1])
     return pick("progress", arguments[-1], requirements(call.tokens))(call)
 
@@ -25,12 +25,12 @@ def _progress(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _(*arguments):
     call = ProgressCall(*arguments[:-1])
     rows = call.tokens.shape[:1]
-    flags = (call.tokens.new_empty(rows, dtype=torch.bool) for _ in range(3))
-    return next(flags), next(flags), call.tokens.new_empty(rows), next(flags)
+    active, stuck = (call.tokens.new_empty(rows, dtype=torch.bool) for _ in range(2))
+    return active, stuck, call.tokens.new_empty(rows)
 
 
-def progress(call: ProgressCall, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(active, stuck, nfe, masks_left), each [B], after a decision; the arithmetic is `reference.progress`.
+def progress(call: ProgressCall, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """(active, stuck, nfe), each [B], after a decision; the arithmetic is `reference.progress`.
 
     The tensors of the call are those of a sampler, so they are not checked again.
 

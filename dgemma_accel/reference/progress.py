@@ -29,7 +29,7 @@ class ProgressCall(NamedTuple):
         return ProgressCall(*(field.contiguous() if isinstance(field, Tensor) else field for field in self))
 
 
-def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor]:
     """What a decision means for the rows of a block.
 
     An active row ends when it is finished, at the last step, or when no later step can do anything: it is unchanged,
@@ -37,8 +37,7 @@ def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ends with something undecided: a mask, or from noise a position without a distribution.
 
     Returns:
-        active [B] bool, stuck [B] bool, nfe [B] int64 (one more for the rows that were active), masks_left [B] bool:
-        rows with masks among their open positions.
+        active [B] bool, stuck [B] bool, nfe [B] int64 (one more for the rows that were active).
     """
     valid = call.entropy != math.inf
     owned = call.open & call.active[:, None]
@@ -55,4 +54,4 @@ def progress(call: ProgressCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ended = call.active if call.last else call.active & ended
     undecided = (owned & ~valid).any(-1) if call.noise else masks_left
     stuck = call.stuck | (ended & undecided)
-    return call.active & ~ended, stuck, call.nfe + call.active, masks_left
+    return call.active & ~ended, stuck, call.nfe + call.active

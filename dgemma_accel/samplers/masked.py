@@ -322,11 +322,7 @@ class MaskedDiffusionSampler:
         state.step += 1
         state.offset += 1
         state.committed = result.committed
-        finished = None
-        if type(decider).finished is not Strategy.finished:
-            state.masks_left = ((result.tokens == self.mask_id) & state.open).any(-1)
-            finished = decider.finished(step, result)
-        state.active, state.stuck, state.nfe, state.masks_left = progress(
+        state.active, state.stuck, state.nfe = progress(
             ProgressCall(
                 tokens=tokens,
                 new_tokens=result.tokens,
@@ -335,7 +331,7 @@ class MaskedDiffusionSampler:
                 active=state.active,
                 stuck=state.stuck,
                 nfe=state.nfe,
-                finished=finished,
+                finished=decider.finished(step, result),
                 mask_id=self.mask_id,
                 noise=decider.starts_from_noise,
                 # The same tokens would bring the same proposals again.

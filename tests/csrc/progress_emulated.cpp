@@ -25,7 +25,6 @@ void run_case(const std::string& folder) {
   p.new_active = c.output<bool>("new_active", p.batch);
   p.new_stuck = c.output<bool>("new_stuck", p.batch);
   p.new_nfe = c.output<int64_t>("new_nfe", p.batch);
-  p.masks_left = c.output<bool>("masks_left", p.batch);
   emulation::run({p.batch, 1, 1}, hw::kWarp, 0, [&] { progress_kernel(p); });
   c.save();
 }

@@ -53,7 +53,6 @@ class BlockState:
     seed, offset: the seed of the draws and the number of the next draw.
     memory: what the strategy itself remembers.
     tokens: [B, C], what the running step decides over; None before the first.
-    masks_left: [B] bool, rows with masks among their open positions after the last decision; None before the first.
     """
 
     open: Tensor
@@ -68,7 +67,6 @@ class BlockState:
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
     tokens: Tensor | None = None
-    masks_left: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -185,9 +183,9 @@ class Strategy:
         """The decision of this step."""
         return step.commit(self.rule(step))
 
-    def finished(self, step: Step, result: CommitResult) -> Tensor:
-        """[B] bool: rows with nothing left to decide after this step."""
-        return ~step.state.masks_left
+    def finished(self, step: Step, result: CommitResult) -> Tensor | None:
+        """[B] bool: rows with nothing left to decide after this step. None: those without a mask to write."""
+        return None
 
     def final_tokens(self, tokens: Tensor, state: BlockState) -> Tensor:
         """The block's text when it ends."""
