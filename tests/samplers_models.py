@@ -48,8 +48,11 @@ class Attention(torch.nn.Module):
     def device(self):
         return self.embedding.device
 
-    def core(self, tokens, positions, past=None, replace=None, mask=None):
-        """(logits, new cache): layers of (key, value). With `replace` [B, N] the past is written in place."""
+    def core(self, tokens, positions, past=None, replace=None, mask=None, before=None):
+        """(logits, new cache): layers of (key, value). With `replace` [B, N] the past is written in place.
+
+        What is stored `before` all of that is read only.
+        """
         self.calls.append(tuple(tokens.shape))
         h = self.embedding[tokens] + self.place[positions]
         cache = []
@@ -65,6 +68,8 @@ class Attention(torch.nn.Module):
                         old[row][..., replace[row], :] = new[row]
                 k, v = past[number]
             cache.append((k, v))
+            if before is not None:
+                k, v = (torch.cat([old, new], -2) for old, new in zip(before[number], (k, v)))
             if not self.heads:
                 k, v = k[:, None], v[:, None]
             scores = q[:, None] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -148,6 +153,12 @@ class Store:
     def get_seq_length(self):
         return 0 if self.layers is None else self.layers[0][0].shape[2]
 
+    def append(self, layers):
+        old = [(k[..., :0, :], v[..., :0, :]) for k, v in layers] if self.layers is None else self.layers
+        self.layers = [
+            tuple(torch.cat(pair, -2) for pair in zip(before, after)) for before, after in zip(old, layers)
+        ]
+
 
 class SDAR(Attention):
     """SDARForCausalLM: past_key_values is read always and grows only with store_kv=True; a mask [1, L, past + L]."""
@@ -179,3 +190,48 @@ class LLaDA2(Attention):
         visible = attention_mask == 0
         assert bool((visible | (attention_mask == -torch.inf)).all())
         return SimpleNamespace(logits=self.core(input_ids, position_ids, mask=visible)[0])
+
+
+class FastQwen(Attention):
+    """Fast_dLLM_QwenForCausalLM: past_key_values is read always and grows only with update_past_key_values=True.
+
+    A block sees itself and what is before it. With use_block_cache the block's own keys and values come back as
+    block_past_key_values, and with those a part of it, which begins at replace_position, is written into them.
+    """
+
+    store = Store
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        logits_to_keep=0,
+        update_past_key_values=False,
+        block_size=32,
+        use_block_cache=False,
+        block_past_key_values=None,
+        replace_position=None,
+    ):
+        assert attention_mask is None and use_cache
+        past = self.store() if past_key_values is None else past_key_values
+        stored, length = past.get_seq_length(), input_ids.shape[1]
+        replace, mask = None, None
+        if block_past_key_values is not None:
+            replace = torch.zeros(len(input_ids), block_past_key_values[0][0].shape[2], dtype=torch.bool)
+            replace[:, replace_position : replace_position + length] = True
+        else:
+            block = torch.arange(stored + length) // block_size
+            mask = block[stored:, None] >= block[None]
+        first = stored + (replace_position or 0)
+        logits, cache = self.core(
+            input_ids, torch.arange(first, first + length), block_past_key_values, replace, mask, past.layers
+        )
+        if update_past_key_values:
+            past.append(cache)
+        return SimpleNamespace(
+            logits=logits[:, -logits_to_keep:],
+            past_key_values=past,
+            block_past_key_values=cache if use_block_cache else None,
+        )

@@ -30,9 +30,7 @@ def literal(call: ProgressCall):
                 done = True
         ends = was_active and (call.last or done)
         undecided = len(decidable) < len(asked) if call.noise else left
-        rows.append(
-            (was_active and not ends, stuck or (ends and undecided), int(call.nfe[b]) + was_active)
-        )
+        rows.append((was_active and not ends, stuck or (ends and undecided), int(call.nfe[b]) + was_active))
     return rows
 
 

@@ -15,6 +15,7 @@ from samplers_models import (
     Dream,
     FastDream,
     FastLLaDA,
+    FastQwen,
     LLaDA,
     LLaDA2,
     Store,
@@ -27,6 +28,7 @@ from dgemma_accel.samplers import (
     BlockCausal,
     DualCache,
     FullSequence,
+    HierarchicalCache,
     LowConfidence,
     MaskedDiffusionSampler,
     PrefixCache,
@@ -52,6 +54,11 @@ FORWARDS = {
     "DreamModel of Fast-dLLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "output_attentions output_hidden_states return_dict cache_position num_logits_to_keep dual_cache "
     "replace_position **loss_kwargs",
+    # Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py: not found at its own place, so from the copy in
+    # Satgoy152/DualDiffusion (FastDLLM_inferencing).
+    "Fast_dLLM_QwenForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
+    "cache_position logits_to_keep update_past_key_values block_size use_block_cache block_past_key_values "
+    "replace_position mask_id **kwargs",
     # inclusionAI/LLaDA2.0-mini, modeling_llada2_moe.py: from the copy in AnZhong24/FOCUS.
     "LLaDA2MoeModelLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "store_kv output_attentions output_hidden_states output_router_logits return_dict **kwargs",
@@ -91,6 +98,13 @@ SHIFTED = {cache: replace(INTERFACES[cache], shift_logits=True) for cache in ("p
             FastDream,
             SHIFTED["dual"],
             "past_key_values use_cache replace_position dual_cache",
+        ),
+        (
+            "Fast_dLLM_QwenForCausalLM",
+            FastQwen,
+            HierarchicalCache(model_block_length=8, use_block_cache=True),
+            "past_key_values use_cache logits_to_keep update_past_key_values block_size use_block_cache "
+            "block_past_key_values replace_position",
         ),
         ("LLaDA2MoeModelLM", LLaDA2, BlockCausal(), "attention_mask position_ids use_cache"),
         (
@@ -238,6 +252,10 @@ class DroppingStore(Store):
             self.layers = [(k[indices], v[indices]) for k, v in self.layers]
 
 
+class DroppingQwen(FastQwen):
+    store = DroppingStore
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
@@ -248,8 +266,10 @@ class DroppingStore(Store):
         (DualCache(), FastLLaDA),
         (BlockCache(new_cache=DroppingStore), SDAR),
         (BlockCausal(), LLaDA2),
+        (HierarchicalCache(model_block_length=8), DroppingQwen),
+        (HierarchicalCache(model_block_length=8, use_block_cache=True), DroppingQwen),
     ],
-    ids=("full", "prefix", "dual", "block", "block-causal"),
+    ids=("full", "prefix", "dual", "block", "block-causal", "hierarchical", "sub-blocks"),
 )
 def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperature, guidance_scale):
     def run(eos_id, number):
@@ -322,6 +342,15 @@ def test_bad_interfaces():
             MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=None, interface=kind())
         with pytest.raises(ValueError, match="shift_logits"):
             kind(shift_logits=True)
+    with pytest.raises(ValueError, match="shift_logits"):
+        HierarchicalCache(shift_logits=False)
+    with pytest.raises(ValueError, match="model_block_length"):
+        HierarchicalCache(model_block_length=0)
+    for block_length in (None, 5, 64):
+        with pytest.raises(ValueError, match=f"block_length: .*got {block_length}"):
+            MaskedDiffusionSampler(
+                LowConfidence(), mask_id=MASK, block_length=block_length, interface=HierarchicalCache()
+            )
 
 
 @pytest.mark.parametrize("padding", ["a value", "NaN"])

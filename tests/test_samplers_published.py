@@ -14,6 +14,7 @@ from samplers_models import (
     Dream,
     FastDream,
     FastLLaDA,
+    FastQwen,
     LLaDA,
     LLaDA2,
     Store,
@@ -23,6 +24,7 @@ from samplers_models import (
 from dgemma_accel.samplers import (
     BlockCache,
     Entropy,
+    HierarchicalCache,
     JointThresholdEdit,
     LowConfidence,
     LowConfidenceDynamic,
@@ -306,6 +308,144 @@ def test_llada2_takes_batches_of_different_lengths():
 def test_llada2_in_half_precision_gets_its_mask_in_it():
     sampler = MaskedDiffusionSampler.for_llada2(mask_id=MASK, block_length=4, steps=4)
     result = sampler.generate(LLaDA2(1).bfloat16(), prompts(2, 5, 1), 8)
+    assert not (result.new_tokens == MASK).any()
+
+
+def fast_dllm_v2(model, prompt, new, block, small, tau, use_block_cache, stop=None):
+    """generate of Fast-dLLM v2, greedy, with a prompt of `block` tokens read as longer ones are.
+
+    Returns (tokens, model calls); the tokens end with `stop`, or where `new` are written.
+    """
+    length = prompt.shape[1]
+    x, past, calls = prompt, None, 0
+
+    def ended():
+        """Whether a stop token is there and no mask before it, in the row's new tokens."""
+        written = x[0, length:].tolist()
+        return stop in written and MASK not in written[: written.index(stop)]
+
+    whole = length // block * block
+    if whole:
+        output = model(x[:, :whole], use_cache=True, update_past_key_values=True, block_size=block)
+        calls, past = 1, output.past_key_values
+        if whole == length:
+            x = torch.cat([x, output.logits[:, -1:].argmax(-1)], 1)
+    while x.shape[1] < length + new and not ended():
+        x = torch.cat([x, torch.full((len(x), block - x.shape[1] % block), MASK)], 1)
+        within, own = None, slice(x.shape[1] - block, x.shape[1])
+        for start in range(own.start, own.stop, small):
+            part = slice(start, start + small)
+            if start >= length + new:
+                break
+            while bool((x[:, part] == MASK).any()) and not ended():
+                fed = {"use_cache": True, "past_key_values": past, "block_size": block}
+                alone = within is not None and not bool((x[:, start] == MASK).any())
+                if use_block_cache and alone:
+                    logits = model(
+                        x[:, part], **fed, use_block_cache=True, block_past_key_values=within,
+                        replace_position=start - own.start,
+                    ).logits  # fmt: skip
+                else:
+                    output = model(x[:, own], **fed, use_block_cache=use_block_cache)
+                    logits, within = output.logits, output.block_past_key_values
+                calls += 1
+                logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+                if logits.shape[1] == block:
+                    logits = logits[:, start - own.start :][:, :small]
+                x0, c = confidence_of(logits)
+                for b in range(len(x)):
+                    masked = (x[b, part] == MASK).nonzero()[:, 0].tolist()
+                    best = by_rank(c[b].tolist(), masked)[:1]
+                    for i in masked:
+                        if c[b, i] > tau or i in best:
+                            x[b, start + i] = x0[b, i]
+        if x.shape[1] >= length + new or ended():
+            break
+        output = model(
+            x[:, own], use_cache=True, past_key_values=past, update_past_key_values=True, block_size=block
+        )
+        calls, past = calls + 1, output.past_key_values
+        x = torch.cat([x, output.logits[:, -1:].argmax(-1)], 1)
+    x = x[:, : length + new]
+    if stop is not None and stop in x[0, length:]:
+        x = x[:, : length + x[0, length:].tolist().index(stop) + 1]
+    return x, calls
+
+
+@pytest.mark.parametrize("use_block_cache", [False, True], ids=["blocks", "sub-blocks"])
+@pytest.mark.parametrize("length", [0, 3, 8, 9, 15, 16])
+def test_fast_dllm_v2(length, use_block_cache):
+    interface = HierarchicalCache(model_block_length=8, use_block_cache=use_block_cache)
+    alone = 0
+    for seed in SEEDS:
+        prompt = prompts(3, length, seed)
+        expected, calls = fast_dllm_v2(FastQwen(seed), prompt, 21, 8, 4, 0.4, use_block_cache)
+        sampler = MaskedDiffusionSampler.for_fast_dllm_v2(
+            Threshold(0.4, strict=True), mask_id=MASK, block_length=4, interface=interface
+        )
+        model = FastQwen(seed)
+        result = sampler.generate(model, prompt, 21)
+        assert torch.equal(result.sequences, expected)
+        assert result.calls == calls == len(model.calls)
+        assert not result.stuck.any()
+        alone += sum(fed == 4 for _, fed in model.calls)
+    assert (alone > 0) == use_block_cache
+
+
+def test_fast_dllm_v2_ends_where_its_code_does():
+    """Up to the end token the texts are the same: what is written behind it in its sub-block becomes padding."""
+    ended, first_of_a_block = 0, 0
+    for seed in range(40):
+        prompt, stop = prompts(1, 5 + seed % 4, seed), seed % 7
+        expected, calls = fast_dllm_v2(FastQwen(seed), prompt, 27, 8, 4, 0.4, False, stop)
+        sampler = MaskedDiffusionSampler.for_fast_dllm_v2(
+            Threshold(0.4, strict=True), mask_id=MASK, block_length=4, eos_id=stop, pad_id=21,
+            interface=HierarchicalCache(model_block_length=8),
+        )  # fmt: skip
+        result = sampler.generate(FastQwen(seed), prompt, 27)
+        assert torch.equal(result.sequences[:, : expected.shape[1]], expected)
+        assert bool((result.sequences[:, expected.shape[1] :] == 21).all())
+        assert bool(result.ended) == (expected[0, -1] == stop)
+        ended += bool(result.ended)
+        if result.ended and expected.shape[1] % 8 == 1:
+            # Seen before the block that it begins is evaluated.
+            first_of_a_block += 1
+            assert result.calls == calls
+    assert ended > 10 and first_of_a_block > 0
+
+
+def test_fast_dllm_v2_takes_batches_of_different_lengths():
+    rows = [prompts(1, length, length)[0] for length in (9, 2, 9, 8)]
+    sampler = MaskedDiffusionSampler.for_fast_dllm_v2(
+        mask_id=MASK, block_length=4, interface=HierarchicalCache(model_block_length=8)
+    )
+    together = sampler.generate(FastQwen(3), rows, 14)
+    for number, row in enumerate(rows):
+        alone = sampler.generate(FastQwen(3), row[None], 14)
+        assert torch.equal(together.new_tokens[number], alone.new_tokens[0])
+        assert int(together.nfe[number]) == int(alone.nfe[0])
+
+
+def test_a_first_token_without_a_distribution_stays_a_mask():
+    """The block's own evaluation decides it then."""
+
+    class Broken(FastQwen):
+        def forward(self, input_ids, update_past_key_values=False, **kwargs):
+            output = super().forward(input_ids, update_past_key_values=update_past_key_values, **kwargs)
+            if update_past_key_values:
+                output.logits[1] = torch.nan
+            else:
+                begins.append((input_ids[:, 0] == MASK).tolist())
+            return output
+
+    sampler = MaskedDiffusionSampler.for_fast_dllm_v2(
+        mask_id=MASK, block_length=4, interface=HierarchicalCache(model_block_length=8)
+    )
+    begins = []
+    result = sampler.generate(Broken(0), prompts(3, 8, 0), 8)
+    assert begins[0] == [False, True, False] and begins[-1] == [False] * 3
+    whole = sampler.generate(FastQwen(0), prompts(3, 8, 0), 8)
+    assert torch.equal(result.new_tokens[[0, 2]], whole.new_tokens[[0, 2]])
     assert not (result.new_tokens == MASK).any()
 
 

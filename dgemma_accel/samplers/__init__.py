@@ -8,7 +8,15 @@ from . import interfaces
 from .canvas import CanvasState, StableAndConfident
 from .encoding import Measure
 from .generation import GenerateResult
-from .interfaces import DREAM, BlockCache, BlockCausal, DualCache, FullSequence, PrefixCache
+from .interfaces import (
+    DREAM,
+    BlockCache,
+    BlockCausal,
+    DualCache,
+    FullSequence,
+    HierarchicalCache,
+    PrefixCache,
+)
 from .masked import MaskedDiffusionSampler
 from .proposals import Proposal
 from .rules import (
@@ -63,6 +71,7 @@ __all__ = [
     "Factor",
     "FullSequence",
     "GenerateResult",
+    "HierarchicalCache",
     "Hierarchy",
     "HierarchyWithRemask",
     "JointThresholdEdit",

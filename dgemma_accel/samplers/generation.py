@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
+from ..ops.row_stats import row_stats
 from ..reference.row_stats import apply_softcap
 from .interfaces import Session
 from .numbers import LONGEST, check_number
@@ -169,8 +170,7 @@ class _Run:
         self.streamer, self.callback = streamer, callback
         self.prompt_length = max(len(row) for row in rows)
         self.end = self.prompt_length + max_new_tokens
-        device, size = rows[0].device, sampler.block_length
-        total = math.ceil(self.end / size) * size if sampler.interface.aligned else self.end
+        device, total = rows[0].device, sampler.interface.fed_length(self.end)
 
         self.tokens = torch.full((len(rows), total), sampler.mask_id, device=device)
         self.valid = torch.ones_like(self.tokens, dtype=torch.bool)
@@ -234,22 +234,47 @@ class _Run:
         first = self.prompt_length // size * size if self.sampler.interface.aligned else self.prompt_length
         if self.streamer is not None:
             self.streamer.put(self.tokens[:, : self.prompt_length].cpu())
-        self.session.prefill(self._fed(), first)
-        for number, start in enumerate(range(first, self.tokens.shape[1], size)):
+        self._begin_with(self.session.prefill(self._fed(), first), first)
+        for number, start in enumerate(range(first, self.end, size)):
             end = min(start + size, self.tokens.shape[1])
             self._block(number, start, end)
             going = ~(self.ended | self.stuck)
             if not bool(going.any()):
                 break
             self._feed(going)
-            if end < self.tokens.shape[1]:
-                self.session.end_block(self._fed(), start, end)
+            if end < self.end:
+                self._begin_with(self.session.end_block(self._fed(), start, end), end)
         if self.streamer is not None:
             self.streamer.end()
 
+    def _begin_with(self, logits: Tensor | None, position: int) -> None:
+        """Write the token at a block's first position, where the model says what it is before the block begins."""
+        if logits is None or position < self.prompt_length:
+            return
+        stats = row_stats(
+            self._guide(logits),
+            temperature=0.0,
+            softcap=self.sampler.softcap,
+            statistics=False,
+            backend=self.sampler.backend,
+        )
+        mask_id = self.sampler.mask_id
+        # Without a distribution nothing is decided.
+        token = torch.where(stats.entropy.isinf(), mask_id, stats.argmax)
+        rows = torch.arange(len(self.tokens), device=token.device) if self.fed is None else self.fed
+        column = self.tokens[rows, position]
+        going = ~(self.ended | self.stuck)[rows]
+        self.tokens[rows, position] = torch.where(going & (column == mask_id), token, column)
+        self._notice_ends(position + 1)
+
+    def _notice_ends(self, end: int) -> None:
+        if self.sampler.eos_ids:
+            self.ended |= (self._is_end() & self.new)[:, : min(end, self.end)].any(-1)
+            self._pad_after_end()
+
     def _block(self, number: int, start: int, end: int) -> None:
         sampler, tokens = self.sampler, self.tokens[:, start:end]
-        open = self.new[start:end] & ~(self.ended | self.stuck)[:, None]
+        open = self.new[start:end] & ~(self.ended | self.stuck)[:, None] & (tokens == sampler.mask_id)
         if sampler.decider.starts_from_noise:
             tokens = torch.where(open, sampler.decider.noise(tokens, self.seed, self.offset), tokens)
             self.tokens[:, start:end] = tokens
@@ -266,9 +291,7 @@ class _Run:
         self.offset = state.offset
         self.nfe += state.nfe * (2 if self.guided else 1)
         self.stuck |= state.stuck
-        if sampler.eos_ids:
-            self.ended |= (self._is_end() & self.new)[:, : min(end, self.end)].any(-1)
-            self._pad_after_end()
+        self._notice_ends(end)
         if self.streamer is not None:
             new = slice(max(start, self.prompt_length), min(end, self.end))
             self.streamer.put(self.tokens[:, new].cpu())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,10 +15,10 @@ from ..ops import checks
 from ..ops.progress import progress
 from ..reference.progress import ProgressCall
 from .generation import GenerateResult, generate
-from .interfaces import DREAM, BlockCache, BlockCausal, FullSequence, Interface
+from .interfaces import DREAM, BlockCache, BlockCausal, FullSequence, HierarchicalCache, Interface
 from .numbers import LONGEST, PER_ROW, check_field, check_number, token_id, token_ids
 from .proposals import Proposal
-from .rules import Rule
+from .rules import Rule, Threshold
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
 from .strategies.dream import Entropy
 from .strategies.llada import LowConfidence, LowConfidenceDynamic
@@ -61,7 +61,8 @@ class MaskedDiffusionSampler:
         eos_id: one token or several that end a row; what follows the first becomes `pad_id`. Not the mask.
         pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
-            `DualCache()`, `BlockCache()`, `BlockCausal()`.
+            `DualCache()`, `BlockCache()`, `BlockCausal()`,
+            `HierarchicalCache()`.
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
     """
@@ -109,12 +110,7 @@ class MaskedDiffusionSampler:
             )
         decider.check(self.block_length, self.steps, self.temperature)
         decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))
-        if self.interface.aligned:
-            if self.block_length is None:
-                name = type(self.interface).__name__
-                raise ValueError(f"block_length: {name}() needs the length of the model's blocks, got None")
-            interface = replace(self.interface, block_length=self.block_length)
-            object.__setattr__(self, "interface", interface)
+        object.__setattr__(self, "interface", self.interface.fitted(self.block_length, self.mask_id))
 
     def _check_tokens(self) -> None:
         object.__setattr__(self, "mask_id", token_id("mask_id", self.mask_id))
@@ -176,6 +172,22 @@ class MaskedDiffusionSampler:
             "interface": BlockCausal(),
         }
         return cls(strategy or LowConfidenceDynamic(0.95), **{**numbers, **options})
+
+    @classmethod
+    def for_fast_dllm_v2(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """Fast-dLLM v2's numbers: mask 151665, blocks of 32 in sub-blocks of 8, `Threshold(0.9, strict=True)`.
+
+        Its end token is 151645. Where it samples at a temperature, its top_p is 0.95; both go in as options. Published
+        `small_block_size` is `block_length`; `block_size` and `use_block_cache` are the interface's:
+        interface=HierarchicalCache(model_block_length=32, use_block_cache=True).
+        """
+        numbers = {
+            "mask_id": 151665,
+            "block_length": 8,
+            "confidence": "proposal",
+            "interface": HierarchicalCache(),
+        }
+        return cls(strategy or Threshold(0.9, strict=True), **{**numbers, **options})
 
     @cached_property
     def decider(self) -> Strategy:
