@@ -56,8 +56,12 @@ class Stream:
 
 
 class Graph:
+    """From torch 2.14 on it gives its pool back itself, where it was not made too; `reset` is its destructor's work."""
+
     def __init__(self, played):
         self.played = played
+        self.holds = self.ends = False
+        played.graphs.append(self)
 
     def capture_begin(self, pool=(9, 9), capture_error_mode="global", **_):
         if pool in self.played.underway:
@@ -65,6 +69,9 @@ class Graph:
         self.pool = pool
         self.played.underway.append(pool)
         self.played.users.append(pool)
+        self.holds = self.ends = self.played.graphs_give_back
+        if self.played.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
         self.played.generator.capturing = self.played.recording = True
         self.played.log.append(f"record on {self.played.current.name} into {pool}, {capture_error_mode}")
 
@@ -72,9 +79,20 @@ class Graph:
         self.played.recording = False
         if self.played.broken:
             self.played.broken = False
+            if self.ends:
+                self.played.end_of_pool(0, self.pool)
+                self.ends = False
             raise RuntimeError("operation failed due to a previous error during capture")
         self.played.underway.remove(self.pool)
+        self.ends = False
         self.played.generator.capturing = False
+
+    def reset(self):
+        if self.holds:
+            if self.ends:
+                self.played.end_of_pool(0, self.pool)
+            self.played.users.remove(self.pool)
+            self.holds = self.ends = False
 
     def replay(self):
         self.played.log.append(f"replay on {self.played.current.name}")
@@ -85,7 +103,8 @@ class Played:
 
     def __init__(self, patch):
         self.log, self.streams, self.underway, self.users = [], [], [], []
-        self.recording = self.broken = False
+        self.recording = self.broken = self.refuses = self.graphs_give_back = False
+        self.graphs = []
         self.current, self.generator = Stream(self, "the caller's"), Generator(self)
         handles = iter(range(1, 99))
         cuda = {
@@ -189,6 +208,40 @@ class TestARecordingThatFails:
         cuda_graph.release_generator(DEVICE, played.current)
         torch.empty(1).uniform_()
         assert played.generator.state == 1 and "another state" in played.log
+
+
+@pytest.mark.parametrize("graphs_give_back", [False, True], ids=["torch 2.11 to 2.13", "torch 2.14"])
+class TestWhoGivesThePoolBack:
+    """Whoever does: once, or a destructor that does it again ends the process."""
+
+    @pytest.fixture(autouse=True)
+    def release(self, played, graphs_give_back):
+        played.graphs_give_back = graphs_give_back
+
+    def check(self, played, pool):
+        for graph in played.graphs:
+            # As the garbage collector would.
+            graph.reset()
+        assert not played.underway and pool.handle not in played.users
+        record(lambda: None, pool)
+
+    def test_of_a_recording_that_did_not_begin(self, played):
+        pool, played.refuses = cuda_graph.Pool(DEVICE), True
+        with pytest.raises(RuntimeError, match="not permitted"):
+            record(lambda: None, pool)
+        played.refuses = False
+        self.check(played, pool)
+
+    def test_of_one_that_was_invalidated(self, played):
+        def function():
+            if played.recording:
+                played.broken = True
+                raise RuntimeError("waits for the host")
+
+        pool = cuda_graph.Pool(DEVICE)
+        with pytest.raises(RuntimeError, match="waits for the host"):
+            record(function, pool)
+        self.check(played, pool)
 
 
 @pytest.mark.source_tree

@@ -104,8 +104,11 @@ class CudaRecording:
         """What `torch.cuda.graph` leaves undone where the recording cannot be ended."""
         torch.cuda.set_stream(current)
         try:
+            # From torch 2.14 on a graph leaves the pool itself, at the latest in its destructor, which ends the process
+            # where it was done before. So it goes first, and older releases leave the rest to us.
+            self.graph.reset()
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool.handle)
-            # The recording counts as a user of the pool, which only a graph that was made gives up.
+            # The recording counts as a user of the pool, which there only a graph that was made gives up.
             torch._C._cuda_releasePool(self.device.index, self.pool.handle)
         except RuntimeError:
             # It was ended, or had not begun.
