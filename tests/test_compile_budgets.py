@@ -75,6 +75,14 @@ OLDER_SPILLS = {
         ((12, 0), "commit block=[512, 1024]"): (2, 0),
         ((12, 1), "commit block=[512, 1024]"): (2, 0),
     },
+    "3.8": {
+        ((9, 0), "experts bytes=4 fp8 weights"): (2, 0),
+        ((10, 0), "block_attention head_dim=256 bytes=2"): (8, 4),
+        ((10, 0), "block_attention head_dim=256 bytes=2 causal"): (26, 13),
+        ((10, 0), "experts bytes=4 fp8 weights"): (6, 0),
+        ((12, 0), "block_attention head_dim=256 bytes=2 prompt"): (22, 0),
+        ((12, 0), "block_attention head_dim=256 bytes=2 sliced=True prompt"): (22, 0),
+    },
 }
 
 
