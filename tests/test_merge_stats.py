@@ -65,6 +65,20 @@ def worker(rank, directory):
             errors.append("none")
         except ValueError as error:
             errors.append(str(error))
+    rows = (2, ROWS // 2)
+    for uniform in (torch.full(rows, 1.5), torch.full((ROWS // 2,), 0.5), torch.full(rows, 0.5).double(), 0.5):
+        try:
+            dgemma_accel.merge_stats(logits, stats, uniform=uniform, **where)
+            errors.append("none")
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+
+    first_alone = dist.new_group([0])
+    try:
+        dgemma_accel.merge_stats(logits, stats, seed=1, group=first_alone, **where)
+        errors.append("none")
+    except (RuntimeError, ValueError) as error:
+        errors.append(str(error))
     torch.save((results, broken, errors), f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -125,10 +139,22 @@ def test_rows_without_a_distribution(outcome):
 
 def test_shards_that_do_not_cover_the_vocabulary(outcome):
     for rank in range(2):
-        gap, overlap, short = outcome[rank][2]
+        gap, overlap, short = outcome[rank][2][:3]
         assert "vocab_start: shards leave a gap" in gap
         assert "vocab_start: shards overlap" in overlap
         assert "vocab_size: shards cover [0, 1000)" in short
+
+
+def test_uniforms_that_are_not_one_in_0_to_1_for_each_row(outcome):
+    for rank in range(2):
+        value, shape, dtype, number = outcome[rank][2][3:7]
+        assert value == "uniform: values must be in [0.0, 1.0), got 1.5"
+        assert shape == "uniform: shape must be (2, 12) (one value per row), got (12,)"
+        assert dtype.startswith("uniform: dtype must be") and number.startswith("uniform: a torch.Tensor expected")
+
+
+def test_a_rank_outside_the_group(outcome):
+    assert outcome[1][2][7] == "group: this rank has to be in it, got rank 1 of the default group"
 
 
 def test_needs_a_process_group_and_a_seed():

@@ -46,13 +46,19 @@ def merge_stats(
         `RowStats` of shape [...].
 
     Raises:
-        ValueError: shards overlap or leave gaps, or no seed was given; raised on every rank.
-        RuntimeError: torch.distributed is not initialised.
+        TypeError, ValueError: as `row_stats`; shards overlap or leave gaps, or no seed was given; raised on every
+            rank.
+        RuntimeError: torch.distributed is not initialised, or this rank is not in `group`.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("merge_stats: torch.distributed is not initialised; call init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError(f"group: this rank has to be in it, got rank {dist.get_rank()} of the default group")
     if uniform is None and seed is None:
         raise ValueError("seed: required when uniform is None, every rank has to draw the same")
+    # Before ranks exchange anything: what the shards draw with is made from it.
+    checks.uniform_or_seed(uniform, seed, offset, tuple(logits.shape[:-1]), logits.device)
+    checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True)
     starts = _check_shards(vocab_start, logits.shape[-1], vocab_size, logits.device, group)
     return merge_known_shards(
         logits,
