@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 
 import pytest
@@ -67,6 +68,29 @@ def test_quantized_while_reading(checkpoint, quantized, format):
 def test_saved_and_read(saved, quantized, format):
     assert_same(dgemma_accel.from_pretrained(saved), quantized)
     assert_same(dgemma_accel.from_pretrained(saved, experts=format, dtype=torch.bfloat16), quantized)
+
+
+def test_a_config_given_as_a_path(saved, quantized, format):
+    assert_same(dgemma_accel.from_pretrained(saved, config=str(saved)), quantized)
+    other = {"fp8": "nvfp4", "nvfp4": "fp8"}[format]
+    with pytest.raises(ValueError, match=f"experts: the checkpoint's are {format!r}, got {other!r}"):
+        dgemma_accel.from_pretrained(saved, experts=other, config=saved)
+    with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):
+        dgemma_accel.from_pretrained(saved, config=saved, tp_plan="auto")
+
+
+def test_a_config_that_does_not_say_that_the_checkpoint_is_quantized(
+    checkpoint, saved, quantized, format, tmp_path
+):
+    config = transformers.DiffusionGemmaConfig.from_pretrained(checkpoint)
+    for given in (config, checkpoint):
+        for experts in (None, format):
+            with pytest.raises(ValueError, match=f"config: needs the quantization_config .* are {format!r}"):
+                dgemma_accel.from_pretrained(saved, experts=experts, config=given)
+    assert_same(dgemma_accel.from_pretrained(checkpoint, experts=format, config=config), quantized)
+    # Weights alone, to which the given config belongs.
+    shutil.copy(checkpoint / "model.safetensors", tmp_path)
+    assert_same(dgemma_accel.from_pretrained(tmp_path, experts=format, config=config), quantized)
 
 
 def test_saved_again(checkpoint, quantized, format, tmp_path):

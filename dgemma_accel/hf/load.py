@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from .check import check_transformers
 from .quantize import check_format
 
@@ -34,8 +36,8 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
 
     Raises:
         ValueError: a format that is not known, or not that of the checkpoint; a checkpoint quantized otherwise, or a
-            `quantization_config` besides `experts`; a plan that shards the experts; with "nvfp4" a width that is no
-            multiple of 16.
+            `quantization_config` besides `experts`; a `config` that does not say how the checkpoint is quantized; a
+            plan that shards the experts; with "nvfp4" a width that is no multiple of 16.
         RuntimeError: weights that are not finite; transformers' report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
@@ -51,12 +53,19 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
 
     from .quantizer import METHOD, QuantizedExpertsConfig
 
-    config = options.pop("config", None)
-    if config is None:
-        where = {name: options[name] for name in WHERE if name in options}
-        config = transformers.DiffusionGemmaConfig.from_pretrained(checkpoint, **where)
+    where = {name: options[name] for name in WHERE if name in options}
+    given = config = options.pop("config", None)
+    if given is None or isinstance(given, str | os.PathLike):
+        config = transformers.DiffusionGemmaConfig.from_pretrained(given or checkpoint, **where)
     saved = _saved_quantization(config)
     quantized = saved is not None and saved.get("quant_method") == METHOD
+    if given is not None and saved is None and checkpoint is not None:
+        own = _quantization_of(checkpoint, where)
+        if own is not None and own.get("quant_method") == METHOD:
+            # Without their scales the numbers are another model.
+            raise ValueError(
+                f"config: needs the quantization_config of the checkpoint, whose experts are {own['format']!r}"
+            )
     if experts is not None:
         if quantized and saved["format"] != experts:
             raise ValueError(f"experts: the checkpoint's are {saved['format']!r}, got {experts!r}")
@@ -70,6 +79,16 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     if sharded and (quantized or experts is not None):
         raise ValueError(f"{sharded[0]}: quantized experts cannot be sharded")
     return transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, config=config, **options)
+
+
+def _quantization_of(checkpoint, where: dict) -> dict | None:
+    """What the checkpoint's own config says of it; None where it has no config."""
+    import transformers
+
+    try:
+        return _saved_quantization(transformers.DiffusionGemmaConfig.from_pretrained(checkpoint, **where))
+    except OSError:
+        return None
 
 
 def _saved_quantization(config) -> dict | None:
