@@ -195,8 +195,14 @@ def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
     """[B, C] bool from a mask or from positions."""
     if canvas is None:
         raise ValueError("pinned: needs decoder_input_ids [B, canvas_length], which holds the pinned tokens")
+    checks.is_tensor("decoder_input_ids", canvas)
     if not isinstance(pinned, Tensor):
-        pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None, device="cpu")
+        try:
+            pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"pinned: a bool tensor or a sequence of positions expected, got {pinned!r}"
+            ) from None
     if pinned.dtype == torch.bool:
         if tuple(pinned.shape) not in ((length,), tuple(canvas.shape)):
             raise ValueError(
