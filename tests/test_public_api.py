@@ -72,6 +72,40 @@ def test_ops_are_registered_and_documented_alike():
             assert section in text, (op, section)
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("backend", None, "backend: a string expected, got NoneType"),
+        ("backend", ["cpp"], "backend: a string expected, got list"),
+        ("check", "no", "check: a bool expected, got str"),
+        ("causal", 1, "causal: a bool expected, got int"),
+        ("return_lse", "no", "return_lse: a bool expected, got str"),
+        ("keep_logits", None, "keep_logits: a bool expected, got NoneType"),
+        ("exact", "no", "exact: a bool expected, got str"),
+    ],
+)
+def test_switches_of_a_wrong_type_are_told_by_name(name, value, message):
+    table, tokens = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    stats = dgemma_accel.row_stats(table, seed=0)
+    calls = {
+        "block_attention": (table[None],) * 3,
+        "row_stats": (table,),
+        "commit": (tokens, stats, dgemma_accel.samplers.TopK(1), dgemma_accel.samplers.Keep()),
+        "head_stats": (table, table[0]),
+        "soft_embedding": (table, stats, torch.zeros(4, 4)),
+        "experts": (table[0], tokens[0, :, None], table[0, :, :1], torch.zeros(1, 2, 4), torch.zeros(1, 4, 1)),
+    }
+    taken = 0
+    for op, arguments in calls.items():
+        function = getattr(dgemma_accel, op)
+        function(*arguments)
+        if name in inspect.signature(function).parameters:
+            taken += 1
+            with pytest.raises(TypeError, match=message):
+                function(*arguments, **{name: value})
+    assert taken == (6 if name in ("backend", "check") else 1)
+
+
 def test_import_touches_no_gpu_no_triton_and_no_transformers():
     code = (
         "import sys, torch, dgemma_accel\n"

@@ -169,6 +169,9 @@ def block_attention(
     if not -checks.FP32_MAX <= number <= checks.FP32_MAX:
         raise ValueError(f"scale: must be finite, got {scale}")
 
+    for name, flag in (("causal", causal), ("return_lse", return_lse), ("check", check)):
+        checks.is_bool(name, flag)
+    checks.is_string("backend", backend)
     window = _checked_window(window, causal)
 
     output, lse = _block_attention(
@@ -181,7 +184,7 @@ def block_attention(
         prefix_end,
         float(number),
         checks.softcap_value(softcap),
-        bool(causal),
+        causal,
         window,
         check,
         backend,

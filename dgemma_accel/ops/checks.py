@@ -20,6 +20,18 @@ def is_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def is_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: a bool expected, got {type(value).__name__}")
+    return value
+
+
+def is_string(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: a string expected, got {type(value).__name__}")
+    return value
+
+
 def has_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

@@ -135,6 +135,8 @@ def experts(
         checks.on_device(name, tensor, hidden.device, "hidden")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
+    checks.is_bool("check", check)
+    checks.is_string("backend", backend)
     scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
     return _experts(hidden, index, weights, gate_up, down, activation, check, backend, *scales)
 

@@ -132,6 +132,9 @@ def head_stats(
             "stats_temperature", stats_temperature, shape, device, low_open=True, keep=keep
         )
     softcap = checks.softcap_value(softcap)
+    checks.is_bool("keep_logits", keep_logits)
+    checks.is_bool("check", check)
+    checks.is_string("backend", backend)
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device, keep=keep)
     rows = hidden.reshape(1, -1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
     logits, *fields = _head_stats(

@@ -174,8 +174,9 @@ def row_stats(
             "stats_temperature", stats_temperature, shape, device, low_open=True, keep=keep
         )
     softcap = checks.softcap_value(softcap)
-    if not isinstance(statistics, bool):
-        raise TypeError(f"statistics: a bool expected, got {type(statistics).__name__}")
+    checks.is_bool("statistics", statistics)
+    checks.is_bool("check", check)
+    checks.is_string("backend", backend)
     if check and not statistics:
         raise ValueError("check: needs statistics=True, since they say which rows have no distribution")
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device, keep=keep)

@@ -102,6 +102,9 @@ def soft_embedding(
         raise TypeError(f"tolerance: a number expected, got {type(tolerance).__name__}")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"tolerance: must be in [0, 1], got {tolerance}")
+    checks.is_bool("exact", exact)
+    checks.is_bool("check", check)
+    checks.is_string("backend", backend)
     rows = rows_view(logits)
     result = _soft_embedding(
         rows,
@@ -111,7 +114,7 @@ def soft_embedding(
         temperature,
         checks.softcap_value(softcap),
         float(number),
-        bool(exact),
+        exact,
         check,
         backend,
     )
