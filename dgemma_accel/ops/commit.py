@@ -137,7 +137,8 @@ def commit(
         raise TypeError(f"stats: RowStats expected, got {type(stats).__name__}")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: a samplers.Rule such as TopK(k) expected, got {type(rule).__name__}")
-    if not isinstance(getattr(write, "kind", None), Write):
+    # A class has its `kind` too.
+    if isinstance(write, type) or not isinstance(getattr(write, "kind", None), Write):
         raise TypeError(f"write: Remask, Renoise or Keep expected, got {type(write).__name__}")
     shape, device = tokens.shape, tokens.device
     for name, field, dtype in zip(RowStats._fields, stats, _STATS_DTYPES):
@@ -152,6 +153,12 @@ def commit(
         checks.has_dtype("candidates", candidates, (torch.bool,))
         checks.has_shape("candidates", candidates, shape, "as tokens")
         checks.on_device("candidates", candidates, device, "tokens")
+    if stop is not None and not isinstance(stop, StableAndConfident):
+        raise TypeError(f"stop: StableAndConfident or None expected, got {type(stop).__name__}")
+    if state is not None and not isinstance(state, CanvasState):
+        raise TypeError(f"state: CanvasState or None expected, got {type(state).__name__}")
+    checks.is_bool("check", check)
+    checks.is_string("backend", backend)
     if state is not None:
         _check_state(state, stop, tokens)
     elif stop is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from .numbers import SCALAR, Number, check_field
 
 
@@ -44,6 +45,11 @@ class CanvasState:
     @staticmethod
     def start(canvas: Tensor, stop: StableAndConfident | None = None) -> CanvasState:
         """The state before the first step of `canvas` [B, C]."""
+        checks.has_dtype("canvas", checks.is_tensor("canvas", canvas), (torch.int64,))
+        if canvas.ndim != 2:
+            raise ValueError(f"canvas: shape must be [B, C], got {tuple(canvas.shape)}")
+        if stop is not None and not isinstance(stop, StableAndConfident):
+            raise TypeError(f"stop: StableAndConfident or None expected, got {type(stop).__name__}")
         depth = 0 if stop is None else stop.stability
         return CanvasState(
             draft=canvas,
