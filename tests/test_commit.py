@@ -476,6 +476,12 @@ def test_bad_rules(make, error):
         (lambda: Threshold(0.5, measure="margin"), TypeError, "measure: a samplers.Measure .* got str"),
         (lambda: Factor(0.5, measure="margin"), TypeError, "measure: a samplers.Measure"),
         (lambda: TopK(1, measure="margin"), TypeError, "measure: a samplers.Measure"),
+        (lambda: Threshold(0.5, strict="no"), TypeError, "strict: a bool expected, got str"),
+        (lambda: Factor(0.5, last_rank_quirk=1), TypeError, "last_rank_quirk: a bool expected, got int"),
+        (lambda: EntropyBound(0.5, "no"), TypeError, "inclusive: a bool expected, got str"),
+        (lambda: CanvasState.start([[1]]), TypeError, "canvas: a torch.Tensor expected, got list"),
+        (lambda: CanvasState.start(TOKENS[0]), ValueError, r"canvas: shape must be \[B, C\]"),
+        (lambda: CanvasState.start(TOKENS, 2), TypeError, "stop: StableAndConfident or None expected, got int"),
     ],
 )  # fmt: skip
 def test_rules_name_what_is_wrong_when_they_are_made(make, error, text):

@@ -9,16 +9,20 @@ from samplers_models import MASK, VOCAB
 
 from dgemma_accel.samplers import (
     Bernoulli,
+    BlockCausal,
     CreditThreshold,
     DInferThreshold,
     Entropy,
+    FullSequence,
     HierarchyWithRemask,
     JointThresholdEdit,
     LowConfidence,
     MaskedDiffusionSampler,
     MaskgitPlus,
     MinimalTopK,
+    PrefixCache,
     Proposal,
+    SequentialWindow,
     Threshold,
     TopK,
 )
@@ -250,3 +254,27 @@ def test_a_step_takes_one_temperature_for_each_row():
                 sampler_of(temperature=temperature, **filters).step(LOGITS, TOKENS)
     with pytest.raises(ValueError, match="^temperature: one value per row is 2 values, got 1"):
         sampler_of(temperature=torch.tensor([0.5])).step(LOGITS.expand(2, -1, -1), TOKENS.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: sampler_of(top_k_first="no"), "top_k_first"),
+        (lambda: SequentialWindow("no"), "overwrite"),
+        (lambda: MaskgitPlus(batch_mean="no"), "batch_mean"),
+        (lambda: HierarchyWithRemask(0.9, 0.4, 0.4, "no"), "reopen_given"),
+        (lambda: FullSequence("2d"), "shift_logits"),
+        (lambda: FullSequence(position_ids="no"), "position_ids"),
+        (lambda: PrefixCache("no"), "shift_logits"),
+        (lambda: BlockCausal("no"), "shift_logits"),
+    ],
+)
+def test_a_word_is_no_bool(make, name):
+    with pytest.raises(TypeError, match=f"^{name}: a bool expected, got str"):
+        make()
+
+
+def test_an_interface_is_an_object():
+    for value in (FullSequence, "dream"):
+        with pytest.raises(TypeError, match=r"interface: .* such as FullSequence\(\) expected, got"):
+            sampler_of(interface=value)

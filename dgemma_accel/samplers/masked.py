@@ -16,7 +16,7 @@ from ..ops.progress import progress
 from ..reference.progress import ProgressCall
 from .generation import GenerateResult, generate
 from .interfaces import DREAM, BlockCache, BlockCausal, FullSequence, HierarchicalCache, Interface
-from .numbers import LONGEST, PER_ROW, check_field, check_number, token_id, token_ids
+from .numbers import LONGEST, PER_ROW, check_field, check_flag, check_number, token_id, token_ids
 from .proposals import Proposal
 from .rules import Rule, Threshold
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
@@ -71,7 +71,7 @@ class MaskedDiffusionSampler:
     mask_id: int
     block_length: int | None = 32
     steps: int | None = None
-    temperature: float | Tensor | Callable[[int, int], float] = 0.0
+    temperature: float | Tensor | Callable[[int, int], float | Tensor] = 0.0
     top_k: int | None = None
     top_p: float | None = None
     top_k_first: bool = False
@@ -97,6 +97,7 @@ class MaskedDiffusionSampler:
             check_field(self, "top_k", 0, integer=True)
         if self.top_p is not None:
             check_field(self, "top_p", 0.0, 1.0)
+        check_flag(self, "top_k_first")
         check_field(self, "guidance_scale", 0.0)
         checks.softcap_value(self.softcap)
         backends.requested(self.backend)
@@ -106,7 +107,8 @@ class MaskedDiffusionSampler:
             raise ValueError(f"schedule: must be one of {SCHEDULES}, got {self.schedule!r}")
         if not isinstance(self.interface, Interface):
             raise TypeError(
-                f"interface: a samplers.interfaces.Interface expected, got {type(self.interface).__name__}"
+                "interface: a samplers.interfaces.Interface such as FullSequence() expected, "
+                f"got {type(self.interface).__name__}"
             )
         decider.check(self.block_length, self.steps, self.temperature)
         decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))

@@ -76,6 +76,11 @@ def check_field(owner: Any, name: str, low: float, high: float = math.inf, **opt
         object.__setattr__(owner, name, number)
 
 
+def check_flag(owner: Any, name: str) -> None:
+    """Raise TypeError unless a field of a dataclass is True or False: a word such as "no" would count as True."""
+    checks.is_bool(name, getattr(owner, name))
+
+
 def token_id(name: str, value) -> int:
     """A token id as an int, whatever kind of integer it came as.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .encoding import PROBABILITIES, EncodedRule, Flag, Measure, Select
-from .numbers import PER_ROW, Number, check_field
+from .numbers import PER_ROW, Number, check_field, check_flag
 
 
 def _check_measure(measure: Measure, allowed: tuple[Measure, ...] = tuple(Measure)) -> None:
@@ -145,6 +145,7 @@ class Threshold(Rule):
     def __post_init__(self) -> None:
         check_field(self, "tau", 0.0, 1.0, tensor=PER_ROW)
         check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
+        check_flag(self, "strict")
         _check_measure(self.measure, PROBABILITIES)
         if self.slack is not None:
             check_field(self, "slack", 0.0, tensor=PER_ROW)
@@ -176,6 +177,7 @@ class Factor(Rule):
 
     def __post_init__(self) -> None:
         check_field(self, "f", 0.0, tensor=PER_ROW)
+        check_flag(self, "last_rank_quirk")
         _check_measure(self.measure, PROBABILITIES)
 
     def encode(self) -> EncodedRule:
@@ -200,6 +202,7 @@ class EntropyBound(Rule):
 
     def __post_init__(self) -> None:
         check_field(self, "bound", 0.0, tensor=PER_ROW)
+        check_flag(self, "inclusive")
 
     def encode(self) -> EncodedRule:
         flags = Flag.INCLUSIVE if self.inclusive else Flag.NONE

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..numbers import check_flag
+
 
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, a tuple that begins with one, a mapping, or `.logits`."""
@@ -141,6 +143,9 @@ class Interface:
     # Blocks begin at multiples of the block length, so that the first one may hold the end of the prompt, and the
     # sampler says in the field `block_length` how long they are.
     aligned = False
+
+    def __post_init__(self) -> None:
+        check_flag(self, "shift_logits")
 
     def fitted(self, block_length: int | None, mask_id: int) -> Interface:
         """The interface as a sampler with these numbers uses it."""

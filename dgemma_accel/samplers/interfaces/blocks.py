@@ -94,6 +94,7 @@ class BlockCache(Interface):
     aligned = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_shift(self)
 
 
@@ -133,4 +134,5 @@ class BlockCausal(Interface):
     aligned = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_shift(self)

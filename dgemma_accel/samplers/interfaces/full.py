@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numbers import check_flag
 from .base import Interface, Session
 
 
@@ -49,6 +50,8 @@ class FullSequence(Interface):
     session = _FullSession
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag(self, "position_ids")
         if self.attention_mask not in ("2d", "4d", None):
             raise ValueError(f"attention_mask: must be '2d', '4d' or None, got {self.attention_mask!r}")
 

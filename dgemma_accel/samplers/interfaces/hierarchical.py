@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..numbers import LONGEST, check_field
+from ..numbers import LONGEST, check_field, check_flag
 from .base import Interface, logits_of, past_of
 from .blocks import StoringSession
 
@@ -108,6 +108,8 @@ class HierarchicalCache(Interface):
     aligned = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag(self, "use_block_cache")
         if not self.shift_logits:
             raise ValueError("shift_logits: HierarchicalCache has no form without a shift")
         check_field(self, "model_block_length", 1, LONGEST, integer=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops.commit import CommitResult
 from ...ops.row_stats import RowStats
-from ..numbers import check_field
+from ..numbers import check_field, check_flag
 from ..rules import Rule, RunBest, Threshold, TopK
 from ..writes import Keep, Remask
 from .base import BlockState, Step, Strategy
@@ -224,6 +224,7 @@ class HierarchyWithRemask(Hierarchy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "rho", 0.0, 1.0)
+        check_flag(self, "reopen_given")
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         if self.reopen_given:

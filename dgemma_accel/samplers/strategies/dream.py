@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.row_stats import RowStats
 from ..encoding import Measure
-from ..numbers import check_field, check_number
+from ..numbers import check_field, check_flag, check_number
 from ..rules import Bernoulli, Rule, TopK
 from .base import BlockState, Step, Strategy
 
@@ -77,6 +77,7 @@ class _TimedTopK(Strategy):
 
     def __post_init__(self) -> None:
         _check(self)
+        check_flag(self, "batch_mean")
 
     def rule(self, step: Step) -> Rule:
         return TopK(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.commit import CommitResult
-from ..numbers import check_field
+from ..numbers import check_field, check_flag
 from ..rules import Rule, Sequential, Threshold, TopK
 from ..writes import Keep
 from .base import Step, Strategy
@@ -65,6 +65,9 @@ class SequentialWindow(Strategy):
     scheduled = True
     reads_statistics = False
     confidence = "proposal"
+
+    def __post_init__(self) -> None:
+        check_flag(self, "overwrite")
 
     def decide(self, step: Step) -> CommitResult:
         positions = torch.arange(step.tokens.shape[1], device=step.tokens.device)
