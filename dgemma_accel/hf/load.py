@@ -35,9 +35,10 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
         The model in eval mode; `accelerate` comes after. It is not trainable.
 
     Raises:
-        ValueError: a format that is not known, or not that of the checkpoint; a checkpoint quantized otherwise, or a
-            `quantization_config` besides `experts`; a `config` that does not say how the checkpoint is quantized; a
-            plan that shards the experts; with "nvfp4" a width that is no multiple of 16.
+        ValueError: a checkpoint of another model; a format that is not known, or not that of the checkpoint; a
+            checkpoint quantized otherwise, or a `quantization_config` besides `experts`; a `config` that does not say
+            how the checkpoint is quantized; a plan that shards the experts; with "nvfp4" a width that is no multiple
+            of 16.
         RuntimeError: weights that are not finite; transformers' report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
@@ -56,7 +57,12 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     where = {name: options[name] for name in WHERE if name in options}
     given = config = options.pop("config", None)
     if given is None or isinstance(given, str | os.PathLike):
-        config = transformers.DiffusionGemmaConfig.from_pretrained(given or checkpoint, **where)
+        found = given or checkpoint
+        kind = transformers.DiffusionGemmaConfig.get_config_dict(found, **where)[0].get("model_type")
+        if kind not in (None, transformers.DiffusionGemmaConfig.model_type):
+            # transformers warns and goes on, with weights of its own making where the checkpoint has none by a name.
+            raise ValueError(f"checkpoint: a DiffusionGemma's expected, got model_type {kind!r}")
+        config = transformers.DiffusionGemmaConfig.from_pretrained(found, **where)
     saved = _saved_quantization(config)
     quantized = saved is not None and saved.get("quant_method") == METHOD
     if given is not None and saved is None and checkpoint is not None:

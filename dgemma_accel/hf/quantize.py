@@ -32,8 +32,8 @@ class QuantizedExperts(nn.Module):
         gate_up_proj_scale, gate_up_proj_global_scale, down_proj_scale, down_proj_global_scale: those of NVFP4.
         act_fn: the activation's module, the original's.
 
-    A change of the model's dtype (`model.to(torch.float16)`) leaves weights and scales as they are. transformers refuses
-    `half()` and `float()` of a model that was read with such experts.
+    A change of the model's dtype (`model.to(torch.float16)`) leaves weights and scales as they are. transformers
+    refuses `half()` and `float()` of a model that was read with such experts.
     """
 
     def __init__(self, original: nn.Module, format: str, parameters: dict[str, nn.Parameter]) -> None:
