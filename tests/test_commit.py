@@ -416,7 +416,12 @@ TOKENS, STATS = torch.zeros(2, 4, dtype=torch.int64), make_stats(2, 4)
             "state.history: shape",
         ),
         ((TOKENS, STATS, TopK(1), Keep), {}, TypeError, "write: Remask, Renoise or Keep expected, got type"),
-        ((TOKENS, STATS, TopK(1), Keep()), {"state": {}}, TypeError, "state: CanvasState or None expected, got dict"),
+        (
+            (TOKENS, STATS, TopK(1), Keep()),
+            {"state": {}},
+            TypeError,
+            "state: CanvasState or None expected, got dict",
+        ),
         (
             (TOKENS, STATS, TopK(1), Keep()),
             {"stop": 0.005, "state": CanvasState.start(TOKENS)},

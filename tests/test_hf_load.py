@@ -225,7 +225,9 @@ class TestBadInput:
 
     def test_a_checkpoint_of_another_model(self, tmp_path):
         transformers.BertConfig(hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="checkpoint: a DiffusionGemma's expected, got model_type 'bert'"):
+        with pytest.raises(
+            ValueError, match="checkpoint: a DiffusionGemma's expected, got model_type 'bert'"
+        ):
             dgemma_accel.from_pretrained(tmp_path)
 
     def test_no_checkpoint(self, tmp_path):

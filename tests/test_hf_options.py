@@ -288,18 +288,21 @@ class TestPinned:
         with pytest.raises(ValueError, match="pinned: needs decoder_input_ids"):
             model.generate(ids, pinned=[0])
 
-    @pytest.mark.parametrize("pinned", [3, {1, 2}, "ab", [[1, 2], [3]], (p for p in (1, 2))])
-    def test_no_sequence_of_positions(self, model, ids, canvas, pinned):
-        with pytest.raises(TypeError, match="pinned: a bool tensor or a sequence of positions expected, got"):
-            model.generate(ids, decoder_input_ids=canvas, pinned=pinned)
-
-    def test_a_canvas_that_is_no_tensor(self, model, ids, canvas):
-        with pytest.raises(TypeError, match="decoder_input_ids: a torch.Tensor expected, got list"):
-            model.generate(ids, decoder_input_ids=canvas.tolist(), pinned=[0])
-
     def test_wrong_dtype(self, model, ids, canvas):
         with pytest.raises(TypeError, match="pinned: dtype must be one of"):
             model.generate(ids, decoder_input_ids=canvas, pinned=[0.5])
+
+    @pytest.mark.parametrize("pinned", [3, "first", {0, 1}, [[1, 2], [3]]], ids=str)
+    def test_neither_a_mask_nor_positions(self, model, ids, canvas, pinned):
+        kind = type(pinned).__name__
+        with pytest.raises(
+            TypeError, match=f"pinned: a bool tensor or a sequence of positions expected, got {kind}"
+        ):
+            model.generate(ids, decoder_input_ids=canvas, pinned=pinned)
+
+    def test_canvas_that_is_no_tensor(self, model, ids, canvas):
+        with pytest.raises(TypeError, match="decoder_input_ids: a torch.Tensor expected, got list"):
+            model.generate(ids, decoder_input_ids=canvas.tolist(), pinned=[0])
 
 
 class TestStartingCanvas:

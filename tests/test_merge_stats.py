@@ -66,7 +66,12 @@ def worker(rank, directory):
         except ValueError as error:
             errors.append(str(error))
     rows = (2, ROWS // 2)
-    for uniform in (torch.full(rows, 1.5), torch.full((ROWS // 2,), 0.5), torch.full(rows, 0.5).double(), 0.5):
+    for uniform in (
+        torch.full(rows, 1.5),
+        torch.full((ROWS // 2,), 0.5),
+        torch.full(rows, 0.5).double(),
+        0.5,
+    ):
         try:
             dgemma_accel.merge_stats(logits, stats, uniform=uniform, **where)
             errors.append("none")
@@ -150,7 +155,9 @@ def test_uniforms_that_are_not_one_in_0_to_1_for_each_row(outcome):
         value, shape, dtype, number = outcome[rank][2][3:7]
         assert value == "uniform: values must be in [0.0, 1.0), got 1.5"
         assert shape == "uniform: shape must be (2, 12) (one value per row), got (12,)"
-        assert dtype.startswith("uniform: dtype must be") and number.startswith("uniform: a torch.Tensor expected")
+        assert dtype.startswith("uniform: dtype must be") and number.startswith(
+            "uniform: a torch.Tensor expected"
+        )
 
 
 def test_a_rank_outside_the_group(outcome):

@@ -93,7 +93,13 @@ def test_switches_of_a_wrong_type_are_told_by_name(name, value, message):
         "commit": (tokens, stats, dgemma_accel.samplers.TopK(1), dgemma_accel.samplers.Keep()),
         "head_stats": (table, table[0]),
         "soft_embedding": (table, stats, torch.zeros(4, 4)),
-        "experts": (table[0], tokens[0, :, None], table[0, :, :1], torch.zeros(1, 2, 4), torch.zeros(1, 4, 1)),
+        "experts": (
+            table[0],
+            tokens[0, :, None],
+            table[0, :, :1],
+            torch.zeros(1, 2, 4),
+            torch.zeros(1, 4, 1),
+        ),
     }
     taken = 0
     for op, arguments in calls.items():

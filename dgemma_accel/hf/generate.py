@@ -62,8 +62,8 @@ def generate(
         seed_given=seed is not None,
         pinned=None if pinned is None else _pinned_mask(pinned, canvas, canvas_length),
         max_steps=_checked_steps(max_steps),
-        with_confidence=bool(return_confidence),
-        with_steps=bool(return_steps),
+        with_confidence=checks.is_bool("return_confidence", return_confidence),
+        with_steps=checks.is_bool("return_steps", return_steps),
     )
     if hasattr(streamer, "put_draft"):
         call.put_draft = streamer.put_draft
@@ -199,10 +199,10 @@ def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
     if not isinstance(pinned, Tensor):
         try:
             pinned = torch.as_tensor(pinned, dtype=torch.int64 if len(pinned) == 0 else None, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"pinned: a bool tensor or a sequence of positions expected, got {pinned!r}"
-            ) from None
+                f"pinned: a bool tensor or a sequence of positions expected, got {type(pinned).__name__}"
+            ) from error
     if pinned.dtype == torch.bool:
         if tuple(pinned.shape) not in ((length,), tuple(canvas.shape)):
             raise ValueError(

@@ -53,7 +53,9 @@ def merge_stats(
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("merge_stats: torch.distributed is not initialised; call init_process_group first")
     if dist.get_rank(group) < 0:
-        raise RuntimeError(f"group: this rank has to be in it, got rank {dist.get_rank()} of the default group")
+        raise RuntimeError(
+            f"group: this rank has to be in it, got rank {dist.get_rank()} of the default group"
+        )
     if uniform is None and seed is None:
         raise ValueError("seed: required when uniform is None, every rank has to draw the same")
     # Before ranks exchange anything: what the shards draw with is made from it.
