@@ -173,10 +173,12 @@ def _check_backend(backend: str) -> None:
     name = requested(backend)
     if name == "auto":
         return
-    missing = []
+    # Ops that lack the same thing are named together.
+    missing: dict[str, list[str]] = {}
     for op in OPS:
         implementation, reason = load(op, name) if name in MODULES[op] else (True, None)
         if implementation is None:
-            missing.append(f"{op}: {reason}")
+            missing.setdefault(reason, []).append(op)
     if missing:
-        raise BackendError(f"backend {name!r} cannot accelerate a model here: " + "; ".join(missing))
+        lines = (f"{', '.join(ops)}: {reason}" for reason, ops in missing.items())
+        raise BackendError(f"backend {name!r} cannot accelerate a model here: " + "; ".join(lines))

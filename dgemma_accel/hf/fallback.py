@@ -24,8 +24,10 @@ def why_original(model, call: Call | None, sampler, logits_processor, criteria) 
         return "the sampler's accept_canvas is not transformers' own"
     schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
     if len(schedules) > 1 or not all(schedules):
-        names = ", ".join(type(processor).__name__ for processor in logits_processor)
-        return f"logits processors {names}"
+        # The schedule that transformers adds itself is no reason, but a second one is.
+        others = [p for p, own in zip(logits_processor, schedules) if not own] or logits_processor
+        names = ", ".join(type(processor).__name__ for processor in others)
+        return f"there are logits processors: {names}"
     if criteria is not None and type(criteria) is not generation.StableAndConfidentStoppingCriteria:
         return f"the diffusion stopping criterion is a {type(criteria).__name__}"
     if has_hooks(model):
