@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ def test_switches_of_a_wrong_type_are_told_by_name(name, value, message):
             with pytest.raises(TypeError, match=message):
                 function(*arguments, **{name: value})
     assert taken == (6 if name in ("backend", "check") else 1)
+
+
+def test_types_are_told_to_a_type_checker():
+    # Without this file mypy takes everything of the package for Any, and says that it is missing.
+    assert (Path(dgemma_accel.__file__).parent / "py.typed").is_file()
 
 
 def test_import_touches_no_gpu_no_triton_and_no_transformers():
