@@ -211,8 +211,16 @@ def test_generate_refuses_a_backend_in_one_line(capsys, monkeypatch):
         raise backends.BackendError(f"backend {backend!r} cannot accelerate a model here")
 
     monkeypatch.setattr(generate, "compare", compare)
-    assert main(["generate", "--model", "x", "--prompt", "y", "--backend", "cuda"]) == 2
-    assert capsys.readouterr().out == "generate: backend 'cuda' cannot accelerate a model here\n"
+    assert main(["generate", "--model", "x", "--prompt", "y", "--backend", "reference"]) == 2
+    assert capsys.readouterr().out == "generate: backend 'reference' cannot accelerate a model here\n"
+
+
+def test_generate_refuses_a_backend_before_it_reads_a_model(capsys, monkeypatch):
+    from dgemma_accel.cli import generate
+
+    monkeypatch.setattr(generate, "load", lambda *_, **__: pytest.fail("the model was read"))
+    assert main(["generate", "--model", "x", "--prompt", "y", "--backend", "cude"]) == 2
+    assert capsys.readouterr().out.startswith("generate: backend: must be one of")
 
 
 def _offline():

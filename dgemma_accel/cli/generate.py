@@ -68,12 +68,21 @@ def run(options) -> int:
     if not -(2**63) <= options.seed < 2**64:
         print(f"--seed: must have at most 64 bits, got {options.seed}")
         return 2
+    sides = (options.only,) if options.only else SIDES
+    if "accelerated" in sides:
+        from ..hf.accelerate import check_backend
+
+        # Before a model is read, and the reference has answered.
+        try:
+            check_backend(options.backend)
+        except (BackendError, ValueError) as error:
+            print(f"generate: {error}")
+            return 2
     try:
         model, tokenizer = load(options.model, experts=options.experts)
     except (OSError, ImportError, TypeError, ValueError) as error:
         print(f"--model {options.model}: {error}")
         return 2
-    sides = (options.only,) if options.only else SIDES
     try:
         answers = compare(
             model, tokenizer, options.prompt, sides=sides, backend=options.backend, seed=options.seed,

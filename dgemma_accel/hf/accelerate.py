@@ -61,7 +61,7 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         ValueError: an unknown backend.
         backends.BackendError: the backend cannot run on this machine.
     """
-    _check_backend(backend)
+    check_backend(backend)
     if not isinstance(exact, bool):
         raise TypeError(f"exact: a bool expected, got {type(exact).__name__}")
     if not (graph is None or isinstance(graph, bool)):
@@ -167,7 +167,8 @@ def _check_methods(replacements: list[tuple[nn.Module, str, Callable]]) -> None:
         )
 
 
-def _check_backend(backend: str) -> None:
+def check_backend(backend: str) -> None:
+    """Raise TypeError, ValueError or BackendError unless `accelerate` can take this backend on this machine."""
     if not isinstance(backend, str):
         raise TypeError(f"backend: a string expected, got {type(backend).__name__}")
     name = requested(backend)
