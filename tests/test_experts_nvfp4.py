@@ -253,6 +253,20 @@ def test_budget_fails_wrong_weights_and_scales(dtype):
             assert fails((*case[:position], changed, *case[position + 1 :]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_and_up_may_have_global_scales_of_their_own(backend, device, dtype):
+    case, scales = make_nvfp4_case(6, 2, 4, 16, 32, dtype, device)
+    shared = scales["gate_up_global_scale"]
+    alike = scales | {"gate_up_global_scale": torch.stack([shared, shared], -1)}
+    assert torch.equal(run(case, backend, **scales)[0], run(case, backend, **alike)[0])
+    factors = torch.tensor([3.0, 0.25], device=device)
+    apart = scales | {"gate_up_global_scale": shared[:, None] * factors}
+    result, problems = run(case, backend, **apart)
+    assert problems == []
+    swapped = scales | {"gate_up_global_scale": shared[:, None] * factors.flip(0)}
+    assert check_experts(result, *case, **swapped) != []
+
+
 H, I, W, GU, D = make_case(3, 2, 4, 16, 32, torch.float32, "cpu")
 (_, _, _, GU4, D4), S4 = make_nvfp4_case(3, 2, 4, 16, 32, torch.float32, "cpu")
 GS, DS, GT, DT = (S4[name] for name in SCALES)
@@ -271,6 +285,8 @@ GS, DS, GT, DT = (S4[name] for name in SCALES)
         ((GU4, D), (GS[:, :-1], None, GT, None), ValueError, r"gate_up_scale: shape must be \(4, 32, 2\) \(one for"),
         ((GU4, D), (GS, None, GT.half(), None), TypeError, "gate_up_global_scale: dtype must be one of float32"),
         ((GU4, D), (GS, None, GT[:3], None), ValueError, r"gate_up_global_scale: shape must be \(4,\)"),
+        ((GU4, D), (GS, None, GT[:, None], None), ValueError, r"gate_up_global_scale: shape must be \(4,\)"),
+        ((GU4, D4), (GS, DS, GT, torch.stack([DT, DT], -1)), ValueError, r"down_global_scale: shape must be \(4,\)"),
         ((GU4, D), (GS, None, 1.0, None), TypeError, "gate_up_global_scale: a torch.Tensor expected, got float"),
         ((GU4, D), (GS, None, GT.to("meta"), None), ValueError, "gate_up_global_scale: must be on cpu like gate_up"),
         ((GU4, D), (GS.to("meta"), None, GT, None), ValueError, "gate_up_scale: must be on cpu like gate_up"),

@@ -330,7 +330,9 @@ class TestBadInput:
         # The package's attribute of that name is the function.
         module = sys.modules["dgemma_accel.hf.accelerate"]
         monkeypatch.setattr(module, "load", lambda op, name: (None, "no such device"))
-        with pytest.raises(BackendError, match="'cuda' cannot accelerate a model here: .*no such device") as told:
+        with pytest.raises(
+            BackendError, match="'cuda' cannot accelerate a model here: .*no such device"
+        ) as told:
             dgemma_accel.accelerate(model, backend="cuda")
         assert str(told.value).count("no such device") == 1 and "row_stats, commit" in str(told.value)
         assert patches.acceleration_of(model) is None

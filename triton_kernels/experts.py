@@ -76,9 +76,9 @@ def activate(gate, ACTIVATION: tl.constexpr):
     return gate / (1.0 + tl.exp2(-u * LOG2E))
 
 
-@triton.jit(do_not_specialize=["tiles_most"])
+@triton.jit(do_not_specialize=["tiles_most", "global_scales"])
 def gate_up_kernel(
-    hidden, gate_up, scale, global_scale, order, tiles, middle, tiles_most: tl.int32,
+    hidden, gate_up, scale, global_scale, order, tiles, middle, tiles_most: tl.int32, global_scales: tl.int32,
     stride_h: tl.int64, stride_x: tl.int64, stride_n: tl.int64,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, FORMAT: tl.constexpr, BY_FP16: tl.constexpr,
@@ -87,7 +87,8 @@ def gate_up_kernel(
     """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns, by quarters with QUARTERS.
 
     FORMAT of the weights: "plain"; "fp8", scale [X, blocks of 2 * WIDTH, blocks of HIDDEN]; "nvfp4", gate_up words
-    [X, 2 * WIDTH, HIDDEN / 8], scale [X, 2 * WIDTH, HIDDEN / 16] as int8, global_scale [X], hidden by quarters.
+    [X, 2 * WIDTH, HIDDEN / 8], scale [X, 2 * WIDTH, HIDDEN / 16] as int8, global_scale [X, global_scales], of the
+    gate first and of up last, hidden by quarters.
     """
     # A pass over NVFP4 weights is four products BLOCK_K deep.
     COLUMNS: tl.constexpr = 4 * BLOCK_K if FORMAT == "nvfp4" else BLOCK_K
@@ -131,8 +132,9 @@ def gate_up_kernel(
             b_s = load_group_scales(p_su + k // SCALE_GROUP, o_16, left_16, EVEN, b_x[0].dtype, PAIRS)
             b_u = load_tile(p_u + k_8, o_8, left_8, EVEN, False)
             b_up = nvfp4_dot(b_up, b_u, b_s, b_x, PRECISION, PAIRS)
-        b_gate *= load_global_scale(global_scale + i_e)
-        b_up *= load_global_scale(global_scale + i_e)
+        p_t = global_scale + i_e * global_scales
+        b_gate *= load_global_scale(p_t)
+        b_up *= load_global_scale(p_t + global_scales - 1)
     elif FORMAT == "fp8":
         tl.static_assert(
             SCALE_BLOCK % BLOCK_K == 0 and SCALE_BLOCK % BLOCK_N == 0, "a tile in two blocks at most"
@@ -309,6 +311,11 @@ class Matrix(NamedTuple):
     format: str
     bytes: float
 
+    @property
+    def global_scales(self) -> int:
+        """Of an expert."""
+        return 0 if self.global_scale is None else self.global_scale.numel() // len(self.weight)
+
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor | None, global_scale: Tensor | None, hidden: Tensor) -> Matrix:
         """From the op's arguments, for a launch on `hidden`."""
@@ -367,7 +374,7 @@ def _experts(
     if gate_up.format == "nvfp4":
         hidden = by_quarters(hidden)
     gate_up_kernel[(total * triton.cdiv(width, first["up_n"]),)](
-        hidden, gate_up.weight, gate_up.scale, gate_up.global_scale, order, tiles, middle, total,
+        hidden, gate_up.weight, gate_up.scale, gate_up.global_scale, order, tiles, middle, total, gate_up.global_scales,
         hidden.stride(0), gate_up.weight.stride(0), gate_up.weight.stride(1),
         TOP_K=top_k, ACTIVATION=activation, FORMAT=gate_up.format, QUARTERS=down.format == "nvfp4",
         BLOCK_N=first["up_n"], BLOCK_K=first["up_k"],

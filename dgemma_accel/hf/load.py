@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 from .check import check_transformers
@@ -52,6 +53,7 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     check_transformers()
     import transformers
 
+    from . import published
     from .quantizer import METHOD, QuantizedExpertsConfig
 
     where = {name: options[name] for name in WHERE if name in options}
@@ -64,13 +66,19 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
             raise ValueError(f"checkpoint: a DiffusionGemma's expected, got model_type {kind!r}")
         config = transformers.DiffusionGemmaConfig.from_pretrained(found, **where)
     saved = _saved_quantization(config)
+    method = None if saved is None else published.method_of(saved)
+    if method is not None:
+        saved = QuantizedExpertsConfig("nvfp4", gate_up_global_scales=2, read_from=method).to_dict()
+        config = copy.deepcopy(config)
+        config.quantization_config = saved
     quantized = saved is not None and saved.get("quant_method") == METHOD
     if given is not None and saved is None and checkpoint is not None:
         own = _quantization_of(checkpoint, where)
-        if own is not None and own.get("quant_method") == METHOD:
+        if own is not None and (own.get("quant_method") == METHOD or published.method_of(own)):
             # Without their scales the numbers are another model.
+            form = own["format"] if own["quant_method"] == METHOD else "nvfp4"
             raise ValueError(
-                f"config: needs the quantization_config of the checkpoint, whose experts are {own['format']!r}"
+                f"config: needs the quantization_config of the checkpoint, whose experts are {form!r}"
             )
     if experts is not None:
         if quantized and saved["format"] != experts:
@@ -84,7 +92,18 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     sharded = [name for name in SHARDED if options.get(name) is not None]
     if sharded and (quantized or experts is not None):
         raise ValueError(f"{sharded[0]}: quantized experts cannot be sharded")
-    return transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, config=config, **options)
+    kind = transformers.DiffusionGemmaForBlockDiffusion
+    if not quantized:
+        return kind.from_pretrained(checkpoint, config=config, **options)
+    with_info = options.pop("output_loading_info", False)
+    model, info = kind.from_pretrained(checkpoint, config=config, output_loading_info=True, **options)
+    missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
+    if missing:
+        # transformers warns, and goes on with numbers that nobody made.
+        raise RuntimeError(
+            f"checkpoint: it lacks {len(missing)} weights or scales of experts, such as {missing[0]}"
+        )
+    return (model, info) if with_info else model
 
 
 def _quantization_of(checkpoint, where: dict) -> dict | None:

@@ -11,6 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import published
 from .check import check_model
 from .quantize import (
     WEIGHTS,
@@ -23,6 +24,7 @@ from .quantize import (
 )
 
 METHOD = "dgemma_accel"
+GATE_UP_GLOBAL = "gate_up_proj_global_scale"
 
 
 @register_quantization_config(METHOD)
@@ -31,11 +33,20 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
 
     Args:
         format: "fp8" or "nvfp4", as in `quantize_experts`.
+        gate_up_global_scales: of NVFP4, how many an expert's gate and up have: 1, or 2 where each has its own.
+        read_from: a key of `published.NAMES` while such a checkpoint is read.
     """
 
-    def __init__(self, format: str = "fp8", quant_method: str = METHOD) -> None:
+    def __init__(
+        self,
+        format: str = "fp8",
+        quant_method: str = METHOD,
+        gate_up_global_scales: int = 1,
+        read_from: str | None = None,
+    ) -> None:
         check_format(format)
         self.format, self.quant_method = format, quant_method
+        self.gate_up_global_scales, self.read_from = gate_up_global_scales, read_from
 
 
 @register_quantizer(METHOD)
@@ -48,6 +59,8 @@ class ExpertsQuantizer(HfQuantizer):
         for layer in layers_of(model):
             check_experts(layer.experts, format)
             parameters = parameters_of(layer.experts, format)
+            if self.quantization_config.gate_up_global_scales == 2:
+                parameters[GATE_UP_GLOBAL] = in_two(parameters[GATE_UP_GLOBAL])
             if not self.pre_quantized:
                 # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded.
                 for name in WEIGHTS:
@@ -55,6 +68,24 @@ class ExpertsQuantizer(HfQuantizer):
                     parameters[name] = nn.Parameter(parameters[name].to(dtype), requires_grad=False)
             layer.experts = QuantizedExperts(layer.experts, format, parameters)
         tie_scales(model)
+        if self.quantization_config.read_from is not None:
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, *published.LEFT_OUT}
+        return model
+
+    def get_weight_conversions(self) -> list:
+        if self.quantization_config.read_from is None:
+            return []
+        self._conversions = published.conversions(self.quantization_config.read_from)
+        return self._conversions
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.quantization_config.read_from is not None:
+            # From now on it is a model like any with such experts, and is saved as one.
+            self.quantization_config.read_from = None
+            model._weight_conversions = [
+                each for each in model._weight_conversions if each not in self._conversions
+            ]
         return model
 
     def param_element_size(self, model, param_name: str, param: Tensor) -> float:
@@ -98,6 +129,11 @@ class QuantizeExperts(ConversionOps):
             for key, tensor in quantized(weight, name, self.format).items():
                 result[f"{path}.{key}"] = tensor
         return result
+
+
+def in_two(scale: nn.Parameter) -> nn.Parameter:
+    """[X] as [X, 2]."""
+    return nn.Parameter(scale[:, None].expand(-1, 2).contiguous(), requires_grad=False)
 
 
 def tie_scales(model) -> None:

@@ -75,8 +75,8 @@ def experts(
             NVFP4: [X, 2 * I, E / 16] float8_e4m3fn. A weight is its e2m1 number times the scale of its 16 columns times
             the global scale of its expert.
         down_scale: the same for `down`: [X, ceil(E / 128), ceil(I / 128)] fp32, or [X, E, I / 16] float8_e4m3fn.
-        gate_up_global_scale: where `gate_up` is NVFP4, and only then: [X] fp32.
-        down_global_scale: the same for `down`.
+        gate_up_global_scale: where `gate_up` is NVFP4, and only then: [X] fp32, or [X, 2], of the gate and of up.
+        down_global_scale: the same for `down`, [X].
         activation: of the gate: "gelu_tanh" (gelu_pytorch_tanh) or "silu".
         check: look at the values of `index` on the device too. Waits for the device.
         backend: "auto", "reference" or "triton".
@@ -181,5 +181,6 @@ def _check_global_scale(name: str, scale: Tensor | None, of: str, weight: Tensor
         raise ValueError(f"{name}: NVFP4 (uint8) weights need theirs, {shape} float32, got None")
     checks.is_tensor(name, scale)
     checks.has_dtype(name, scale, (torch.float32,))
-    checks.has_shape(name, scale, shape, f"one for each expert of {of}")
+    if of != "gate_up" or tuple(scale.shape) != (*shape, 2):
+        checks.has_shape(name, scale, shape, f"one for each expert of {of}")
     checks.on_device(name, scale, weight.device, of)

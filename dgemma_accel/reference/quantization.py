@@ -100,11 +100,14 @@ def dequantize(
         weight: [..., N, K], float8_e4m3fn where it has scales, or NVFP4's bytes [..., N, K / 2].
         scale: of FP8 [..., ceil(N / 128), ceil(K / 128)] fp32, of NVFP4 [..., N, K / 16] float8_e4m3fn.
         dtype: of the result. In fp64 it is exact; in fp32 FP8 is rounded once, as is NVFP4.
-        global_scale: [...] fp32, of NVFP4.
+        global_scale: [...] fp32, of NVFP4; or [..., 2], of the first and the second half of the rows.
     """
     if weight.dtype == NVFP4:
         numbers = unpack(weight, dtype).unflatten(-1, (-1, SCALE_GROUP)) * scale.to(dtype)[..., None]
-        return numbers.flatten(-2) * global_scale.to(dtype)[..., None, None]
+        total = global_scale.to(dtype)
+        if total.ndim < weight.ndim - 1:
+            return numbers.flatten(-2) * total[..., None, None]
+        return numbers.flatten(-2) * total.repeat_interleave(weight.shape[-2] // 2, -1)[..., None]
     weight = weight.to(dtype)
     if scale is None:
         return weight
