@@ -48,6 +48,12 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         self.format, self.quant_method = format, quant_method
         self.gate_up_global_scales, self.read_from = gate_up_global_scales, read_from
 
+    def to_dict(self) -> dict:
+        entry = {"format": self.format, "quant_method": self.quant_method}
+        if self.gate_up_global_scales != 1:
+            entry["gate_up_global_scales"] = self.gate_up_global_scales
+        return entry if self.read_from is None else entry | {"read_from": self.read_from}
+
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(HfQuantizer):
