@@ -226,6 +226,16 @@ class TestBadInput:
             dgemma_accel.quantize_experts(model, format=format)
 
 
+def test_a_model_with_another_quantization_is_not_saved(format, tmp_path):
+    """A checkpoint names one method: read by this one, the other's weights would be taken without their scales."""
+    model = wide_model()
+    theirs = model.config.quantization_config = transformers.FineGrainedFP8Config()
+    dgemma_accel.quantize_experts(model, format=format)
+    assert model.config.quantization_config is theirs
+    with pytest.raises(ValueError, match="is not serializable"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_padded_batch_and_several_canvases(quantized, format):
     """Prompt and commit passes go through them too."""
     ids, mask = (tensor.to(DEVICE) for tensor in prompt(2, 20, left_padding=(0, 6)))

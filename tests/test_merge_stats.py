@@ -130,6 +130,22 @@ def test_exact_ties_go_to_the_lower_token():
         assert merge_tables(torch.stack(tables)).argmax.tolist() == [20] * 4
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-37])
+def test_a_tie_is_drawn_from_both_shards_at_every_temperature(temperature):
+    logits = torch.zeros(2, 10)
+    logits[:, 2] = logits[:, 7] = 8.0
+    t = torch.full((2,), temperature)
+    tables = []
+    for start in (0, 5):
+        part = logits[:, start : start + 5]
+        stats = dgemma_accel.row_stats(part, temperature=temperature, seed=0, backend="reference")
+        tables.append(shard_table(part, stats, start, None, t, None, "reference"))
+    merged = merge_tables(torch.stack(tables))
+    owner, local = merged.split(torch.tensor([0.25, 0.75]))
+    assert owner.tolist() == [0, 1] and local.tolist() == [0.5, 0.5]
+    assert merged.top1_prob.tolist() == [0.5, 0.5]
+
+
 def test_rows_without_a_distribution(outcome):
     broken = outcome[0][1]
     assert broken.logsumexp[0, 0].isnan() and broken.entropy[0, 0] == math.inf and broken.sample[0, 0] == 0

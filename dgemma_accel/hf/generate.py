@@ -33,7 +33,8 @@ def generate(
     """`DiffusionGemmaGenerationMixin.generate` with a seed, pinned positions, a cap on steps and a report.
 
     Args:
-        seed: in [0, 2**63): makes this call repeatable, whatever torch's generators hold, and leaves out their state.
+        seed: in [0, 2**63): makes this call repeatable, whatever torch's generators hold. The starting canvas that the
+            original draws from them is drawn all the same, and not used.
         pinned: positions of the first canvas that keep the token which `decoder_input_ids` gives them, while
             the rest is written around them: a bool tensor [C] or [B, C], or a sequence of positions.
         max_steps: >= 1; a canvas is taken as it is after that many steps. Unlike `max_denoising_steps` it does not

@@ -74,7 +74,8 @@ def quantize_experts(model, *, format: str = "fp8"):
     dtype, as do attention, dense MLP, router and embedding. The old weights of a layer are released before the next one
     is looked at, so quantizing on the CPU and moving the model afterwards needs a GPU with room for the small one only.
     There is no way back but loading the model again. What `save_pretrained` writes then is read by
-    `dgemma_accel.from_pretrained`, which can also quantize a model while reading it.
+    `dgemma_accel.from_pretrained`, which can also quantize a model while reading it. A model of which transformers
+    quantized other parts cannot be saved any more.
 
     Args:
         model: a transformers `DiffusionGemmaForBlockDiffusion` with weights in bf16, fp16 or fp32, not accelerated

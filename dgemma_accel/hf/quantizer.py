@@ -57,7 +57,12 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(HfQuantizer):
-    """Puts `QuantizedExperts` into a model before its weights are read, and rounds those that are not quantized yet."""
+    """Puts `QuantizedExperts` into a model before its weights are read, and rounds those that are not quantized yet.
+
+    alone: no other part of the model is quantized by another method, which a checkpoint could not name as well.
+    """
+
+    alone = True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         check_model(model)
@@ -110,7 +115,7 @@ class ExpertsQuantizer(HfQuantizer):
         return QuantizeExperts(self.quantization_config.format)
 
     def is_serializable(self) -> bool:
-        return True
+        return self.alone
 
     @property
     def is_trainable(self) -> bool:
@@ -152,8 +157,12 @@ def tie_scales(model) -> None:
 
 
 def can_be_saved(model, format: str) -> None:
-    """Let `save_pretrained` write a model whose experts `quantize_experts` has replaced."""
+    """Let `save_pretrained` write a model whose experts `quantize_experts` has replaced, or refuse to where another
+    method has quantized the rest of it."""
     config = QuantizedExpertsConfig(format)
-    model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
+    quantizer = model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
+    other = getattr(model.config, "quantization_config", None)
+    quantizer.alone = other is None or isinstance(other, QuantizedExpertsConfig)
+    if quantizer.alone:
+        model.config.quantization_config = config
     tie_scales(model)

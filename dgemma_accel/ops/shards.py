@@ -109,7 +109,8 @@ def merge_tables(tables: Tensor) -> MergedShards:
     logsumexp, entropy, top1, top2, largest, argmax, sampling = tables.unbind(1)
     total = torch.logsumexp(logsumexp, 0)
     valid = total.isfinite()
-    mass = torch.where(valid, torch.exp(logsumexp - total), 0.0)
+    # Not exp(logsumexp - total): at the lowest temperatures the last place of a total exceeds the shards' differences.
+    mass = torch.where(valid, torch.softmax(logsumexp, 0), 0.0)
     entropy = torch.where(valid, entropy, 0.0)
     best = torch.cat([mass * top1, mass * top2]).sort(0, descending=True).values
     # The first shard that holds the maximum holds its lowest index.
@@ -122,5 +123,5 @@ def merge_tables(tables: Tensor) -> MergedShards:
         top1_prob=best[0],
         top2_prob=best[1],
         mass=mass,
-        sampling_mass=torch.exp(sampling - torch.logsumexp(sampling, 0)).nan_to_num(0.0),
+        sampling_mass=torch.softmax(sampling, 0).nan_to_num(0.0),
     )
