@@ -99,6 +99,11 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     assert hf_experts.kernel_for("auto", device, torch.bfloat16) is None
 
 
+def test_torch_marks_a_constant_as_the_choice_of_a_kernel_is_marked():
+    marked = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marked and marked.items() <= vars(hf_experts.kernel_for).items()
+
+
 class Subclassed(torch.nn.Parameter):
     """What quantised and sharded weights look like."""
 

@@ -113,8 +113,6 @@ def _original(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     return type(patch.owner).forward(patch.owner, hidden_states, top_k_index, top_k_weights)
 
 
-# A constant of the graph: looking for implementations imports modules, which cannot be traced.
-@torch.compiler.assume_constant_result
 def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The kernel that serves a call under the `backend` of `accelerate`, or None for the model's own experts.
 
@@ -136,6 +134,12 @@ def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
         if implementation is not None and not implementation.missing(needs):
             return name if name in KERNELS else None
     return None
+
+
+# A constant of the graph: looking for implementations imports modules, which cannot be traced. This is all that
+# torch.compiler.assume_constant_result does, which imports the compiler first, Triton and sympy with it: as long again
+# as importing torch, for everybody who imports this package.
+kernel_for._dynamo_marked_constant = True
 
 
 def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str | None:
