@@ -345,7 +345,8 @@ class Own(transformers.LogitsProcessor):
 def test_an_option_is_never_ignored(model, ids, option):
     processors = transformers.LogitsProcessorList([Own()])
     with pytest.raises(
-        ValueError, match=rf"{next(iter(option))}: only the accelerated sampler has it, but .*Own"
+        ValueError,
+        match=rf"{next(iter(option))}: only the accelerated sampler has it, but .* processors: Own$",
     ):
         model.generate(ids, logits_processor=processors, **option)
     # And the next call is as if nothing had happened.
