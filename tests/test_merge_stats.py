@@ -185,3 +185,25 @@ def test_needs_a_process_group_and_a_seed():
     stats = dgemma_accel.row_stats(logits, seed=0, backend="reference")
     with pytest.raises(RuntimeError, match="init_process_group"):
         dgemma_accel.merge_stats(logits, stats, vocab_start=0, vocab_size=4, seed=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": [[0.0] * 4] * 2}, "logits: a torch.Tensor expected, got list"),
+        ({"stats": (1,) * 7}, "stats: RowStats expected, got tuple"),
+        ({"vocab_start": "0"}, "vocab_start: an int expected, got str"),
+        ({"vocab_size": 4.0}, "vocab_size: an int expected, got float"),
+        ({"backend": None}, "backend: a string expected, got NoneType"),
+    ],
+)
+def test_wrong_types_are_told_before_ranks_wait_for_each_other(change, message):
+    logits = torch.zeros(2, 4)
+    arguments = {
+        "logits": logits,
+        "stats": dgemma_accel.row_stats(logits, seed=0),
+        "vocab_start": 0,
+        "vocab_size": 4,
+    }
+    with pytest.raises(TypeError, match=message):
+        dgemma_accel.merge_stats(**{**arguments, **change}, seed=1)

@@ -46,10 +46,17 @@ def merge_stats(
         `RowStats` of shape [...].
 
     Raises:
-        TypeError, ValueError: as `row_stats`; shards overlap or leave gaps, or no seed was given; raised on every
-            rank.
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: as `row_stats`; shards overlap or leave gaps, or no seed was given; raised on every rank.
         RuntimeError: torch.distributed is not initialised, or this rank is not in `group`.
     """
+    checks.has_dtype("logits", checks.is_tensor("logits", logits), checks.FLOAT_DTYPES)
+    if not isinstance(stats, RowStats):
+        raise TypeError(f"stats: RowStats expected, got {type(stats).__name__}")
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if checks.plain_number(value, integer=True) is None:
+            raise TypeError(f"{name}: an int expected, got {type(value).__name__}")
+    checks.is_string("backend", backend)
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("merge_stats: torch.distributed is not initialised; call init_process_group first")
     if dist.get_rank(group) < 0:
