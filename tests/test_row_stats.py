@@ -317,6 +317,18 @@ def test_what_is_ruled_out_takes_no_mass_at_any_temperature(backend, device, tem
         assert torch.equal(ours.sample, reference.sample)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-8, 1e-30])
+def test_tied_tokens_share_the_mass_at_any_temperature(backend, device, temperature):
+    """What a row's numbers divided by the temperature cannot tell apart, their differences do."""
+    logits = torch.randn(4, 300, device=device)
+    logits[:, [7, 150]] = 8.0
+    stats = dgemma_accel.row_stats(logits, temperature=temperature, seed=3, backend=backend)
+    half = torch.full((4,), 0.5, device=device)
+    for probability in (stats.top1_prob, stats.top2_prob, stats.sample_prob):
+        torch.testing.assert_close(probability, half)
+    torch.testing.assert_close(stats.entropy, torch.full_like(half, math.log(2)))
+
+
 def test_a_softcap_makes_infinities_finite(backend, device):
     logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, math.inf, 1.0]], device=device)
     uniform = torch.tensor([0.5, 0.5], device=device)

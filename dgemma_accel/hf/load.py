@@ -21,11 +21,15 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
         model = dgemma_accel.from_pretrained(name, experts="nvfp4", dtype="bfloat16", device_map="cuda")
         model.save_pretrained("quantized")
         model = dgemma_accel.from_pretrained("quantized", device_map="cuda")
+        model = dgemma_accel.from_pretrained("nvidia/diffusiongemma-26B-A4B-it-NVFP4", device_map="cuda")
 
     A layer's weights go to their device as they are in the checkpoint and are rounded there, one layer after the other;
     so the device needs room for the quantized model and one layer, and the host for one layer. transformers alone does
     not know the form that is saved. It warns of an unknown quantization then, refuses NVFP4, and takes FP8 numbers
     without their scales.
+
+    NVFP4 checkpoints of ModelOpt and of compressed-tensors, as the last line reads one, keep their numbers: see
+    `published`.
 
     Args:
         checkpoint: a name or a folder, as transformers' `from_pretrained` takes it.
@@ -38,9 +42,10 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     Raises:
         ValueError: a checkpoint of another model; a format that is not known, or not that of the checkpoint; a
             checkpoint quantized otherwise, or a `quantization_config` besides `experts`; a `config` that does not say
-            how the checkpoint is quantized; a plan that shards the experts; with "nvfp4" a width that is no multiple
-            of 16.
-        RuntimeError: weights that are not finite; transformers' report, which is logged, names them.
+            how the checkpoint is quantized; another format of ModelOpt's than its NVFP4; a plan that shards the
+            experts; with "nvfp4" a width that is no multiple of 16.
+        RuntimeError: weights that are not finite, or that a checkpoint with quantized experts lacks; transformers'
+            report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
     """

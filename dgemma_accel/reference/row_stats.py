@@ -96,16 +96,15 @@ def row_stats(
         stats_temperature = sampling_temperature
     stats_temperature = stats_temperature.to(x.device, x.dtype).expand(rows)
 
-    y = x / stats_temperature[:, None]
-    logsumexp = torch.logsumexp(y, -1)
+    logsumexp = torch.logsumexp(x / stats_temperature[:, None], -1)
     valid = torch.isfinite(logsumexp)
-    y = torch.where(valid[:, None], y, 0.0)
-    p = torch.exp(y - torch.where(valid, logsumexp, 0.0)[:, None])
 
     positions = torch.arange(vocab, device=x.device)
     x = torch.where(valid[:, None], x, 0.0)
     highest = x.amax(-1, keepdim=True)
     argmax = torch.where(x == highest, positions, vocab).amin(-1)
+    # Not exp(y - logsumexp): at the lowest temperatures the last place of both exceeds their difference.
+    p = torch.softmax((x - highest) / stats_temperature[:, None], -1)
     top = p.topk(min(2, vocab), dim=-1).values
 
     uniform = row_uniform(uniform, seed, offset, rows, x.device)
