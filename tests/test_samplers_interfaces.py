@@ -134,6 +134,24 @@ def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in,
     assert seen == {"input_ids", *names.split()}
 
 
+@pytest.mark.parametrize(
+    "interface, lacking",
+    [
+        (PrefixCache(), "use_cache"),
+        (DualCache(), "use_cache"),
+        (BlockCache(new_cache=Store), "position_ids"),
+        (BlockCausal(), "position_ids"),
+        (HierarchicalCache(model_block_length=8), "use_cache"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, interfaces.Interface) else value,
+)
+def test_a_model_that_is_called_in_another_way(interface, lacking):
+    sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, interface=interface)
+    text = f"model: its forward takes no {lacking}, which {type(interface).__name__}\\(\\) calls it with"
+    with pytest.raises(TypeError, match=text):
+        sampler.generate(LLaDA(1), prompts(1, 5, 1), 8)
+
+
 class TransformersOutput(FastLLaDA):
     """Published code that returns its cache in an output of transformers, which renames it since 5.24."""
 

@@ -80,7 +80,7 @@ def run(options) -> int:
             return 2
     try:
         model, tokenizer = load(options.model, experts=options.experts)
-    except (OSError, ImportError, TypeError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError, RuntimeError) as error:
         print(f"--model {options.model}: {error}")
         return 2
     try:

@@ -71,14 +71,15 @@ class Session:
         self.valid = self._valid_of_all = valid
         self.calls = self.rows_fed = 0
         self.parameters = _parameters_of(model)
+        kinds = [parameter.kind for parameter in self.parameters.values()]
+        self.takes_any = not kinds or inspect.Parameter.VAR_KEYWORD in kinds
         # Asked of the model, not of transformers: published code keeps the earlier name under every release.
         renamed = "cache" in self.parameters and "past_key_values" not in self.parameters
         self.cache_name = "cache" if renamed else "past_key_values"
 
     def takes(self, name: str) -> bool:
         """Whether the model can be given an argument of this name, as far as it says."""
-        rest = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
-        return not self.parameters or rest or name in self.parameters
+        return self.takes_any or name in self.parameters
 
     def select(self, rows: Tensor) -> bool:
         """From now on the tokens fed are those of the batch's `rows` [R] int64, rising; False where that cannot be."""
@@ -86,6 +87,10 @@ class Session:
         return True
 
     def call(self, tokens: Tensor, **kwargs) -> Any:
+        for name in kwargs:
+            if not self.takes(name):
+                interface = type(self.interface).__name__
+                raise TypeError(f"model: its forward takes no {name}, which {interface}() calls it with")
         self.calls += 1
         self.rows_fed += tokens.shape[0]
         return self.model(tokens, **kwargs)
