@@ -83,6 +83,11 @@ def sglang_threshold(v, tau):
     return v.write(above or by_rank(v.c, v.M)[:1])
 
 
+def entropy_threshold(v, tau):
+    order = by_rank([-h for h in v.entropy()], v.M)
+    return v.write([i for r, i in enumerate(order) if r == 0 or v.entropy()[i] < tau])
+
+
 def dynamic(v, tau):
     high = [i for i in v.M if v.c[i] > tau]
     k = v.count()

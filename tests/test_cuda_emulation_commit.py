@@ -95,8 +95,8 @@ def rules(batch, length):
         r.TopK(k), r.TopK(3, gumbel_temperature=0.3), r.TopK(2, measure=r.Measure.ENTROPY), r.Random(k), r.Margin(1),
         r.Sequential(4), r.Threshold(0.5), r.Threshold(share, min_count=k, strict=True),
         r.Threshold(0.9, slack=1e-5, measure=r.Measure.TOP1_PROB), r.Factor(0.4), r.Factor(share, last_rank_quirk=True),
-        r.EntropyBound(0.9), r.EntropyBound(share, inclusive=True), r.Bernoulli(share), r.RunBest(0.8, 0.4, 1),
-        r.RunBest(1.0, 0.0, 0), r.Edit(0.6, 0.5, 2, 1),
+        r.EntropyBound(0.9), r.EntropyBound(share, inclusive=True), r.EntropyThreshold(share, 2), r.Bernoulli(share),
+        r.RunBest(0.8, 0.4, 1), r.RunBest(1.0, 0.0, 0), r.Edit(0.6, 0.5, 2, 1),
     )  # fmt: skip
 
 

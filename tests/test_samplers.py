@@ -14,6 +14,7 @@ from dgemma_accel.samplers import (
     Entropy,
     EntropyBound,
     EntropyBoundRenoise,
+    EntropyThreshold,
     Factor,
     Hierarchy,
     HierarchyWithRemask,
@@ -116,6 +117,7 @@ CASES = {
         partial(literal.entropy_bounded, gamma=1.5),
         {"confidence": "proposal"},
     ),
+    "entropy_threshold": (EntropyThreshold(0.8), partial(literal.entropy_threshold, tau=0.8), {}),
     "hierarchy": (Hierarchy(0.7, 0.3), partial(literal.hierarchy, tau=0.7, low=0.3), {}),
     "hierarchy_remask": (
         HierarchyWithRemask(0.7, 0.3, 0.45),
@@ -390,6 +392,7 @@ def test_bad_numbers(arguments, message):
     [
         lambda: LowConfidenceDynamic(1.2),
         lambda: SGLangLowConfidence(-0.1),
+        lambda: EntropyThreshold(-0.5),
         lambda: JointThresholdEdit(edit_budget=-1),
         lambda: JointThresholdEdit(tau_edit=2),
         lambda: DInferThreshold(slack=-1e-5),

@@ -210,6 +210,29 @@ class EntropyBound(Rule):
 
 
 @dataclass(frozen=True)
+class EntropyThreshold(Rule):
+    """Every candidate whose entropy is below tau, and the `min_count` of least entropy whatever theirs is.
+
+    d3LLM's `entropy_threshold` and SGLang's EntropyThreshold, which take tau = 0.95 and -sum p ln(p + 1e-8).
+
+    Args:
+        tau: >= 0 in nats, a number, 0-d tensor or [B].
+        min_count: >= 0, an int, 0-d tensor or [B].
+    """
+
+    tau: Number = 0.95
+    min_count: Number = 1
+
+    def __post_init__(self) -> None:
+        check_field(self, "tau", 0.0, tensor=PER_ROW)
+        check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
+
+    def encode(self) -> EncodedRule:
+        # The score is minus the entropy.
+        return EncodedRule(Measure.ENTROPY, Select.THRESHOLD, Flag.STRICT, k=self.min_count, value=-self.tau)
+
+
+@dataclass(frozen=True)
 class Bernoulli(Rule):
     """Each candidate independently with probability p (Dream's `origin`).
 
