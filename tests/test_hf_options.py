@@ -106,6 +106,56 @@ class TestReport:
         assert torch.allclose(output.confidence, tempered.probs.amax(-1), rtol=1e-3, atol=1e-5)
         assert torch.allclose(output.entropy, tempered.entropy(), rtol=1e-3, atol=1e-4)
 
+    def test_logprobs_are_those_of_the_last_step(self, model, ids):
+        tokens = [5, 71, 5, 0]
+        output = model.generate(
+            ids, seed=3, return_logprobs=tokens, max_denoising_steps=1, max_new_tokens=CANVAS
+        )
+        assert output.logprobs.shape == (3, CANVAS, 4) and output.confidence is None
+        from dgemma_accel.hf.call import Call
+
+        canvas = Call(seed=torch.tensor(3)).starting_canvas(3, CANVAS, VOCAB, ids.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, decoder_input_ids=canvas).logits
+        expected = logits.log_softmax(-1)[..., tokens]
+        assert torch.allclose(output.logprobs, expected, rtol=1e-4, atol=1e-4)
+
+    def test_logprobs_of_all_tokens_say_the_whole_result(self, model):
+        """Of every row's last pass: with one temperature they are the confidence and the entropy."""
+        ids, mask = prompt(3, 20, left_padding=(0, 5, 9))
+        options = {
+            "t_min": 0.99999,
+            "t_max": 1.0,
+            "max_new_tokens": 2 * CANVAS,
+            "eos_token_id": list(range(10, 13)),
+        }
+        plain = generate(model, ids, mask, **options)
+        output = generate(model, ids, mask, return_logprobs=range(VOCAB), return_confidence=True, **options)
+        assert torch.equal(output.sequences, plain.sequences)
+        padded = output.confidence.isnan()
+        assert torch.equal(output.logprobs.isnan().all(-1), padded) and padded.any()
+        kept = output.logprobs[~padded]
+        torch.testing.assert_close(kept.exp().sum(-1), torch.ones(len(kept)))
+        torch.testing.assert_close(kept.amax(-1).exp(), output.confidence[~padded], rtol=1e-4, atol=1e-5)
+        entropy = torch.special.entr(kept.exp()).sum(-1)
+        torch.testing.assert_close(entropy, output.entropy[~padded], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "tokens, error, text",
+        [
+            ([VOCAB], ValueError, rf"tokens must be in \[0, {VOCAB}\), got {VOCAB}"),
+            ([-1], ValueError, ".*got -1"),
+            ([], TypeError, "dtype must be one of"),
+            ([[1, 2]], ValueError, r"a flat sequence of token ids expected, got shape \(1, 2\)"),
+            (3, ValueError, r".*got shape \(\)"),
+            ([0.5], TypeError, "dtype must be one of"),
+            ("yes", TypeError, "token ids expected, got str"),
+        ],
+    )
+    def test_tokens_that_are_none(self, model, ids, tokens, error, text):
+        with pytest.raises(error, match=f"return_logprobs: {text}"):
+            model.generate(ids, return_logprobs=tokens)
+
     def test_finished_rows_keep_theirs(self, model):
         """A row's report is what it gets alone, however long the others of its batch go on."""
         ids, _ = prompt(3, 9, seed=4)

@@ -27,12 +27,14 @@ class CanvasReport:
 
     steps: [B] int64, decoder passes of each row until it was finished. draft: [B, C] int64.
     confidence, entropy: [B, C] fp32 of the draft, from each row's last pass; None unless asked for.
+    logprobs: [B, C, K] fp32 of the tokens asked for, likewise.
     """
 
     steps: Tensor
     draft: Tensor | None = None
     confidence: Tensor | None = None
     entropy: Tensor | None = None
+    logprobs: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -42,6 +44,7 @@ class Call:
     seed: 0-d int64, or None until the first canvas draws one. seed_given: it is the caller's.
     pinned: [B, C] bool, positions of the first canvas that keep their token, or None.
     max_steps: steps after which a canvas is taken as it is, or None.
+    logprobs_of: [K] int64, tokens whose log-probabilities are reported, or None.
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
     drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
     leased: (bank, cache) of the buffers to give back.
@@ -53,6 +56,7 @@ class Call:
     max_steps: int | None = None
     with_confidence: bool = False
     with_steps: bool = False
+    logprobs_of: Tensor | None = None
     put_draft: Callable | None = None
     needs_logits: bool = False
     drafts_taken: bool = False
@@ -68,8 +72,13 @@ class Call:
             "max_steps": self.max_steps is not None,
             "return_confidence": self.with_confidence,
             "return_steps": self.with_steps,
+            "return_logprobs": self.logprobs_of is not None,
         }
         return [name for name, used in given.items() if used]
+
+    @property
+    def reporting(self) -> bool:
+        return self.with_confidence or self.with_steps or self.logprobs_of is not None
 
     def begin_canvas(self, batch: int, device: torch.device) -> int:
         """The offset of the first draw of the next canvas."""
@@ -91,17 +100,23 @@ class Call:
         self.drafts_taken = True
         return self.put_draft
 
-    def note_step(self, stats: RowStats, draft: Tensor, frozen: Tensor) -> None:
+    def note_step(
+        self, stats: RowStats, draft: Tensor, frozen: Tensor, logprobs: Tensor | None = None
+    ) -> None:
         """Note a step in the report of its canvas; rows that were finished before it keep what they had."""
         if not self.reports:
             return
         report = self.reports[-1]
         report.steps = report.steps + ~frozen
         report.draft = draft
+        noted = {"logprobs": logprobs}
         if self.with_confidence:
-            for name, now in (("confidence", stats.top1_prob), ("entropy", stats.entropy)):
-                before = getattr(report, name)
-                setattr(report, name, now if before is None else torch.where(frozen[:, None], before, now))
+            noted |= {"confidence": stats.top1_prob, "entropy": stats.entropy}
+        for name, now in noted.items():
+            before = getattr(report, name)
+            if now is not None and before is not None:
+                now = torch.where(frozen.view(-1, *(1,) * (now.ndim - 1)), before, now)
+            setattr(report, name, now)
 
 
 # A context variable keeps two threads that generate with one model apart.

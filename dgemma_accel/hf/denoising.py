@@ -20,7 +20,7 @@ from .lookout import Lookout
 from .naming import takes_cache
 from .patches import Acceleration, Patch
 from .split_head import crosses_ranks
-from .statistics import as_given
+from .statistics import as_given, token_logprobs
 
 
 @takes_cache
@@ -144,7 +144,10 @@ class Denoiser:
         stats = RowStats(*(field.to(canvas.device) for field in stats))
         given = as_given(stats, canvas, carry.pinned)
         new_canvas, new_argmax, new_finished = self._decide(carry, given, canvas, argmax, finished)
-        self.call.note_step(given, new_argmax, finished)
+        asked, logprobs = self.call.logprobs_of, None
+        if asked is not None:
+            logprobs = token_logprobs(logits, asked, softcap, backend_of("head_stats")).to(canvas.device)
+        self.call.note_step(given, new_argmax, finished, logprobs)
         # A single row that is finished ends its canvas, so nothing of it has to be frozen.
         frozen = finished if canvas.shape[0] > 1 else None
         left = StepCarry(

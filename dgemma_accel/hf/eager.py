@@ -28,6 +28,8 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
         return f"arguments {', '.join(denoiser.model_kwargs)} go to the decoder"
     if any(layer.key_buffer.device != canvas.device for layer in cache.layers):
         return "the model is spread over several devices"
+    if denoiser.call.logprobs_of is not None:
+        return "return_logprobs reads the logits of every step"
     if torch.is_autocast_enabled(canvas.device.type):
         return "autocast is on"
     if crosses_ranks(model):

@@ -11,6 +11,7 @@ from .cuda_graph import quiet
 from .fallback import refusal, why_original
 from .naming import takes_cache
 from .patches import Patch
+from .split_head import crosses_ranks
 
 
 @takes_cache
@@ -28,6 +29,7 @@ def generate(
     max_steps: int | None = None,
     return_confidence: bool = False,
     return_steps: bool = False,
+    return_logprobs=None,
     **kwargs,
 ):
     """`DiffusionGemmaGenerationMixin.generate` with a seed, pinned positions, a cap on steps and a report.
@@ -43,10 +45,13 @@ def generate(
             each token and entropy (nats) of its position in the row's last decoder pass, at that step's
             temperature. NaN where `generate` put padding over the model's token; 1 and 0 where pinned.
         return_steps: the output has `steps` [B, canvases] int64: decoder passes until the row's canvas was finished.
+        return_logprobs: K token ids, a sequence or a tensor [K]. The output has `logprobs` [B, new tokens, K] fp32: ln
+            softmax of the model's logits at these tokens in the row's last decoder pass, not tempered; where a token
+            is pinned, what the model says of its position. NaN as for `return_confidence`. Steps run uncompiled then.
         The others are those of the original.
 
     Returns:
-        What the original returns; with `return_confidence` or `return_steps` a `GenerationOutput`.
+        What the original returns; with `return_confidence`, `return_steps` or `return_logprobs` a `GenerationOutput`.
 
     Raises:
         TypeError, ValueError: an option of a wrong type, shape or value, or one that the call's streamer, logits
@@ -65,6 +70,7 @@ def generate(
         max_steps=_checked_steps(max_steps),
         with_confidence=checks.is_bool("return_confidence", return_confidence),
         with_steps=checks.is_bool("return_steps", return_steps),
+        logprobs_of=None if return_logprobs is None else _token_list(return_logprobs, vocab),
     )
     if hasattr(streamer, "put_draft"):
         call.put_draft = streamer.put_draft
@@ -85,7 +91,7 @@ def generate(
             **patch.acceleration.as_argument(cache),
             **kwargs,
         )
-    if not (call.with_confidence or call.with_steps):
+    if not call.reporting:
         return output
     return _with_reports(output, call)
 
@@ -158,6 +164,10 @@ def _with_reports(output, call: Call):
         for name in ("confidence", "entropy"):
             values = torch.cat([nothing.float(), *(getattr(report, name) for report in call.reports)], -1)
             extras[name] = torch.where(kept, values, float("nan"))
+    if call.logprobs_of is not None:
+        nowhere = nothing.float()[..., None].expand(-1, -1, len(call.logprobs_of))
+        values = torch.cat([nowhere, *(report.logprobs for report in call.reports)], 1)
+        extras["logprobs"] = torch.where(kept[..., None], values, float("nan"))
     if call.with_steps:
         extras["steps"] = torch.cat([nothing.long(), *(report.steps[:, None] for report in call.reports)], -1)
     return GenerationOutput(**output, **extras)
@@ -171,8 +181,14 @@ def _check_served(model, call: Call, generation_config, logits_processor, kwargs
     import transformers
 
     config, _ = model._prepare_generation_config(generation_config, **kwargs)
-    if (call.with_confidence or call.with_steps) and not getattr(config, "return_dict_in_generate", True):
-        raise ValueError("return_confidence, return_steps: need return_dict_in_generate=True")
+    if call.reporting and not getattr(config, "return_dict_in_generate", True):
+        raise ValueError(
+            "return_confidence, return_steps, return_logprobs: need return_dict_in_generate=True"
+        )
+    if call.logprobs_of is not None and crosses_ranks(model):
+        raise ValueError(
+            "return_logprobs: no rank has all the logits of a vocabulary that is split over ranks"
+        )
     # The schedule is appended to a list of the caller's.
     processors = transformers.LogitsProcessorList(logits_processor or ())
     processors = model._prepare_logits_processor(config, processors)
@@ -219,6 +235,23 @@ def _pinned_mask(pinned, canvas: Tensor | None, length: int) -> Tensor:
     mask = torch.zeros(length, dtype=torch.bool, device=canvas.device)
     mask[pinned.long().to(canvas.device)] = True
     return mask.expand(canvas.shape)
+
+
+def _token_list(tokens, vocab: int) -> Tensor:
+    """[K] int64 of a caller's sequence of token ids."""
+    try:
+        tokens = torch.as_tensor(tokens, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"return_logprobs: token ids expected, got {type(tokens).__name__}") from error
+    checks.has_dtype("return_logprobs", tokens, (torch.int64, torch.int32))
+    if tokens.ndim != 1 or not len(tokens):
+        raise ValueError(
+            f"return_logprobs: a flat sequence of token ids expected, got shape {tuple(tokens.shape)}"
+        )
+    outside = (tokens < 0) | (tokens >= vocab)
+    if bool(outside.any()):
+        raise ValueError(f"return_logprobs: tokens must be in [0, {vocab}), got {int(tokens[outside][0])}")
+    return tokens.long()
 
 
 def _checked_steps(max_steps: int | None) -> int | None:

@@ -10,8 +10,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Diffu
 
 @dataclass
 class GenerationOutput(DiffusionGemmaGenerationOutput):
-    """The original's output with confidence and entropy [B, new tokens] fp32 and steps [B, canvases] int64."""
+    """The original's output with confidence and entropy [B, new tokens] fp32, steps [B, canvases] int64 and logprobs
+    [B, new tokens, K] fp32."""
 
     confidence: Tensor | None = None
     entropy: Tensor | None = None
     steps: Tensor | None = None
+    logprobs: Tensor | None = None

@@ -1,11 +1,12 @@
-"""Row statistics of positions whose token is given."""
+"""Row statistics of positions whose token is given, and log-probabilities of tokens that are asked for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..ops.row_stats import RowStats
+from ..ops.row_stats import RowStats, row_stats
+from ..reference.row_stats import apply_softcap
 
 
 def as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStats:
@@ -20,3 +21,15 @@ def as_given(stats: RowStats, canvas: Tensor, pinned: Tensor | None) -> RowStats
         top2_prob=torch.where(pinned, 0.0, stats.top2_prob),
         sample_prob=torch.where(pinned, 1.0, stats.sample_prob),
     )
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, softcap: float | None, backend: str) -> Tensor:
+    """ln softmax(softcap(logits)) of some tokens, [B, C, K] fp32, untempered.
+
+    Args:
+        logits: [B, C, V]. tokens: [K] int64.
+    """
+    # At temperature 0 the statistics are those of temperature 1.
+    stats = row_stats(logits, temperature=0.0, softcap=softcap, backend=backend)
+    chosen = logits.index_select(-1, tokens.to(logits.device)).float()
+    return apply_softcap(chosen, softcap) - stats.logsumexp[..., None]
