@@ -123,4 +123,5 @@ class Widen(ConversionOps):
             total = parts[self.names.global_scale].float().reshape(())
             total = 1 / total if self.names.inverse else total
             weight = dequantize(weight, parts[self.names.scale], torch.float32, total)
-        return {full_layer_name: weight.to(model.get_parameter(full_layer_name).dtype)}
+        path, _, name = full_layer_name.rpartition(".")
+        return {full_layer_name: weight.to(getattr(model.get_submodule(path), name).dtype)}
