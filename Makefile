@@ -1,5 +1,5 @@
 # Every target prepares what it needs: a virtual environment, PyTorch, the compiled extension.
-#   make demo | test | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
+#   make demo | test | budgets | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
 # Variables:
 #   TRANSFORMERS=5.17.0   another transformers release, or newest (in an environment of its own)
 #   TESTS="tests/..."     what `make test` runs;  PYTEST_ARGS="-k ..."  passed on
@@ -16,7 +16,7 @@ CAPABILITY ?= 9.0
 VENV ?= .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 RUN = $(VENV)/bin/python
 
-.PHONY: help prepare demo test bench gpu sanitize report wheel test-wheel compile-tests lint clean
+.PHONY: help prepare demo test budgets bench gpu sanitize report wheel test-wheel compile-tests lint clean
 
 help:
 	@sed -n '2,8s/^# *//p' Makefile
@@ -29,10 +29,18 @@ demo: prepare
 	@echo "== a masked diffusion model, every sampler: exact match and evaluations per answer"
 	@$(RUN) examples/tiny-masked/evaluate.py --prompts 50
 
+BUDGETS = tests/test_compile_budgets.py
+
 # Two workers with one thread each use two cores better than one process with two threads does.
 test: prepare
-	@echo "== tests: $(TESTS)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --durations 10 $(TESTS) $(PYTEST_ARGS)
+	@echo "== tests: $(TESTS)$(if $(filter tests,$(TESTS)), but for those of make budgets)"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --durations 10 $(TESTS) \
+		$(if $(filter tests,$(TESTS)),--ignore $(BUDGETS)) $(PYTEST_ARGS)
+
+# As long as all other tests together: every Triton kernel, compiled for six architectures, two at a time.
+budgets: prepare
+	@echo "== compile budgets of the Triton kernels"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(BUDGETS) $(PYTEST_ARGS)
 
 bench: prepare
 	@$(RUN) -m bench
