@@ -162,7 +162,7 @@ def test_a_checkpoint_that_lacks_something(tmp_path, method, lacking):
             del tensors[name]
 
     write(tmp_path, method, change=change)
-    with pytest.raises(RuntimeError, match="lacks|size mismatch|ignore_mismatched_sizes|conversion"):
+    with pytest.raises(RuntimeError, match="lacks|mismatch"):
         dgemma_accel.from_pretrained(tmp_path)
 
 

@@ -72,6 +72,9 @@ def generate(
         with_steps=checks.is_bool("return_steps", return_steps),
         logprobs_of=None if return_logprobs is None else _token_list(return_logprobs, vocab),
     )
+    if call.logprobs_of is not None and isinstance(input_ids, Tensor):
+        # Once, and not in every step, which would wait for the device.
+        call.logprobs_of = call.logprobs_of.to(input_ids.device)
     if hasattr(streamer, "put_draft"):
         call.put_draft = streamer.put_draft
         call.needs_logits = bool(getattr(streamer, "_takes_logits", False))

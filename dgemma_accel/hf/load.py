@@ -97,13 +97,21 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     sharded = [name for name in SHARDED if options.get(name) is not None]
     if sharded and (quantized or experts is not None):
         raise ValueError(f"{sharded[0]}: quantized experts cannot be sharded")
-    kind = transformers.DiffusionGemmaForBlockDiffusion
+    read = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained
     if not quantized:
-        return kind.from_pretrained(checkpoint, config=config, **options)
+        return read(checkpoint, config=config, **options)
     with_info = options.pop("output_loading_info", False)
-    model, info = kind.from_pretrained(checkpoint, config=config, output_loading_info=True, **options)
-    # transformers warns of what is missing, and goes on with numbers that nobody made; 5.17 takes what is too short.
-    missing = {name for name in info["missing_keys"] if ".experts." in name}
+    model, info = read(checkpoint, config=config, output_loading_info=True, **options)
+    _check_complete(model, info["missing_keys"])
+    return (model, info) if with_info else model
+
+
+def _check_complete(model, missing_keys) -> None:
+    """Raise where a checkpoint lacks something of its quantized experts.
+
+    transformers warns, and goes on with numbers that nobody made; 5.17 takes a stack that is an expert too short.
+    """
+    missing = {name for name in missing_keys if ".experts." in name}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             own = module.named_parameters(path)
@@ -112,7 +120,6 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
         raise RuntimeError(
             f"checkpoint: it lacks weights or scales of experts in {len(missing)} tensors, such as {min(missing)}"
         )
-    return (model, info) if with_info else model
 
 
 def _quantization_of(checkpoint, where: dict) -> dict | None:

@@ -27,7 +27,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, softcap: float | None, backen
     """ln softmax(softcap(logits)) of some tokens, [B, C, K] fp32, untempered.
 
     Args:
-        logits: [B, C, V]. tokens: [K] int64.
+        logits: [B, C, V]. tokens: [K] int64, best on the same device.
     """
     # At temperature 0 the statistics are those of temperature 1.
     stats = row_stats(logits, temperature=0.0, softcap=softcap, backend=backend)

@@ -61,8 +61,7 @@ class MaskedDiffusionSampler:
         eos_id: one token or several that end a row; what follows the first becomes `pad_id`. Not the mask.
         pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
-            `DualCache()`, `BlockCache()`, `BlockCausal()`,
-            `HierarchicalCache()`.
+            `DualCache()`, `BlockCache()`, `BlockCausal()`, `HierarchicalCache()`.
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
     """

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..numbers import LONGEST, check_field, check_flag
-from .base import Interface, logits_of, past_of
+from .base import Interface, past_of
 from .blocks import StoringSession
 
 
@@ -37,10 +37,7 @@ class _HierarchicalSession(StoringSession):
         last = {"logits_to_keep": 1} if "logits_to_keep" in self.parameters else {}
         output = self._call(fed, update_past_key_values=True, **last)
         self.past = past_of(output)
-        logits = logits_of(output)
-        if last:
-            fed = fed[:, -1:]
-        return self.checked(logits, fed)[:, -1]
+        return self.checked(output, fed[:, -1:] if last else fed)[:, -1]
 
     def _call(self, fed: Tensor, update_past_key_values: bool = False, **kwargs) -> Any:
         return self.call(
@@ -96,7 +93,7 @@ class HierarchicalCache(Interface):
         rest of its block from the last evaluation that fed all of it (use_block_cache=True, block_past_key_values=...,
         replace_position=...).
 
-    Source: Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py, and v2/generation_functions.py of NVlabs/Fast-dLLM.
+    Source: Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py, generate.
     """
 
     shift_logits: bool = True
