@@ -90,7 +90,7 @@ def make_inputs(
     seed: int,
     form: str | None = None,
 ) -> Inputs:
-    """form: of the weights, "FP8" or "NVFP4"; None for `dtype`."""
+    """form: of the weights, "FP8" (scales by block), "FP8 by row" or "NVFP4"; None for `dtype`."""
     noise = planted.generator(device, seed)
 
     def normal(*shape: int, deviation: float) -> Tensor:
@@ -115,7 +115,8 @@ def make_inputs(
         largest = torch.finfo(weight.dtype).max
         for expert in weight:
             expert.copy_(normal(*sides, deviation=100.0).clamp(-largest, largest))
-        scale = torch.rand(scale_shape(weight.shape), generator=noise, device=device) + 0.5
+        shape = (*weight.shape[:-1], 1) if form == "FP8 by row" else scale_shape(weight.shape)
+        scale = torch.rand(shape, generator=noise, device=device) + 0.5
         return weight, scale * (deviation / 100), None
 
     index, weights = route(rows, experts, skewed, noise, device)
@@ -163,12 +164,13 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     weight_bytes = {
         None: numbers * dtype.itemsize,
         "FP8": numbers + scale_bytes,
+        "FP8 by row": numbers + 4 * EXPERTS * (2 * width + HIDDEN),
         "NVFP4": numbers // 2 + numbers // SCALE_GROUP + 2 * 4 * EXPERTS,
     }
     kinds = [(rows, "uniform routing", False, None), (rows, "skewed routing", True, None)]
     # A CPU has no kernel for quantised weights, and what it takes to widen them says nothing.
     if device.type == "cuda":
-        kinds += [(rows, f"uniform routing, {form} weights", False, form) for form in ("FP8", "NVFP4")]
+        kinds += [(rows, f"uniform routing, {form} weights", False, form) for form in weight_bytes if form]
         if not sizes.quick and sizes.rows is None:
             kinds.append((PROMPT, "prompt", False, None))
             kinds += [(PROMPT, f"prompt, {form} weights", False, form) for form in ("FP8", "NVFP4")]

@@ -34,13 +34,25 @@ def uneven_fp8(weight):
     return quantize(weight * dequantize(torch.ones_like(weight), size, torch.float32))
 
 
-def make_fp8_case(rows, top_k, count, width, embedding, dtype, device, *, skewed=False, which=(True, True)):
-    """(the arguments of `make_case` with FP8 weights, the scales as keywords); which: gate_up, down."""
+def uneven_fp8_rows(weight):
+    """The same with a scale for each row, [..., N, 1]."""
+    weight = weight * torch.exp(4 * torch.rand(*weight.shape[:-1], 1, device=weight.device) - 2)
+    scale = weight.abs().amax(-1, keepdim=True) / 448
+    return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
+BLOCKS, ROWS, PLAIN = uneven_fp8, uneven_fp8_rows, None
+
+
+def make_fp8_case(
+    rows, top_k, count, width, embedding, dtype, device, *, skewed=False, which=(BLOCKS, BLOCKS)
+):
+    """(the arguments of `make_case` with FP8 weights, the scales as keywords); which: of gate_up, of down."""
     case = list(make_case(rows, top_k, count, width, embedding, torch.float32, device, skewed=skewed))
     case[0], scales = case[0].to(dtype), {}
     for position, name, quantised in ((3, "gate_up_scale", which[0]), (4, "down_scale", which[1])):
         if quantised:
-            case[position], scales[name] = uneven_fp8(case[position])
+            case[position], scales[name] = quantised(case[position])
         else:
             case[position] = case[position].to(dtype)
     return tuple(case), scales
@@ -178,18 +190,25 @@ def test_quantize_shows_weights_that_are_not_finite(value):
     # One block and less; the up projection from inside a block, as in DiffusionGemma; on a block's border; odd sizes.
     [(1, 1, 1, 1, 1), (7, 3, 5, 24, 40), (33, 3, 4, 192, 256), (20, 2, 3, 128, 384), (12, 2, 3, 101, 263)],
 )
-def test_fp8_weights_within_budget(backend, device, dtype, rows, top_k, count, width, embedding):
-    case, scales = make_fp8_case(rows, top_k, count, width, embedding, dtype, device)
+@pytest.mark.parametrize("kind", [BLOCKS, ROWS], ids=["by block", "by row"])
+def test_fp8_weights_within_budget(backend, device, dtype, rows, top_k, count, width, embedding, kind):
+    case, scales = make_fp8_case(rows, top_k, count, width, embedding, dtype, device, which=(kind, kind))
+    if kind is ROWS:
+        assert scales["gate_up_scale"].shape == (count, 2 * width, 1)
     result, problems = run(case, backend, **scales)
     assert result.shape == (rows, embedding) and result.dtype == dtype
     assert not problems
 
 
-@pytest.mark.parametrize("which", [(True, False), (False, True)], ids=["gate_up", "down"])
+@pytest.mark.parametrize(
+    "which",
+    [(BLOCKS, PLAIN), (PLAIN, BLOCKS), (ROWS, PLAIN), (PLAIN, ROWS), (BLOCKS, ROWS), (ROWS, BLOCKS)],
+    ids=["gate_up", "down", "gate_up by row", "down by row", "down alone by row", "gate_up alone by row"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_of_the_weights_in_fp8(backend, device, dtype, which):
+def test_weights_of_two_kinds(backend, device, dtype, which):
     case, scales = make_fp8_case(30, 3, 5, 100, 200, dtype, device, which=which)
-    assert len(scales) == 1 and not run(case, backend, **scales)[1]
+    assert len(scales) == 2 - which.count(PLAIN) and not run(case, backend, **scales)[1]
 
 
 def test_fp8_weights_with_skewed_routing_and_choices_of_no_expert(backend, device):
@@ -202,19 +221,23 @@ def test_fp8_weights_with_skewed_routing_and_choices_of_no_expert(backend, devic
     assert not problems and not result[4].any() and result[5].any()
 
 
-def test_fp8_weights_of_any_magnitude(backend, device):
+@pytest.mark.parametrize("by_row", [False, True], ids=["by block", "by row"])
+def test_fp8_weights_of_any_magnitude(backend, device, by_row):
     """The smallest and largest codes, and scales that would leave fp16."""
     hidden, index, weights, _, _ = make_case(9, 2, 3, 16, 32, torch.float16, device)
     codes = torch.arange(256, dtype=torch.int16, device=device).to(torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[codes.float().isfinite()]
     gate_up, down = (codes[torch.randint(len(codes), s, device=device)] for s in ((3, 32, 32), (3, 32, 16)))
-    scales = {name: torch.full((3, 1, 1), value, device=device) for name, value in (
+    scales = {name: torch.full((3, 32 if by_row else 1, 1), value, device=device) for name, value in (
         ("gate_up_scale", 2.0**-12), ("down_scale", 2.0**-20))}  # fmt: skip
     assert not run((hidden, index, weights, gate_up, down), backend, **scales)[1]
 
 
-def test_views_of_fp8_weights_and_scales(backend, device):
-    (*rows, gate_up, down), scales = make_fp8_case(11, 3, 4, 96, 160, torch.float32, device)
+@pytest.mark.parametrize("kind", [BLOCKS, ROWS], ids=["by block", "by row"])
+def test_views_of_fp8_weights_and_scales(backend, device, kind):
+    (*rows, gate_up, down), scales = make_fp8_case(
+        11, 3, 4, 96, 160, torch.float32, device, which=(kind, kind)
+    )
     expected = run((*rows, gate_up, down), backend, **scales)[0]
 
     def apart(tensor):
@@ -271,6 +294,26 @@ def test_budget_fails_wrong_scales(dtype):
     equal[:, 2] = gate_up[:, 1]
     scales["gate_up_scale"] = equal
     assert not through(equal[:, :2], equal[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_budget_fails_wrong_scales_by_row(dtype):
+    """A neighbour's scale, none at all, the gate's for the up projection, one row's, another expert's."""
+    case, scales = make_fp8_case(24, 3, 4, 40, 72, dtype, "cpu", which=(ROWS, ROWS))
+    assert not run(case, "reference", **scales)[1]
+
+    def fails(**changed):
+        wrong = dgemma_accel.experts(*case, **scales | changed, backend="reference")
+        return bool(check_experts(wrong, *case, **scales))
+
+    for name, scale in scales.items():
+        assert fails(**{name: torch.ones_like(scale)})
+        assert fails(**{name: scale.roll(1, 0)}) and fails(**{name: scale.roll(1, 1)})
+        one_row = scale.clone()
+        one_row[case[1][0, 0], 5] *= 4
+        assert fails(**{name: one_row})
+    gate = scales["gate_up_scale"][:, :40]
+    assert fails(gate_up_scale=torch.cat([gate, gate], 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -350,8 +393,15 @@ GS, DS = S8["gate_up_scale"], S8["down_scale"]
             (H, I, W, GU8, D),
             {"gate_up_scale": GS[0]},
             ValueError,
-            r"gate_up_scale: shape must be \(4, 1, 1\) \(one for",
+            r"gate_up_scale: shape must be \(4, 1, 1\) \(one for .* or \(4, 10, 1\), one for each row",
         ),
+        (
+            (H, I, W, GU8, D),
+            {"gate_up_scale": torch.ones(4, 5, 1)},
+            ValueError,
+            "gate_up_scale: shape must be",
+        ),
+        ((H, I, W, GU8, D), {"gate_up_scale": torch.ones(4, 10)}, ValueError, "gate_up_scale: shape must be"),
         (
             (H, I, W, GU8, D),
             {"gate_up_scale": GS.half()},

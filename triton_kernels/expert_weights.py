@@ -1,7 +1,8 @@
 """How a tile of an expert's weights comes out of memory and becomes an operand of a product, in each of their formats.
 
 Weights in the rows' dtype are loaded (`load_tile`). FP8 numbers are widened in registers (`widen`), which is exact,
-and the fp32 scale of their block (`load_scale`) multiplies the fp32 product over the block's columns.
+and the fp32 scale of their block (`load_scale`) multiplies the fp32 product over the block's columns, or that of their
+row the whole product.
 
 NVFP4 weights are loaded by words of eight numbers, the columns 8k to 8k + 7. Numbers j and j + 4 of a word lie 16 bits
 apart, so a shift and a mask bring two at once to where a 16-bit float has sign, exponent and mantissa: such a word is
@@ -57,6 +58,18 @@ def widen(b, DTYPE: tl.constexpr, BY_FP16: tl.constexpr):
     elif BY_FP16:
         b = b.to(tl.float16).to(tl.float32)
     return b.to(DTYPE)
+
+
+@triton.jit
+def load_weights(
+    p, o_k, left, EVEN: tl.constexpr, UPCAST: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    BY_FP16: tl.constexpr,
+):  # fmt: skip
+    """A tile of weights in DTYPE that need no scale before the product: "plain" or "fp8_rows"."""
+    b = load_tile(p, o_k, left, EVEN, UPCAST and FORMAT == "plain")
+    if FORMAT == "fp8_rows":
+        b = widen(b, DTYPE, BY_FP16)
+    return b
 
 
 @triton.jit

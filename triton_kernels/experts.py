@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..reference.quantization import NVFP4
+from ..reference.quantization import NVFP4, scales_by_row
 from .common import CAPABILITIES, DEVICES, FUSED, INTERPRET, SINCE_3_9, capability, on_device, unavailable
 from .expert_routing import route
 from .expert_weights import (
@@ -35,6 +35,7 @@ from .expert_weights import (
     load_quarters,
     load_scale,
     load_tile,
+    load_weights,
     nvfp4_dot,
     quarter_place,
     widen,
@@ -86,9 +87,9 @@ def gate_up_kernel(
 ):  # fmt: skip
     """middle [pairs by expert, WIDTH]: act(gate) * up of BLOCK_M places x BLOCK_N columns, by quarters with QUARTERS.
 
-    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of 2 * WIDTH, blocks of HIDDEN]; "nvfp4", gate_up words
-    [X, 2 * WIDTH, HIDDEN / 8], scale [X, 2 * WIDTH, HIDDEN / 16] as int8, global_scale [X, global_scales], of the
-    gate first and of up last, hidden by quarters.
+    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of 2 * WIDTH, blocks of HIDDEN]; "fp8_rows", scale
+    [X, 2 * WIDTH]; "nvfp4", gate_up words [X, 2 * WIDTH, HIDDEN / 8], scale [X, 2 * WIDTH, HIDDEN / 16] as int8,
+    global_scale [X, global_scales], of the gate first and of up last, hidden by quarters.
     """
     # A pass over NVFP4 weights is four products BLOCK_K deep.
     COLUMNS: tl.constexpr = 4 * BLOCK_K if FORMAT == "nvfp4" else BLOCK_K
@@ -163,10 +164,14 @@ def gate_up_kernel(
         for k in range(0, HIDDEN, BLOCK_K):
             # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
             b_x = tl.trans(load_tile(p_x + k, o_k, HIDDEN - k, EVEN, UPCAST))
-            b_g = load_tile(p_g + k, o_k, HIDDEN - k, EVEN, UPCAST)
+            b_g = load_weights(p_g + k, o_k, HIDDEN - k, EVEN, UPCAST, FORMAT, b_x.dtype, BY_FP16)
             b_gate = tl.dot(b_g, b_x, b_gate, input_precision=PRECISION)
-            b_u = load_tile(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST)
+            b_u = load_weights(p_u + k, o_k, HIDDEN - k, EVEN, UPCAST, FORMAT, b_x.dtype, BY_FP16)
             b_up = tl.dot(b_u, b_x, b_up, input_precision=PRECISION)
+        if FORMAT == "fp8_rows":
+            p_s = scale + i_e.to(tl.int64) * (2 * WIDTH) + o_w
+            b_gate *= tl.load(p_s)[:, None]
+            b_up *= tl.load(p_s + WIDTH)[:, None]
     b_middle = activate(b_gate, ACTIVATION) * b_up
     o_o = quarter_place(o_n, WIDTH) if QUARTERS else o_n
     p_o = middle + (o_m.to(tl.int64) * WIDTH)[None, :] + o_o[:, None]
@@ -183,8 +188,9 @@ def down_kernel(
 ):  # fmt: skip
     """partial [pairs, HIDDEN] fp32: middle @ down^T of BLOCK_M places x BLOCK_N columns, stored in the pairs' order.
 
-    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of HIDDEN, blocks of WIDTH]; "nvfp4", down words
-    [X, HIDDEN, WIDTH / 8], scale [X, HIDDEN, WIDTH / 16] as int8, global_scale [X], middle by quarters.
+    FORMAT of the weights: "plain"; "fp8", scale [X, blocks of HIDDEN, blocks of WIDTH]; "fp8_rows", scale [X, HIDDEN];
+    "nvfp4", down words [X, HIDDEN, WIDTH / 8], scale [X, HIDDEN, WIDTH / 16] as int8, global_scale [X], middle by
+    quarters.
     """
     COLUMNS: tl.constexpr = 4 * BLOCK_K if FORMAT == "nvfp4" else BLOCK_K
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -235,8 +241,10 @@ def down_kernel(
         for k in range(0, WIDTH, BLOCK_K):
             # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
             b_x = tl.trans(load_tile(p_x + k, o_k, WIDTH - k, EVEN, UPCAST))
-            b_w = load_tile(p_w + k, o_k, WIDTH - k, EVEN, UPCAST)
+            b_w = load_weights(p_w + k, o_k, WIDTH - k, EVEN, UPCAST, FORMAT, b_x.dtype, BY_FP16)
             b_o = tl.dot(b_w, b_x, b_o, input_precision=PRECISION)
+        if FORMAT == "fp8_rows":
+            b_o *= tl.load(scale + i_e.to(tl.int64) * HIDDEN + o_w)[:, None]
     o_p = tl.load(order + o_s)
     p_o = partial + (o_p.to(tl.int64) * HIDDEN)[None, :] + o_n[:, None]
     tl.store(p_o, b_o, mask=(o_m < end)[None, :] & (o_n < HIDDEN)[:, None])
@@ -325,9 +333,10 @@ class Matrix(NamedTuple):
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         if scale is None:
             return cls(weight, None, None, "plain", weight.element_size())
+        format = "fp8_rows" if scales_by_row(weight, scale) else "fp8"
         if is_before(E4M3_INSTRUCTION, hidden):
             weight = weight.view(torch.int8)
-        return cls(weight, scale.contiguous(), None, "fp8", 1)
+        return cls(weight, scale.contiguous(), None, format, 1)
 
 
 def as_words(weight: Tensor) -> Tensor:

@@ -190,7 +190,9 @@ def _soft_embedding(when: dict, use: dict) -> Callable[[], object]:
     return launch
 
 
-def _experts(when: dict, kind: torch.dtype | None, plain_gate_up: bool = False) -> Callable[[], object]:
+def _experts(
+    when: dict, kind: torch.dtype | None, *, plain_gate_up: bool = False, by_row: bool = False
+) -> Callable[[], object]:
     # One canvas through the 128 experts of a layer, top 8, or the rows of a prompt.
     rows, count, top_k, width = (4096 if when.get("rows") == "many" else CANVAS), 128, 8, 704
 
@@ -204,7 +206,7 @@ def _experts(when: dict, kind: torch.dtype | None, plain_gate_up: bool = False) 
             stored = columns // 2 if stored_as == NVFP4 else columns
             matrices.append(_empty(*outer, stored, dtype=stored_as or dtype))
             groups = _empty(*outer, columns // SCALE_GROUP, dtype=FP8)
-            blocks = _empty(*scale_shape((*outer, columns)))
+            blocks = _empty(*outer, 1) if by_row else _empty(*scale_shape((*outer, columns)))
             scales.append({NVFP4: groups, FP8: blocks}.get(stored_as))
             totals.append(_empty(count) if stored_as == NVFP4 else None)
         hidden = _empty(rows, EMBEDDING, dtype=dtype)
@@ -263,6 +265,8 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 if kind == NVFP4 and when.get("rows") == "many":
                     # Tiles of rows are those of the weights that take the smaller ones.
                     yield label + " plain gate_up", True, _experts(when, kind, plain_gate_up=True)
+                if kind == FP8:
+                    yield label + " scales by row", True, _experts(when, kind, by_row=True)
                 if when["bytes"] == 4 and kind is None:
                     yield label + " fp8 weights", False, _experts(when, FP8)
             else:
@@ -271,7 +275,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
 
 # Calls whose kernel differs from the configuration's own by how its numbers come in, or by a few rows.
 OTHER_NUMBERS = ("two temperatures", "short vocabulary", "numbers by row", "0-d numbers", "fp8 weights")
-OTHER_CALLS = (*OTHER_NUMBERS, "no logits", "unsplit", "prompt", "causal", "causal softcap", "plain gate_up")
+OTHER_CALLS = (
+    *OTHER_NUMBERS, "no logits", "unsplit", "prompt", "causal", "causal softcap", "plain gate_up", "scales by row",
+)  # fmt: skip
 
 
 def left_out(capability: tuple[int, int]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import pick, requirements
 from ..reference.experts import ACTIVATIONS
-from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
+from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape, scales_by_row
 from . import checks
 from .registration import operator
 
@@ -71,10 +71,11 @@ def experts(
         gate_up_scale: where `gate_up` is quantised, and only then. Rows are not quantised.
             float8_e4m3fn: [X, ceil(2 * I / 128), ceil(E / 128)] fp32. A weight is its FP8 number times the scale of its
             block of 128 x 128. Blocks count rows from the gate's first, so gate and up share one where I is no multiple
-            of 128.
+            of 128. Or [X, 2 * I, 1] fp32: a weight is its number times the scale of its row.
             NVFP4: [X, 2 * I, E / 16] float8_e4m3fn. A weight is its e2m1 number times the scale of its 16 columns times
             the global scale of its expert.
-        down_scale: the same for `down`: [X, ceil(E / 128), ceil(I / 128)] fp32, or [X, E, I / 16] float8_e4m3fn.
+        down_scale: the same for `down`: [X, ceil(E / 128), ceil(I / 128)] or [X, E, 1] fp32, or [X, E, I / 16]
+            float8_e4m3fn.
         gate_up_global_scale: where `gate_up` is NVFP4, and only then: [X] fp32, or [X, 2], of the gate and of up.
         down_global_scale: the same for `down`, [X].
         activation: of the gate: "gelu_tanh" (gelu_pytorch_tanh) or "silu".
@@ -93,8 +94,9 @@ def experts(
     Source: DiffusionGemmaTextExperts.forward in transformers' modeling_diffusion_gemma.py. It rounds gate, up, the
         activation, their product, each expert's result and every partial sum to the dtype of the weights. The format
         of FP8 weights is that of FP8Experts in transformers' integrations/finegrained_fp8.py, which also rounds the
-        rows to FP8 before both products. NVFP4 is what checkpoints name weight, weight_scale and weight_scale_2; it
-        leaves the scales of a layer's input out.
+        rows to FP8 before both products. Scales by row are compressed-tensors' strategy "channel", whose FP8
+        checkpoints mean rows of the input to be rounded too. NVFP4 is what checkpoints name weight, weight_scale and
+        weight_scale_2; it leaves the scales of a layer's input out.
     """
     for name, tensor in (("hidden", hidden), ("gate_up", gate_up), ("down", down), ("weights", weights)):
         checks.is_tensor(name, tensor)
@@ -151,7 +153,7 @@ def _check_groups(name: str, letter: str, columns: int) -> None:
 def _check_scale(name: str, scale: Tensor | None, of: str, weight: Tensor) -> None:
     if weight.dtype == FP8:
         kind, shape, dtype = "float8_e4m3fn", scale_shape(weight.shape), torch.float32
-        each = f"one for each 128 x 128 block of {of}"
+        each = f"one for each 128 x 128 block of {of}, or {(*weight.shape[:-1], 1)}, one for each row"
     elif weight.dtype == NVFP4:
         columns = 2 * weight.shape[-1] // SCALE_GROUP
         kind, shape, dtype = "NVFP4 (uint8)", (*weight.shape[:-1], columns), FP8
@@ -166,7 +168,8 @@ def _check_scale(name: str, scale: Tensor | None, of: str, weight: Tensor) -> No
         raise ValueError(f"{name}: {kind} weights need their scales, {shape} {short}, got None")
     checks.is_tensor(name, scale)
     checks.has_dtype(name, scale, (dtype,))
-    checks.has_shape(name, scale, shape, each)
+    if weight.dtype != FP8 or not scales_by_row(weight, scale):
+        checks.has_shape(name, scale, shape, each)
     checks.on_device(name, scale, weight.device, of)
 
 

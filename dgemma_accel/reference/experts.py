@@ -44,8 +44,9 @@ def experts(
         activation: of the gate, one of `ACTIVATIONS`.
         gate_up_scale: None, or for float8_e4m3fn weights [X, ceil(2 * I / 128), ceil(E / 128)] fp32: what a block of
             128 x 128 is multiplied with. The gate's rows and those of the up projection are counted as one, so the two
-            share a block where I is no multiple of 128. Of NVFP4 weights [X, 2 * I, E / 16] float8_e4m3fn.
-        down_scale: likewise, [X, ceil(E / 128), ceil(I / 128)] or [X, E, I / 16].
+            share a block where I is no multiple of 128. Or [X, 2 * I, 1] fp32: what a row is multiplied with. Of NVFP4
+            weights [X, 2 * I, E / 16] float8_e4m3fn.
+        down_scale: likewise, [X, ceil(E / 128), ceil(I / 128)] or [X, E, 1], or [X, E, I / 16].
         gate_up_global_scale: None, or for NVFP4 weights [X] fp32: what an expert's matrix is multiplied with. Or
             [X, 2], of the gate's rows and of those of the up projection.
         down_global_scale: likewise, [X].

@@ -1,6 +1,6 @@
 """The two formats of quantised expert weights: what their numbers mean, and how weights are rounded to them.
 
-FP8: float8_e4m3fn numbers, and an fp32 scale for each block of 128 x 128.
+FP8: float8_e4m3fn numbers, and an fp32 scale for each block of 128 x 128, or for each row.
 
 NVFP4: e2m1 numbers (a sign, and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6), two in a byte with the even column in the low
 four bits; a float8_e4m3fn scale for each 16 consecutive columns of a row; an fp32 global scale for the whole matrix.
@@ -28,6 +28,11 @@ TINY = torch.finfo(torch.float32).tiny
 def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of the scales of FP8 weights [..., N, K]: [..., ceil(N / 128), ceil(K / 128)]."""
     return (*shape[:-2], *(-(-size // SCALE_BLOCK) for size in shape[-2:]))
+
+
+def scales_by_row(weight: Tensor, scale: Tensor) -> bool:
+    """Whether the scales of FP8 weights [..., N, K] are [..., N, 1]; where N is 1, so are those of one block."""
+    return scale.shape == (*weight.shape[:-1], 1)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def dequantize(
 
     Args:
         weight: [..., N, K], float8_e4m3fn where it has scales, or NVFP4's bytes [..., N, K / 2].
-        scale: of FP8 [..., ceil(N / 128), ceil(K / 128)] fp32, of NVFP4 [..., N, K / 16] float8_e4m3fn.
+        scale: of FP8 [..., ceil(N / 128), ceil(K / 128)] or [..., N, 1] fp32, of NVFP4 [..., N, K / 16] float8_e4m3fn.
         dtype: of the result. In fp64 it is exact; in fp32 FP8 is rounded once, as is NVFP4.
         global_scale: [...] fp32, of NVFP4; or [..., 2], of the first and the second half of the rows.
     """
@@ -111,7 +116,8 @@ def dequantize(
     weight = weight.to(dtype)
     if scale is None:
         return weight
-    return weight * _spread(scale.to(dtype), *weight.shape[-2:])
+    scale = scale.to(dtype)
+    return weight * (scale if scales_by_row(weight, scale) else _spread(scale, *weight.shape[-2:]))
 
 
 def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
