@@ -1,4 +1,4 @@
-"""`from_pretrained` of NVFP4 checkpoints as ModelOpt and llm-compressor write them."""
+"""`from_pretrained` of NVFP4 and FP8 checkpoints as ModelOpt and llm-compressor write them."""
 
 import json
 
@@ -29,10 +29,51 @@ COMPRESSED = {
     }},
     "ignore": ["lm_head"],
 }  # fmt: skip
+FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+COMPRESSED_FP8 = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+    "config_groups": {"group_0": {
+        "format": "float-quantized", "weights": FP8_WEIGHTS, "targets": ["Linear"],
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    }},
+    "ignore": ["lm_head"],
+}  # fmt: skip
+# An older one, without its method.
+MODELOPT_FP8 = {
+    "quant_algo": "FP8", "producer": {"name": "modelopt", "version": "0.40.0"}, "ignore": ["lm_head"],
+    "config_groups": {"group_0": {
+        "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "weights": {"dynamic": False, "num_bits": 8, "type": "float"}, "targets": ["Linear"],
+    }},
+}  # fmt: skip
+CONFIGS = {
+    "modelopt": MODELOPT, "compressed-tensors": COMPRESSED,
+    "compressed-tensors fp8": COMPRESSED_FP8, "modelopt fp8": MODELOPT_FP8,
+}  # fmt: skip
+
+
+def format_of(method):
+    return "fp8" if method.endswith("fp8") else "nvfp4"
+
+
+def fp8_parts_of(matrix, method, name):
+    """The same in FP8: a bf16 scale for each row, or one fp32 scale."""
+    largest = matrix.detach().abs()
+    if method == "compressed-tensors fp8":
+        scale = (largest.amax(-1, keepdim=True) / 448).bfloat16()
+    else:
+        scale = largest.amax() / 448
+    numbers = (matrix.detach() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    parts = {"weight": numbers, "weight_scale": scale}
+    if method == "modelopt fp8":
+        parts["input_scale"] = torch.tensor(0.5)
+    return {f"{name}.{key}": tensor for key, tensor in parts.items()}, numbers.double() * scale.double()
 
 
 def parts_of(matrix, method, name):
     """(tensors of a matrix under the names of a method, what they stand for in fp64)."""
+    if format_of(method) == "fp8":
+        return fp8_parts_of(matrix, method, name)
     numbers, scale, total = quantize_nvfp4(matrix)
     value = dequantize(numbers, scale, torch.float64, total)
     if method == "modelopt":
@@ -74,7 +115,7 @@ def write(folder, method, *, side=DECODER, dense=False, change=None):
         change(written)
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = MODELOPT if method == "modelopt" else COMPRESSED
+    config["quantization_config"] = CONFIGS[method]
     (folder / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
         # The encoder shares them.
@@ -89,7 +130,7 @@ def write(folder, method, *, side=DECODER, dense=False, change=None):
     return plain
 
 
-@pytest.fixture(scope="module", params=["modelopt", "compressed-tensors"])
+@pytest.fixture(scope="module", params=CONFIGS)
 def method(request):
     return request.param
 
@@ -105,13 +146,14 @@ def test_the_numbers_are_those_of_the_checkpoint(tmp_path, method, dtype, side, 
     assert not model.training
     for layer, theirs in zip(layers_of(model), layers_of(plain), strict=True):
         experts = layer.experts
-        assert isinstance(experts, QuantizedExperts) and experts.format == "nvfp4"
-        assert experts.gate_up_proj_global_scale.shape == (4, 2) and experts.down_proj_global_scale.shape == (
-            4,
-        )
+        assert isinstance(experts, QuantizedExperts) and experts.format == format_of(method)
         for name in ("gate_up_proj", "down_proj"):
-            scales = (getattr(experts, name + ending) for ending in ("_scale", "_global_scale"))
-            scale, total = scales
+            if experts.format == "fp8":
+                scale, total = getattr(experts, f"{name}_scale_inv"), None
+                assert scale.shape == (4, 2 * WIDTH if name == "gate_up_proj" else experts.hidden_dim, 1)
+            else:
+                scale, total = (getattr(experts, name + ending) for ending in ("_scale", "_global_scale"))
+                assert total.shape == ((4, 2) if name == "gate_up_proj" else (4,))
             value = dequantize(getattr(experts, name), scale, torch.float64, total)
             # compressed-tensors keeps one over the global scale.
             torch.testing.assert_close(value, getattr(theirs.experts, name).double(), rtol=3e-7, atol=0)
@@ -139,11 +181,15 @@ def test_it_writes_what_the_widened_model_writes(tmp_path, method):
 
 def test_it_is_saved_as_a_model_with_such_experts(tmp_path, method):
     write(tmp_path, method)
-    model = dgemma_accel.from_pretrained(tmp_path, experts="nvfp4")
+    model = dgemma_accel.from_pretrained(tmp_path, experts=format_of(method))
+    # They are quantized already: this leaves everything as it is.
+    dgemma_accel.quantize_experts(model, format=format_of(method))
     model.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
     assert (
-        saved["quant_method"] == "dgemma_accel" and saved["format"] == "nvfp4" and not saved.get("read_from")
+        saved["quant_method"] == "dgemma_accel"
+        and saved["format"] == format_of(method)
+        and not saved.get("read_from")
     )
     again = dgemma_accel.from_pretrained(tmp_path / "again")
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -153,8 +199,11 @@ def test_it_is_saved_as_a_model_with_such_experts(tmp_path, method):
 
 @pytest.mark.parametrize("lacking", ["weight_scale", "the global scale", "an expert"])
 def test_a_checkpoint_that_lacks_something(tmp_path, method, lacking):
+    if lacking == "the global scale" and format_of(method) == "fp8":
+        lacking = "weight"
+
     def change(tensors):
-        ending = {"weight_scale": ".weight_scale", "an expert": ""}.get(lacking)
+        ending = {"weight": ".weight", "weight_scale": ".weight_scale", "an expert": ""}.get(lacking)
         if ending is None:
             ending = ".weight_scale_2" if method == "modelopt" else ".weight_global_scale"
         start = f"{DECODER}1.experts.{'1.' if lacking == 'an expert' else ''}"
@@ -175,9 +224,10 @@ def set_quantization(folder, **changes):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"quant_algo": "NVFP4_AWQ"}, "formats NVFP4 and W4A16_NVFP4 with groups of 16 are read, got 'NVFP4_AWQ'"),
-        ({"quant_algo": "FP8"}, "got 'FP8'"),
+        ({"quant_algo": "NVFP4_AWQ"}, "formats NVFP4, W4A16_NVFP4, FP8, FP8_.* are read, .* got 'NVFP4_AWQ'"),
+        ({"quant_algo": "FP8_PB_WO"}, "got 'FP8_PB_WO'"),
         ({"group_size": 32}, r"got 'NVFP4' with \[16, 32\]"),
+        ({"quant_algo": "FP8"}, r"got 'FP8' with \[16\]"),
     ],
 )  # fmt: skip
 def test_other_formats_of_modelopt(tmp_path, changes, text):
@@ -188,23 +238,41 @@ def test_other_formats_of_modelopt(tmp_path, changes, text):
 
 
 def test_other_formats_of_compressed_tensors_are_left_to_transformers(tmp_path):
-    from dgemma_accel.hf.published import method_of
+    from dgemma_accel.hf.published import form_of
 
-    assert method_of(COMPRESSED) == "compressed-tensors"
-    groups = {"group_0": {"format": "float-quantized"}}
-    assert method_of(COMPRESSED | {"format": "float-quantized", "config_groups": groups}) is None
-    assert method_of({"quant_method": "fp8"}) is None
+    assert form_of(COMPRESSED) == "compressed-tensors" and form_of(COMPRESSED_FP8) == "fp8"
+    assert form_of(COMPRESSED | {"format": "float-quantized", "config_groups": {}}) is None
+    for change in ({"strategy": "block", "block_structure": [128, 128]}, {"num_bits": 4}, {"type": "int"}):
+        groups = {"group_0": {"format": "float-quantized", "weights": FP8_WEIGHTS | change}}
+        assert form_of(COMPRESSED_FP8 | {"config_groups": groups}) is None
+    both = COMPRESSED["config_groups"] | {"group_1": COMPRESSED_FP8["config_groups"]["group_0"]}
+    assert form_of(COMPRESSED | {"format": "mixed-precision", "config_groups": both}) is None
+    assert form_of({"quant_method": "fp8"}) is None
+
+
+@pytest.mark.parametrize("wrong", ["rows", "infinite"])
+def test_scales_of_fp8_that_do_not_fit(tmp_path, wrong):
+    def change(tensors):
+        name = f"{DECODER}1.experts.2.up_proj.weight_scale"
+        scale = tensors[name]
+        tensors[name] = scale[1:].clone() if wrong == "rows" else torch.full_like(scale, torch.inf)
+
+    write(tmp_path, "compressed-tensors fp8", change=change)
+    with pytest.raises(RuntimeError):
+        dgemma_accel.from_pretrained(tmp_path)
 
 
 def test_options_that_do_not_go_together(tmp_path, method):
     write(tmp_path, method)
-    with pytest.raises(ValueError, match="experts: the checkpoint's are 'nvfp4', got 'fp8'"):
-        dgemma_accel.from_pretrained(tmp_path, experts="fp8")
+    own = format_of(method)
+    other = {"nvfp4": "fp8", "fp8": "nvfp4"}[own]
+    with pytest.raises(ValueError, match=f"experts: the checkpoint's are '{own}', got '{other}'"):
+        dgemma_accel.from_pretrained(tmp_path, experts=other)
     with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):
         dgemma_accel.from_pretrained(tmp_path, tp_plan="auto")
     config = transformers.DiffusionGemmaConfig.from_pretrained(tmp_path)
     del config.quantization_config
     with pytest.raises(
-        ValueError, match="config: needs the quantization_config of the checkpoint, .* 'nvfp4'"
+        ValueError, match=f"config: needs the quantization_config of the checkpoint, .* '{own}'"
     ):
         dgemma_accel.from_pretrained(tmp_path, config=config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import experts
-from ..reference.quantization import FP8, NVFP4, SCALE_BLOCK, scale_shape
+from ..reference.quantization import FP8, NVFP4, SCALE_BLOCK, scale_shape, scales_by_row
 from .overrides import other_experts
 from .patches import Patch
 
@@ -192,6 +192,6 @@ def _other_scale(module: nn.Module, name: str, weight: Tensor) -> str | None:
         return f"{name} is on {scale.device} and its weights are on {weight.device}"
     # Where 2 * I is at most 128 the original keeps a row of scales more than there are blocks.
     blocks = scale_shape(weight.shape)[1:]
-    if tuple(scale.shape[1:]) != blocks:
+    if tuple(scale.shape[1:]) != blocks and not scales_by_row(weight, scale):
         return f"{name} has {tuple(scale.shape[1:])} scales by expert for {blocks} blocks"
     return None

@@ -28,7 +28,7 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     not know the form that is saved. It warns of an unknown quantization then, refuses NVFP4, and takes FP8 numbers
     without their scales.
 
-    NVFP4 checkpoints of ModelOpt and of compressed-tensors, as the last line reads one, keep their numbers: see
+    NVFP4 and FP8 checkpoints of ModelOpt and of compressed-tensors, as the last line reads one, keep their numbers: see
     `published`.
 
     Args:
@@ -42,7 +42,7 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     Raises:
         ValueError: a checkpoint of another model; a format that is not known, or not that of the checkpoint; a
             checkpoint quantized otherwise, or a `quantization_config` besides `experts`; a `config` that does not say
-            how the checkpoint is quantized; another format of ModelOpt's than its NVFP4; a plan that shards the
+            how the checkpoint is quantized; another format of ModelOpt's than its NVFP4 and FP8; a plan that shards the
             experts; with "nvfp4" a width that is no multiple of 16.
         RuntimeError: weights that are not finite, or that a checkpoint with quantized experts lacks; transformers'
             report, which is logged, names them.
@@ -71,19 +71,21 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
             raise ValueError(f"checkpoint: a DiffusionGemma's expected, got model_type {kind!r}")
         config = transformers.DiffusionGemmaConfig.from_pretrained(found, **where)
     saved = _saved_quantization(config)
-    method = None if saved is None else published.method_of(saved)
-    if method is not None:
-        saved = QuantizedExpertsConfig("nvfp4", gate_up_global_scales=2, read_from=method).to_dict()
+    form = None if saved is None else published.form_of(saved)
+    if form is not None:
+        saved = QuantizedExpertsConfig(**published.settings(form)).to_dict()
         config = copy.deepcopy(config)
         config.quantization_config = saved
     quantized = saved is not None and saved.get("quant_method") == METHOD
     if given is not None and saved is None and checkpoint is not None:
         own = _quantization_of(checkpoint, where)
-        if own is not None and (own.get("quant_method") == METHOD or published.method_of(own)):
+        if own is not None and own.get("quant_method") != METHOD:
+            form = published.form_of(own)
+            own = None if form is None else published.settings(form)
+        if own is not None:
             # Without their scales the numbers are another model.
-            form = own["format"] if own["quant_method"] == METHOD else "nvfp4"
             raise ValueError(
-                f"config: needs the quantization_config of the checkpoint, whose experts are {form!r}"
+                f"config: needs the quantization_config of the checkpoint, whose experts are {own['format']!r}"
             )
     if experts is not None:
         if quantized and saved["format"] != experts:

@@ -1,10 +1,12 @@
-"""Checkpoints whose NVFP4 weights others made: ModelOpt (NVIDIA's) and compressed-tensors (llm-compressor's).
+"""Checkpoints whose NVFP4 or FP8 weights others made: ModelOpt (NVIDIA's), compressed-tensors (llm-compressor's).
 
 They hold one matrix for each expert and projection. Those of a layer become the parameters of a `QuantizedExperts`, bit
 for bit; a matrix outside the experts is widened to the model's dtype, as no op here takes it as it is. Scales of inputs
-and of the KV cache are left out: rows and cache stay in the model's dtype.
+and of the KV cache are left out: rows and cache stay in the model's dtype. FP8 weights have a scale for each row, or
+one for a matrix, which all its rows get.
 
-Source of the names: ModelOpt's torch/export/moe_utils.py, and compressed-tensors' format "nvfp4-pack-quantized".
+Source of the names: ModelOpt's torch/export/moe_utils.py, and compressed-tensors' formats "nvfp4-pack-quantized" and
+"float-quantized".
 """
 
 from __future__ import annotations
@@ -21,51 +23,79 @@ from ..reference.quantization import SCALE_GROUP, dequantize
 class Names(NamedTuple):
     """What the tensors of a matrix are called. inverse: the global scale is what weights were multiplied with."""
 
+    format: str
     weight: str
     scale: str
-    global_scale: str
-    inverse: bool
+    global_scale: str | None = None
+    inverse: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.weight, self.scale, self.global_scale) if name is not None)
 
 
+# FP8's are the same for both.
 NAMES = {
-    "modelopt": Names("weight", "weight_scale", "weight_scale_2", False),
-    "compressed-tensors": Names("weight_packed", "weight_scale", "weight_global_scale", True),
+    "modelopt": Names("nvfp4", "weight", "weight_scale", "weight_scale_2"),
+    "compressed-tensors": Names("nvfp4", "weight_packed", "weight_scale", "weight_global_scale", True),
+    "fp8": Names("fp8", "weight", "weight_scale"),
 }
 # What a checkpoint may hold besides.
 LEFT_OUT = (r"\.input_scale$", r"\.input_global_scale$", r"\.[kv]_scale$", r"\.weight_shape$")
-# Weights by `weight`, `weight_scale` and `weight_scale_2` alone; NVFP4_AWQ has another factor for each input.
-ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+# ModelOpt's formats with nothing but these tensors (NVFP4_AWQ has another factor for each input), and the sizes of the
+# groups of weights that share a scale.
+ALGORITHMS = {
+    "NVFP4": ("modelopt", {SCALE_GROUP}),
+    "W4A16_NVFP4": ("modelopt", {SCALE_GROUP}),
+    "FP8": ("fp8", set()),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", set()),
+}
+# compressed-tensors' names for a scale of each row and of a whole matrix.
+STRATEGIES = ("channel", "tensor")
 
 
-def method_of(quantization: dict) -> str | None:
-    """The key of `NAMES` for what a checkpoint's config says of its quantization, None where transformers knows it.
+def form_of(quantization: dict) -> str | None:
+    """The key of `NAMES` for what a checkpoint's config says of its quantization, None where it is none of these.
 
     Raises:
         ValueError: one of ModelOpt's other formats.
     """
-    method = quantization.get("quant_method")
+    # Older files of ModelOpt name it as their producer only.
+    method = quantization.get("quant_method") or (quantization.get("producer") or {}).get("name")
     groups = (quantization.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups]
     if method == "compressed-tensors":
         formats = {quantization.get("format"), *(group.get("format") for group in groups)}
-        return method if formats - {None, "mixed-precision"} == {"nvfp4-pack-quantized"} else None
+        formats -= {None, "mixed-precision"}
+        if formats == {"nvfp4-pack-quantized"}:
+            return method
+        by_row = all(
+            each.get("type") == "float" and each.get("num_bits") == 8 and each.get("strategy") in STRATEGIES
+            for each in weights
+        )
+        return "fp8" if formats == {"float-quantized"} and weights and by_row else None
     if method != "modelopt":
         return None
     algorithm = quantization.get("quant_algo")
-    sizes = {
-        quantization.get("group_size"),
-        *((group.get("weights") or {}).get("group_size") for group in groups),
-    }
-    if algorithm not in ALGORITHMS or sizes - {None, SCALE_GROUP}:
+    sizes = {quantization.get("group_size"), *(each.get("group_size") for each in weights)} - {None}
+    form, allowed = ALGORITHMS.get(algorithm, (None, set()))
+    if form is None or sizes - allowed:
         raise ValueError(
-            f"checkpoint: of ModelOpt's formats {' and '.join(ALGORITHMS)} with groups of {SCALE_GROUP} are read, "
-            f"got {algorithm!r} with {sorted(sizes - {None})}"
+            f"checkpoint: of ModelOpt's formats {', '.join(ALGORITHMS)} are read, NVFP4 with groups of {SCALE_GROUP}, "
+            f"got {algorithm!r} with {sorted(sizes)}"
         )
-    return method
+    return form
 
 
-def conversions(method: str) -> list[WeightConverter]:
+def settings(form: str) -> dict:
+    """The arguments of the `QuantizedExpertsConfig` under which such a checkpoint is read."""
+    own = {"gate_up_global_scales": 2} if NAMES[form].format == "nvfp4" else {"scales": "rows"}
+    return {"format": NAMES[form].format, "read_from": form, **own}
+
+
+def conversions(form: str) -> list[WeightConverter]:
     """What transformers does with the tensors of such a checkpoint; the first that matches a name takes it."""
-    names = NAMES[method]
+    names = NAMES[form]
 
     def of_experts(name: str, ending: str, *operations: ConversionOps) -> list[WeightConverter]:
         both = [f"experts.*.{projection}.{name}$" for projection in ("gate_proj", "up_proj")]
@@ -77,12 +107,33 @@ def conversions(method: str) -> list[WeightConverter]:
             WeightConverter(one, f"experts.down_proj{ending}", [*operations] or [MergeModulelist()]),
         ]
 
-    return [
-        *of_experts(names.weight, ""),
-        *of_experts(names.scale, "_scale"),
-        *of_experts(names.global_scale, "_global_scale", GlobalScales(names.inverse)),
-        WeightConverter([f"{name}$" for name in names[:3]], "weight", [Widen(names)]),
-    ]
+    if names.format == "fp8":
+        scales = of_experts(names.scale, "_scale_inv", RowScales())
+    else:
+        scales = of_experts(names.scale, "_scale")
+        scales += of_experts(names.global_scale, "_global_scale", GlobalScales(names.inverse))
+    widened = WeightConverter([f"{name}$" for name in names.tensors], "weight", [Widen(names)])
+    return [*of_experts(names.weight, ""), *scales, widened]
+
+
+def by_row(scale: Tensor, rows: int) -> Tensor:
+    """[rows, 1] fp32 of one number, or of one for each row ([rows] or [rows, 1])."""
+    return scale.float().reshape(-1, 1).expand(rows, 1)
+
+
+class RowScales(ConversionOps):
+    """[X, N, 1]: the scales of one projection's rows, or of gate's and up's one after the other."""
+
+    def convert(
+        self, input_dict, source_patterns, target_patterns, *, full_layer_name, model, **kwargs
+    ) -> dict[str, Tensor]:
+        path, _, name = full_layer_name.rpartition(".")
+        rows = getattr(model.get_submodule(path), name).shape[1] // len(source_patterns)
+        parts = [torch.stack([by_row(scale, rows) for scale in input_dict[each]]) for each in source_patterns]
+        result = torch.cat(parts, 1)
+        if not result.isfinite().all():
+            raise ValueError("a scale is not finite")
+        return {target_patterns[0]: result}
 
 
 class GlobalScales(ConversionOps):
@@ -105,7 +156,7 @@ class GlobalScales(ConversionOps):
 
 
 class Widen(ConversionOps):
-    """A matrix outside the experts in the dtype of its parameter, and what is no NVFP4 as it is."""
+    """A matrix outside the experts in the dtype of its parameter, and what is not quantized as it is."""
 
     # transformers hands such an operation its tensors in the dtypes of the checkpoint.
     hf_quantizer = True
@@ -120,8 +171,12 @@ class Widen(ConversionOps):
         }
         weight = parts[self.names.weight]
         if self.names.scale in parts:
-            total = parts[self.names.global_scale].float().reshape(())
-            total = 1 / total if self.names.inverse else total
-            weight = dequantize(weight, parts[self.names.scale], torch.float32, total)
+            scale, total = parts[self.names.scale], None
+            if self.names.format == "fp8":
+                scale = by_row(scale, len(weight))
+            else:
+                total = parts[self.names.global_scale].float().reshape(())
+                total = 1 / total if self.names.inverse else total
+            weight = dequantize(weight, scale, torch.float32, total)
         path, _, name = full_layer_name.rpartition(".")
         return {full_layer_name: weight.to(getattr(model.get_submodule(path), name).dtype)}

@@ -28,7 +28,8 @@ class QuantizedExperts(nn.Module):
     Attributes:
         format: "fp8" or "nvfp4".
         gate_up_proj, down_proj: the weights, as the op `experts` takes them.
-        gate_up_proj_scale_inv, down_proj_scale_inv: the scales of FP8, named as in transformers' `FP8Experts`.
+        gate_up_proj_scale_inv, down_proj_scale_inv: the scales of FP8, named as in transformers' `FP8Experts`; by row
+            where such a checkpoint was read.
         gate_up_proj_scale, gate_up_proj_global_scale, down_proj_scale, down_proj_global_scale: those of NVFP4.
         act_fn: the activation's module, the original's.
 
@@ -119,7 +120,7 @@ def quantize_experts(model, *, format: str = "fp8"):
     # Imports transformers.
     from .quantizer import can_be_saved
 
-    can_be_saved(model, format)
+    can_be_saved(model)
     return model
 
 

@@ -5,12 +5,14 @@ Importing this module imports transformers, and makes the method "dgemma_accel" 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..reference.quantization import scales_by_row
 from . import published
 from .check import check_model
 from .quantize import (
@@ -34,6 +36,7 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
     Args:
         format: "fp8" or "nvfp4", as in `quantize_experts`.
         gate_up_global_scales: of NVFP4, how many an expert's gate and up have: 1, or 2 where each has its own.
+        scales: of FP8, what shares one: "blocks" of 128 x 128 or "rows".
         read_from: a key of `published.NAMES` while such a checkpoint is read.
     """
 
@@ -42,16 +45,27 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         format: str = "fp8",
         quant_method: str = METHOD,
         gate_up_global_scales: int = 1,
+        scales: str = "blocks",
         read_from: str | None = None,
     ) -> None:
         check_format(format)
         self.format, self.quant_method = format, quant_method
-        self.gate_up_global_scales, self.read_from = gate_up_global_scales, read_from
+        self.gate_up_global_scales, self.scales, self.read_from = gate_up_global_scales, scales, read_from
+
+    @classmethod
+    def of(cls, experts: QuantizedExperts) -> QuantizedExpertsConfig:
+        """What a layer's experts were read or made with."""
+        if experts.format == "nvfp4":
+            return cls("nvfp4", gate_up_global_scales=experts.gate_up_proj_global_scale[0].numel())
+        by_row = scales_by_row(experts.gate_up_proj, experts.gate_up_proj_scale_inv)
+        return cls("fp8", scales="rows" if by_row else "blocks")
 
     def to_dict(self) -> dict:
         entry = {"format": self.format, "quant_method": self.quant_method}
         if self.gate_up_global_scales != 1:
             entry["gate_up_global_scales"] = self.gate_up_global_scales
+        if self.scales != "blocks":
+            entry["scales"] = self.scales
         return entry if self.read_from is None else entry | {"read_from": self.read_from}
 
 
@@ -72,6 +86,10 @@ class ExpertsQuantizer(HfQuantizer):
             parameters = parameters_of(layer.experts, format)
             if self.quantization_config.gate_up_global_scales == 2:
                 parameters[GATE_UP_GLOBAL] = in_two(parameters[GATE_UP_GLOBAL])
+            if self.quantization_config.scales == "rows":
+                for name in WEIGHTS:
+                    scale = torch.empty(*parameters[name].shape[:-1], 1, device=parameters[name].device)
+                    parameters[f"{name}_scale_inv"] = nn.Parameter(scale.float(), requires_grad=False)
             if not self.pre_quantized:
                 # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded.
                 for name in WEIGHTS:
@@ -156,10 +174,10 @@ def tie_scales(model) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def can_be_saved(model, format: str) -> None:
+def can_be_saved(model) -> None:
     """Let `save_pretrained` write a model whose experts `quantize_experts` has replaced, or refuse to where another
     method has quantized the rest of it."""
-    config = QuantizedExpertsConfig(format)
+    config = QuantizedExpertsConfig.of(layers_of(model)[0].experts)
     quantizer = model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
     other = getattr(model.config, "quantization_config", None)
     quantizer.alone = other is None or isinstance(other, QuantizedExpertsConfig)
