@@ -2,6 +2,7 @@
 for the CUDA graph: like a graph it knows nothing but the tensors it was made with."""
 
 import copy
+import itertools
 import logging
 import pickle
 import threading
@@ -22,6 +23,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
+
+
+class LowRank(torch.nn.Module):
+    """A projection with two adapters, switched as those of PEFT are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.active, self.disabled = base, ["first"], False
+        self.scaling = {"first": 1.0, "second": 2.0}
+        noise = torch.Generator().manual_seed(5)
+        for name in self.scaling:
+            down = torch.nn.Linear(base.in_features, 2, bias=False)
+            up = torch.nn.Linear(2, base.out_features, bias=False)
+            for linear in (down, up):
+                linear.weight.data.normal_(0.0, 0.3, generator=noise)
+            self.add_module(name, torch.nn.Sequential(down, up))
+
+    def forward(self, x):
+        result = self.base(x)
+        if self.disabled:
+            return result
+        return result + sum(self.get_submodule(name)(x) * self.scaling[name] for name in self.active)
 
 
 class Again:
@@ -392,6 +415,34 @@ class TestGenerate:
         result = generate(model, ids)
         assert len(recorded) == 2
         assert_same(result, generate(dgemma_accel.restore(model), ids))
+
+    def test_an_adapter_that_is_switched_is_captured_again(self, model, recorded):
+        """Nothing of it shows in an address: which adapter acts, how strongly, and whether it is merged."""
+        model = copy.deepcopy(model)
+        attention = model.model.decoder.layers[1].self_attn
+        attention.o_proj = adapter = LowRank(attention.o_proj)
+        ids, _ = prompt(2, 20)
+        dgemma_accel.accelerate(model, graph=True)
+        with_first = generate(model, ids).sequences
+        generate(model, ids)
+        assert len(recorded) == 1
+        results = [with_first]
+        for change in (
+            lambda: adapter.active.__setitem__(0, "second"),
+            lambda: adapter.scaling.update(second=0.5),
+            lambda: setattr(adapter, "disabled", True),
+        ):
+            change()
+            results.append(generate(model, ids).sequences)
+            assert len(recorded) == len(results) and len(patches.acceleration_of(model).captures.found) == 1
+            generate(model, ids)
+            assert len(recorded) == len(results)
+        for one, other in itertools.combinations(results, 2):
+            assert not torch.equal(one, other)
+        attention.scaling = attention.scaling * 2
+        sharper = generate(model, ids)
+        assert len(recorded) == 5 and not torch.equal(sharper.sequences, results[-1])
+        assert_same(sharper, generate(dgemma_accel.restore(model), ids))
 
     def test_a_capture_that_fails(self, model, recorded, monkeypatch, caplog):
         attempts = []

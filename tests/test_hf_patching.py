@@ -266,6 +266,14 @@ class TestBadInput:
         with pytest.raises(TypeError, match="model"), dgemma_accel.accelerated(thing):
             pass
 
+    def test_a_wrapped_model_is_asked_for(self, model):
+        class Wrapper(torch.nn.Module):
+            def get_base_model(self):
+                return model
+
+        with pytest.raises(TypeError, match=r"got .*Wrapper; pass model.get_base_model\(\)"):
+            dgemma_accel.accelerate(Wrapper())
+
     def test_inner_model(self, model):
         with pytest.raises(TypeError, match="DiffusionGemmaModel"):
             dgemma_accel.accelerate(model.model)

@@ -29,7 +29,7 @@ def check_model(model) -> None:
     import transformers
 
     if not isinstance(model, transformers.DiffusionGemmaForBlockDiffusion):
-        raise TypeError(
-            "model: a transformers DiffusionGemmaForBlockDiffusion expected, got "
-            f"{type(model).__module__}.{type(model).__qualname__}"
-        )
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        # PEFT's wrapper says where the model is, with its adapters in it.
+        hint = "; pass model.get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model: a transformers DiffusionGemmaForBlockDiffusion expected, got {kind}{hint}")

@@ -83,19 +83,41 @@ class Captures:
         return self.pool[1]
 
 
+_PLAIN = frozenset({bool, int, float, str, torch.dtype})
+
+
 def fingerprint(model: nn.Module, modules: list[nn.Module]) -> tuple:
-    """What a recording of `modules` depends on besides its inputs: their code and the addresses of their weights.
+    """What a recording of `modules` depends on besides its inputs: their code, the numbers, names and switches among
+    their attributes (an adapter is off by one, and scaled by another), and the addresses of their weights.
 
     Values that are written in place (`load_state_dict`, `copy_`) are read anew by every replay and are not in it.
     """
     found: list = [getattr(model.config, "_experts_implementation", None)]
     for module in modules:
-        found.append((id(module), type(module), id(module.__dict__.get("forward"))))
+        attributes = module.__dict__
+        found.append((id(module), type(module), id(attributes.get("forward"))))
+        found.extend([value for value in attributes.values() if type(value) in _PLAIN])
+        if not type(module).__module__.startswith(("torch.", "transformers.")):
+            # Those keep nothing in collections that a step reads; to look into all of theirs takes milliseconds.
+            found.extend([_plain(value) for value in attributes.values() if type(value) not in _PLAIN])
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     found.append((name, *_addresses(tensor)))
     return tuple(found)
+
+
+def _plain(value: object) -> object:
+    """A value of Python's own, or a collection of them, as it is now; None for anything else."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_plain, value))
+    if isinstance(value, dict):
+        return tuple((_plain(key), _plain(one)) for key, one in value.items())
+    return None
 
 
 def _addresses(tensor: Tensor) -> tuple:
