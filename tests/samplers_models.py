@@ -153,6 +153,9 @@ class Store:
     def get_seq_length(self):
         return 0 if self.layers is None else self.layers[0][0].shape[2]
 
+    def crop(self, length):
+        self.layers = [(k[..., :length, :], v[..., :length, :]) for k, v in self.layers]
+
     def append(self, layers):
         old = [(k[..., :0, :], v[..., :0, :]) for k, v in layers] if self.layers is None else self.layers
         self.layers = [
@@ -235,3 +238,44 @@ class FastQwen(Attention):
             past_key_values=past,
             block_past_key_values=cache if use_block_cache else None,
         )
+
+
+class Nemotron(Attention):
+    """NemotronLabsDiffusionModel: one encoder whose attention is causal or sees all, and a head.
+
+    past_key_values is read always, and grows where use_cache=True. The encoder's hidden states are logits here.
+    """
+
+    store = Store
+
+    def __init__(self, seed=0, **kwargs):
+        super().__init__(seed, **kwargs)
+        attentions = [SimpleNamespace(diffusion_lm=True) for _ in self.layers]
+        self.encoder = Encoder(self, [SimpleNamespace(self_attn=one) for one in attentions])
+        self.diffusion_head = torch.nn.Identity()
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
+        output = self.encoder(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        return SimpleNamespace(
+            logits=self.diffusion_head(output.last_hidden_state), past_key_values=output.past_key_values
+        )
+
+
+class Encoder:
+    def __init__(self, model, layers):
+        self.model, self.layers = model, layers
+
+    def __call__(self, input_ids, past_key_values=None, use_cache=None, use_causal_mask=False):
+        flags = {layer.self_attn.diffusion_lm for layer in self.layers}
+        assert len(flags) == 1 and use_cache is not None
+        causal = not flags.pop()
+        assert causal == bool(use_causal_mask) or not use_cache
+        past = self.model.store() if past_key_values is None and use_cache else past_key_values
+        stored = 0 if past is None else past.get_seq_length()
+        positions = torch.arange(stored, stored + input_ids.shape[1])
+        mask = positions[:, None] >= torch.arange(len(positions) + stored)[None] if causal else None
+        before = None if past is None else past.layers
+        hidden, cache = self.model.core(input_ids, positions, mask=mask, before=before)
+        if use_cache:
+            past.append(cache)
+        return SimpleNamespace(last_hidden_state=hidden, past_key_values=past)

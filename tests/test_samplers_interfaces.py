@@ -18,6 +18,7 @@ from samplers_models import (
     FastQwen,
     LLaDA,
     LLaDA2,
+    Nemotron,
     Store,
     prompts,
 )
@@ -26,6 +27,7 @@ from dgemma_accel.samplers import (
     DREAM,
     BlockCache,
     BlockCausal,
+    CausalContext,
     DualCache,
     FullSequence,
     HierarchicalCache,
@@ -62,14 +64,19 @@ FORWARDS = {
     # inclusionAI/LLaDA2.0-mini, modeling_llada2_moe.py: from the copy in AnZhong24/FOCUS.
     "LLaDA2MoeModelLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "store_kv output_attentions output_hidden_states output_router_logits return_dict **kwargs",
+    # nvidia/Nemotron-Labs-Diffusion-8B, modeling_nemotron_labs_diffusion.py: not found at its own place, so from a copy
+    # of it whose repository the index that it was found in does not name.
+    "NemotronLabsDiffusionModel": "input_ids attention_mask position_ids labels split_len past_key_values block_size "
+    "eps is_teacher masked_indices p_mask teacher_logits masked_indices_teacher loss_mask ce_loss_weight "
+    "output_last_hidden_states_only skip_loss **kwargs",
     # JetAstra/SDAR, training/model/SDAR-4B-Chat/modeling_sdar.py.
     "SDARForCausalLM": "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache "
     "output_attentions output_hidden_states cache_position logits_to_keep **kwargs",
 }
 
 
-# SDARForCausalLM hands its other arguments to SDARModel, which has this parameter.
-HANDED_ON = {"SDARForCausalLM": {"store_kv"}}
+# Arguments that go on to the model inside, which has these parameters.
+HANDED_ON = {"SDARForCausalLM": {"store_kv"}, "NemotronLabsDiffusionModel": {"use_cache"}}
 
 
 def signature_of(forward):
@@ -107,6 +114,7 @@ SHIFTED = {cache: replace(INTERFACES[cache], shift_logits=True) for cache in ("p
             "block_past_key_values replace_position",
         ),
         ("LLaDA2MoeModelLM", LLaDA2, BlockCausal(), "attention_mask position_ids use_cache"),
+        ("NemotronLabsDiffusionModel", Nemotron, CausalContext(), "past_key_values use_cache"),
         (
             "SDARForCausalLM",
             SDAR,
@@ -128,6 +136,8 @@ def test_calls_name_parameters_that_the_published_forward_has(forward, stand_in,
         return model(**bound, **handed_on)
 
     call.__signature__ = published
+    for part in ("encoder", "diffusion_head"):
+        setattr(call, part, getattr(model, part, None))
     sampler = MaskedDiffusionSampler(Threshold(0.6), mask_id=MASK, block_length=4, interface=interface)
     result = sampler.generate(call, [[1, 2, 3], [4, 5, 6, 7, 8]], 8)
     assert not (result.new_tokens == MASK).any()
@@ -274,6 +284,10 @@ class DroppingQwen(FastQwen):
     store = DroppingStore
 
 
+class DroppingNemotron(Nemotron):
+    store = DroppingStore
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
@@ -286,8 +300,9 @@ class DroppingQwen(FastQwen):
         (BlockCausal(), LLaDA2),
         (HierarchicalCache(model_block_length=8), DroppingQwen),
         (HierarchicalCache(model_block_length=8, use_block_cache=True), DroppingQwen),
+        (CausalContext(), DroppingNemotron),
     ],
-    ids=("full", "prefix", "dual", "block", "block-causal", "hierarchical", "sub-blocks"),
+    ids=("full", "prefix", "dual", "block", "block-causal", "hierarchical", "sub-blocks", "causal"),
 )
 def test_rows_that_are_done_are_not_fed(monkeypatch, interface, model, temperature, guidance_scale):
     def run(eos_id, number):

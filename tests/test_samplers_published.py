@@ -17,12 +17,15 @@ from samplers_models import (
     FastQwen,
     LLaDA,
     LLaDA2,
+    Nemotron,
     Store,
     prompts,
 )
 
+import dgemma_accel
 from dgemma_accel.samplers import (
     BlockCache,
+    CausalContext,
     Entropy,
     HierarchicalCache,
     JointThresholdEdit,
@@ -447,6 +450,150 @@ def test_a_first_token_without_a_distribution_stays_a_mask():
     whole = sampler.generate(FastQwen(0), prompts(3, 8, 0), 8)
     assert torch.equal(result.new_tokens[[0, 2]], whole.new_tokens[[0, 2]])
     assert not (result.new_tokens == MASK).any()
+
+
+def nemotron(model, prompt, new, block, tau=None, causal=True, stop=-1):
+    """NemotronLabsDiffusionModel.generate, greedy: (text, calls that a model gets)."""
+
+    def diffusion_lm(value):
+        for layer in model.encoder.layers:
+            layer.self_attn.diffusion_lm = value
+
+    def read(tokens, past):
+        if causal:
+            diffusion_lm(False)
+        output = model(tokens, past_key_values=past, use_cache=True, use_causal_mask=causal)
+        diffusion_lm(True)
+        return output.past_key_values, output.logits[:, -1].argmax(-1)
+
+    x, length, calls = prompt, prompt.shape[1], 1
+    past, following = read(x, None)
+    for start in range(length, length + new, block):
+        own = torch.full((len(x), block), MASK)
+        if causal:
+            own[:, 0] = following
+        x = torch.cat([x, own], 1)
+        part = slice(start, start + block)
+        masks = (x[:, part] == MASK).sum(-1)
+        for step in range(block):
+            masked = x[:, part] == MASK
+            if not masked.any():
+                break
+            calls += 1
+            x0, c = confidence_of(model(x[:, part], past_key_values=past, use_cache=False).logits)
+            for b in range(len(x)):
+                ranked = by_rank(c[b].tolist(), masked[b].nonzero()[:, 0].tolist())
+                if tau is None:
+                    count = int(masks[b]) // block + (step < int(masks[b]) % block)
+                    taken = ranked[:count]
+                else:
+                    taken = [i for rank, i in enumerate(ranked) if rank == 0 or c[b, i] >= tau]
+                for i in taken:
+                    x[b, start + i] = x0[b, i]
+            found = x[:, part] == stop
+            before = (x[:, part] == MASK) & ~found.long().cumsum(-1).bool()
+            if bool((found.any(-1) & ~before.any(-1)).any()):
+                break
+        past, following = read(x[:, part], past)
+        calls += 1
+        ends = x[:, length:] == stop
+        if bool(ends.any(-1).all()):
+            return x[:, : length + int(ends.long().argmax(-1).max()) + 1], calls
+    return x, calls
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal context", "whole"])
+@pytest.mark.parametrize("tau", [None, 0.4])
+@pytest.mark.parametrize("length", [1, 6, 11])
+def test_nemotron_labs(length, tau, causal):
+    strategy = LowConfidence() if tau is None else Threshold(tau)
+    for seed in SEEDS:
+        prompt = prompts(3, length, seed)
+        expected, calls = nemotron(Nemotron(seed), prompt, 24, 8, tau, causal)
+        sampler = MaskedDiffusionSampler.for_nemotron_labs(
+            strategy, mask_id=MASK, block_length=8, interface=CausalContext(causal_context=causal)
+        )
+        model = Nemotron(seed)
+        result = sampler.generate(model, prompt, 24)
+        assert torch.equal(result.sequences, expected)
+        # What is stored after the last block serves nobody.
+        assert result.calls == calls - 1 == len(model.calls)
+        assert not result.stuck.any()
+        assert all(layer.self_attn.diffusion_lm for layer in model.encoder.layers)
+
+
+def test_nemotron_labs_ends_where_its_code_does():
+    ended, first_of_a_block = 0, 0
+    for seed in range(40):
+        prompt, stop = prompts(1, 5 + seed % 4, seed), seed % 7
+        expected, _ = nemotron(Nemotron(seed), prompt, 24, 8, 0.4, stop=stop)
+        sampler = MaskedDiffusionSampler.for_nemotron_labs(
+            Threshold(0.4), mask_id=MASK, block_length=8, eos_id=stop, pad_id=21
+        )
+        result = sampler.generate(Nemotron(seed), prompt, 24)
+        assert torch.equal(result.sequences[:, : expected.shape[1]], expected)
+        assert bool((result.sequences[:, expected.shape[1] :] == 21).all())
+        ended += bool(result.ended)
+        first_of_a_block += bool(result.ended) and (expected.shape[1] - prompt.shape[1]) % 8 == 1
+    assert ended > 10 and first_of_a_block > 0
+
+
+def test_nemotron_labs_takes_batches_of_different_lengths():
+    rows = [prompts(1, length, length)[0] for length in (9, 2, 9, 0)]
+    sampler = MaskedDiffusionSampler.for_nemotron_labs(mask_id=MASK, block_length=8)
+    together = sampler.generate(Nemotron(3), rows, 14)
+    for number, row in enumerate(rows):
+        alone = sampler.generate(Nemotron(3), row[None], 14)
+        assert torch.equal(together.new_tokens[number], alone.new_tokens[0])
+        assert int(together.nfe[number]) == int(alone.nfe[0])
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.7, 1.5]), lambda step, steps: 0.7])
+def test_nemotron_labs_draws_the_first_token_at_the_temperature(temperature):
+    prompt = prompts(2, 6, 0)
+    per_row = temperature(0, 8) if callable(temperature) else temperature
+    model, differs = Nemotron(0), 0
+    for layer in model.encoder.layers:
+        layer.self_attn.diffusion_lm = False
+    logits = model(prompt, use_cache=True, use_causal_mask=True).logits[:, -1]
+    for seed in range(20):
+        sampler = MaskedDiffusionSampler.for_nemotron_labs(
+            mask_id=MASK, block_length=8, temperature=temperature
+        )
+        # The flags may be either way before, and stay so.
+        result = sampler.generate(model, prompt, 16, seed=seed)
+        assert not any(layer.self_attn.diffusion_lm for layer in model.encoder.layers)
+        first = dgemma_accel.row_stats(logits, temperature=per_row, seed=seed).sample
+        assert torch.equal(result.new_tokens[:, 0], first)
+        differs += not torch.equal(first, logits.argmax(-1))
+        assert torch.equal(result.sequences, sampler.generate(model, prompt, 16, seed=seed).sequences)
+    assert differs
+
+
+def test_nemotron_labs_flags_are_put_back_after_an_error():
+    class Broken(Nemotron):
+        def core(self, tokens, *args, **kwargs):
+            if len(self.calls) == 3:
+                raise RuntimeError("broken")
+            return super().core(tokens, *args, **kwargs)
+
+    model = Broken(0)
+    sampler = MaskedDiffusionSampler.for_nemotron_labs(Threshold(0.0), mask_id=MASK, block_length=4)
+    with pytest.raises(RuntimeError, match="broken"):
+        sampler.generate(model, prompts(1, 5, 0), 12)
+    assert all(layer.self_attn.diffusion_lm for layer in model.encoder.layers)
+
+
+def test_nemotron_labs_needs_its_parts():
+    sampler = MaskedDiffusionSampler.for_nemotron_labs(mask_id=MASK, block_length=4)
+    with pytest.raises(
+        TypeError, match=r"model: CausalContext\(\) needs its encoder.layers and .* got FastLLaDA"
+    ):
+        sampler.generate(FastLLaDA(0), prompts(1, 5, 0), 4)
+    with pytest.raises(ValueError, match="shift_logits: CausalContext has no shifted form"):
+        CausalContext(shift_logits=True)
+    with pytest.raises(TypeError, match="causal_context"):
+        CausalContext(causal_context=1)
 
 
 def joint_threshold(model, prompt, new, block, tau, tau_edit, budget, penalty_lambda=0.0):

@@ -212,7 +212,9 @@ class _Run:
             self.fed = None if len(rows) == batch else rows
 
     def _logits(self, start: int, end: int) -> Tensor:
-        logits = self._guide(self.session.logits(self._fed(), start, end))
+        return self._of_all_rows(self._guide(self.session.logits(self._fed(), start, end)))
+
+    def _of_all_rows(self, logits: Tensor) -> Tensor:
         if self.fed is None:
             return logits
         # Rows keep their numbers, and with them their draws; nothing is decided for those that were not fed.
@@ -251,20 +253,28 @@ class _Run:
         """Write the token at a block's first position, where the model says what it is before the block begins."""
         if logits is None or position < self.prompt_length:
             return
+        sampler, mask_id = self.sampler, self.sampler.mask_id
+        logits = self._of_all_rows(self._guide(logits))
+        temperature = sampler.first_temperature(min(sampler.block_length, self.end - position))
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            temperature = temperature.to(logits.device)
         stats = row_stats(
-            self._guide(logits),
-            temperature=0.0,
-            softcap=self.sampler.softcap,
+            logits,
+            temperature=temperature,
+            softcap=sampler.softcap,
+            seed=self.seed,
+            offset=self.offset,
             statistics=False,
-            backend=self.sampler.backend,
+            backend=sampler.backend,
         )
-        mask_id = self.sampler.mask_id
+        self.offset += sampler.interface.draws_first_token
         # Without a distribution nothing is decided.
-        token = torch.where(stats.entropy.isinf(), mask_id, stats.argmax)
-        rows = torch.arange(len(self.tokens), device=token.device) if self.fed is None else self.fed
-        column = self.tokens[rows, position]
-        going = ~(self.ended | self.stuck)[rows]
-        self.tokens[rows, position] = torch.where(going & (column == mask_id), token, column)
+        token = torch.where(stats.entropy.isinf(), mask_id, stats.sample)
+        column = self.tokens[:, position]
+        decided = ~(self.ended | self.stuck) & (column == mask_id)
+        if self.fed is not None:
+            decided &= torch.isin(torch.arange(len(column), device=column.device), self.fed)
+        self.tokens[:, position] = torch.where(decided, token, column)
         self._notice_ends(position + 1)
 
     def _notice_ends(self, end: int) -> None:

@@ -15,7 +15,15 @@ from ..ops import checks
 from ..ops.progress import progress
 from ..reference.progress import ProgressCall
 from .generation import GenerateResult, generate
-from .interfaces import DREAM, BlockCache, BlockCausal, FullSequence, HierarchicalCache, Interface
+from .interfaces import (
+    DREAM,
+    BlockCache,
+    BlockCausal,
+    CausalContext,
+    FullSequence,
+    HierarchicalCache,
+    Interface,
+)
 from .numbers import LONGEST, PER_ROW, check_field, check_flag, check_number, token_id, token_ids
 from .proposals import Proposal
 from .rules import Rule, Threshold
@@ -61,7 +69,7 @@ class MaskedDiffusionSampler:
         eos_id: one token or several that end a row; what follows the first becomes `pad_id`. Not the mask.
         pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
-            `DualCache()`, `BlockCache()`, `BlockCausal()`, `HierarchicalCache()`.
+            `DualCache()`, `BlockCache()`, `BlockCausal()`, `HierarchicalCache()`, `CausalContext()`.
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
     """
@@ -190,6 +198,16 @@ class MaskedDiffusionSampler:
         }
         return cls(strategy or Threshold(0.9, strict=True), **{**numbers, **options})
 
+    @classmethod
+    def for_nemotron_labs(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
+        """Nemotron-Labs-Diffusion's numbers: mask 100, blocks of 32, `Threshold(0.9)` unless another is given.
+
+        `model.config.eos_token_id` goes in as `eos_id`. `LowConfidence()` is what its `generate` does without a
+        threshold. `SelfSpeculation` is its other way to write: drafts of blocks that the model itself verifies.
+        """
+        numbers = {"mask_id": 100, "block_length": 32, "interface": CausalContext()}
+        return cls(strategy or Threshold(0.9), **{**numbers, **options})
+
     @cached_property
     def decider(self) -> Strategy:
         """The strategy, or the one that a rule stands for."""
@@ -262,6 +280,10 @@ class MaskedDiffusionSampler:
                 "temperature", temperature(number, self._steps(length)), 0.0, tensor=PER_ROW
             )
         return self._proposal_at(temperature)
+
+    def first_temperature(self, length: int) -> float | Tensor:
+        """At which the first token of a block of `length` is drawn, where the model gives it beforehand."""
+        return self._proposal(0, length).temperature if self.interface.draws_first_token else 0.0
 
     def _proposal_at(self, temperature: float | Tensor) -> Proposal:
         return Proposal(

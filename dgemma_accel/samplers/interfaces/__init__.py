@@ -10,10 +10,12 @@ themselves stay as they are published:
 - `BlockCache`: SDAR's block diffusion, for models that accept a cache and `store_kv`.
 - `BlockCausal`: LLaDA2's, which reads the blocks so far at every evaluation.
 - `HierarchicalCache`: Fast-dLLM v2's, whose blocks are decided in sub-blocks.
+- `CausalContext`: Nemotron-Labs-Diffusion's, which reads what is done as an autoregressive model.
 """
 
 from .base import Interface, Session, logits_of, past_of
 from .blocks import BlockCache, BlockCausal
+from .causal import CausalContext
 from .fast_dllm import DualCache, PrefixCache
 from .full import DREAM, FullSequence
 from .hierarchical import HierarchicalCache
@@ -22,6 +24,7 @@ __all__ = [
     "DREAM",
     "BlockCache",
     "BlockCausal",
+    "CausalContext",
     "DualCache",
     "FullSequence",
     "HierarchicalCache",

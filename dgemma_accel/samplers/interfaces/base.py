@@ -148,6 +148,9 @@ class Interface:
     # Blocks begin at multiples of the block length, so that the first one may hold the end of the prompt, and the
     # sampler says in the field `block_length` how long they are.
     aligned = False
+    # Where `prefill` and `end_block` give the logits of a block's first token, it is drawn as others are, at the
+    # sampler's temperature (no filter applies); else it is the most probable one.
+    draws_first_token = False
 
     def __post_init__(self) -> None:
         check_flag(self, "shift_logits")
