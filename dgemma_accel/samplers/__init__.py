@@ -34,6 +34,7 @@ from .rules import (
     Threshold,
     TopK,
 )
+from .speculation import SelfSpeculation
 from .strategies import (
     BlockState,
     CreditThreshold,
@@ -96,6 +97,7 @@ __all__ = [
     "Rule",
     "RunBest",
     "SGLangLowConfidence",
+    "SelfSpeculation",
     "Sequential",
     "SequentialWindow",
     "StableAndConfident",

@@ -46,7 +46,7 @@ class GenerateResult:
         return self.sequences[:, self.prompt_length :]
 
 
-def _check_listeners(streamer, callback, rows: int) -> None:
+def check_listeners(streamer, callback, rows: int) -> None:
     if streamer is not None:
         for name in ("put", "end"):
             if not callable(getattr(streamer, name, None)):
@@ -122,7 +122,7 @@ def generate(
     max_new_tokens = check_number("max_new_tokens", max_new_tokens, 1, LONGEST, integer=True)
     device = device_of(model, prompt_ids)
     rows = prompt_rows(prompt_ids, attention_mask, device)
-    _check_listeners(streamer, callback, len(rows))
+    check_listeners(streamer, callback, len(rows))
     check_tokens(sampler, model, rows)
     if sampler.block_length is None:
         # One block; what the strategy says about its length can be said only now. It may be shorter than a block of

@@ -24,7 +24,7 @@ from .interfaces import (
     HierarchicalCache,
     Interface,
 )
-from .numbers import LONGEST, PER_ROW, check_field, check_flag, check_number, token_id, token_ids
+from .numbers import LONGEST, PER_ROW, SpecialTokens, check_field, check_flag, check_number
 from .proposals import Proposal
 from .rules import Rule, Threshold
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
@@ -36,7 +36,7 @@ _INFINITY = checks.constant(math.inf, torch.float32)
 
 
 @dataclass(frozen=True)
-class MaskedDiffusionSampler:
+class MaskedDiffusionSampler(SpecialTokens):
     """Turns the logits of a masked diffusion model into tokens, a block at a time.
 
     Every step reads the block's logits once (`row_stats`), decides once (`commit`), and sees which rows are done.
@@ -93,7 +93,7 @@ class MaskedDiffusionSampler:
 
     def __post_init__(self) -> None:
         decider = self.decider
-        self._check_tokens()
+        self.check_special_tokens()
         if self.block_length is not None:
             check_field(self, "block_length", 1, LONGEST, integer=True)
         if self.steps is not None:
@@ -120,16 +120,6 @@ class MaskedDiffusionSampler:
         decider.check(self.block_length, self.steps, self.temperature)
         decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))
         object.__setattr__(self, "interface", self.interface.fitted(self.block_length, self.mask_id))
-
-    def _check_tokens(self) -> None:
-        object.__setattr__(self, "mask_id", token_id("mask_id", self.mask_id))
-        if self.eos_id is not None:
-            object.__setattr__(self, "eos_id", token_ids("eos_id", self.eos_id))
-        if self.pad_id is not None:
-            object.__setattr__(self, "pad_id", token_id("pad_id", self.pad_id))
-        for name, ids in (("eos_id", self.eos_ids), ("pad_id", (self.pad_id,))):
-            if self.mask_id in ids:
-                raise ValueError(f"{name}: must not be the mask, got mask_id = {self.mask_id}")
 
     @classmethod
     def for_llada(cls, strategy: Strategy | Rule | None = None, **options) -> MaskedDiffusionSampler:
@@ -212,18 +202,6 @@ class MaskedDiffusionSampler:
     def decider(self) -> Strategy:
         """The strategy, or the one that a rule stands for."""
         return as_strategy(self.strategy)
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        if self.eos_id is None:
-            return ()
-        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
-
-    @property
-    def padding(self) -> int:
-        if self.pad_id is not None:
-            return self.pad_id
-        return self.eos_ids[0] if self.eos_ids else 0
 
     def start(
         self,

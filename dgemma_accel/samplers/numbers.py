@@ -103,3 +103,34 @@ def token_ids(name: str, value) -> int | tuple[int, ...]:
     if isinstance(value, (list, tuple, set, frozenset, range)):
         return tuple(token_id(name, one) for one in value)
     return token_id(name, value)
+
+
+class SpecialTokens:
+    """The fields mask_id, eos_id and pad_id of a frozen dataclass, which are its own."""
+
+    mask_id: int
+    eos_id: int | tuple[int, ...] | None
+    pad_id: int | None
+
+    def check_special_tokens(self) -> None:
+        """Raise unless they are token ids, and neither of the other two the mask."""
+        object.__setattr__(self, "mask_id", token_id("mask_id", self.mask_id))
+        if self.eos_id is not None:
+            object.__setattr__(self, "eos_id", token_ids("eos_id", self.eos_id))
+        if self.pad_id is not None:
+            object.__setattr__(self, "pad_id", token_id("pad_id", self.pad_id))
+        for name, ids in (("eos_id", self.eos_ids), ("pad_id", (self.pad_id,))):
+            if self.mask_id in ids:
+                raise ValueError(f"{name}: must not be the mask, got mask_id = {self.mask_id}")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        if self.eos_id is None:
+            return ()
+        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
+
+    @property
+    def padding(self) -> int:
+        if self.pad_id is not None:
+            return self.pad_id
+        return self.eos_ids[0] if self.eos_ids else 0

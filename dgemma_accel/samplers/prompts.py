@@ -110,7 +110,7 @@ def check_tokens(sampler, model: Callable, rows: list[Tensor]) -> None:
             for one in ids:
                 if one >= vocabulary:
                     raise ValueError(f"{name}: {one} is outside the model's vocabulary, [0, {vocabulary})")
-        drawn = getattr(sampler.decider, "vocab_size", 0)
+        drawn = getattr(getattr(sampler, "decider", None), "vocab_size", 0)
         if drawn > vocabulary:
             raise ValueError(
                 f"vocab_size: {type(sampler.decider).__name__} draws from {drawn} tokens, "
