@@ -47,7 +47,8 @@ def linear_spec_generate(model, prompt, new, block, tau=0.0, stop=-1):
         while accepted < block - 1 and said[accepted] == draft[0, accepted + 1]:
             accepted += 1
         text += said[: accepted + 1]
-        past.crop(stored + accepted + 1)
+        if surplus := past.get_seq_length() - (stored + accepted + 1):
+            past.crop(-surplus)
     text = text[:new]
     return text[: text.index(stop) + 1] if stop in text else text, nfe
 

@@ -143,14 +143,16 @@ class _Run:
         stats = self._read(self.prompt, last=True)
         text = self._cut([self._said(stats).item()], [])
         while not (self.ended or self.stuck) and len(text) < self.max_new_tokens:
-            stored = self.past.get_seq_length()
             block = self._draft(text[-1])
             said = self._said(self._read(block))
             # What the causal mode says at a position is compared with the draft at the next; one wait for both.
             agreed = (said[:, :-1] == block[:, 1:]).long().cumprod(-1).sum(-1, keepdim=True)
             *tokens, agreed = torch.cat([said, agreed], -1)[0].tolist()
-            # The last of them is in no cache yet: it begins the next draft.
-            self.past.crop(stored + agreed + 1)
+            # The last of them is in no cache yet: it begins the next draft. What follows goes, by its number: a length
+            # to keep is what transformers' caches no longer take.
+            surplus = len(tokens) - agreed - 1
+            if surplus:
+                self.past.crop(-surplus)
             text = self._cut(tokens[: agreed + 1], text)
         if self.streamer is not None:
             self.streamer.end()
