@@ -154,7 +154,7 @@ class Store:
         return 0 if self.layers is None else self.layers[0][0].shape[2]
 
     def crop(self, length):
-        """As a DynamicCache of transformers: from 5.24 on a number of tokens to remove, below zero, and nothing else."""
+        """As a DynamicCache of transformers, which from 5.24 on takes a number of tokens to remove, below zero."""
         assert length < 0
         self.layers = [(k[..., :length, :], v[..., :length, :]) for k, v in self.layers]
 
