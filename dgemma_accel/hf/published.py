@@ -69,11 +69,11 @@ def form_of(quantization: dict) -> str | None:
         formats -= {None, "mixed-precision"}
         if formats == {"nvfp4-pack-quantized"}:
             return method
-        by_row = all(
+        rowwise = all(
             each.get("type") == "float" and each.get("num_bits") == 8 and each.get("strategy") in STRATEGIES
             for each in weights
         )
-        return "fp8" if formats == {"float-quantized"} and weights and by_row else None
+        return "fp8" if formats == {"float-quantized"} and weights and rowwise else None
     if method != "modelopt":
         return None
     algorithm = quantization.get("quant_algo")

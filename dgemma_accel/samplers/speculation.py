@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ..ops.commit import commit
 from ..ops.row_stats import RowStats, row_stats
 from .generation import GenerateResult, check_listeners
 from .interfaces import past_of
-from .interfaces.causal import attending, check_two_modes
+from .interfaces.causal import attending, check_two_modes, switched
 from .numbers import LONGEST, SpecialTokens, check_field, check_number
 from .prompts import check_tokens, device_of, prompt_rows
 from .rules import Sequential, Threshold
@@ -220,17 +220,7 @@ class _Run:
         )
 
 
-@contextmanager
-def _adapters(model: Callable, *, on: bool) -> Iterator[None]:
-    """Inside, PEFT's adapters in the model act or do not; afterwards they are as before."""
+def _adapters(model: Callable, *, on: bool) -> AbstractContextManager[None]:
+    """Inside, PEFT's adapters in the model act, or do not."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    before = [
-        (module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")
-    ]
-    for module, _ in before:
-        module._disable_adapters = not on
-    try:
-        yield
-    finally:
-        for module, value in before:
-            module._disable_adapters = value
+    return switched(modules, "_disable_adapters", not on)

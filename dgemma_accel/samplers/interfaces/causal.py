@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,17 +24,21 @@ def check_two_modes(model: Callable, by: str) -> None:
 
 
 @contextmanager
-def attending(model: Callable, *, causal: bool) -> Iterator[None]:
-    """Inside, the model's attention is causal, or sees a block whole; afterwards it is as before."""
-    attentions = [layer.self_attn for layer in model.encoder.layers]
-    before = [(one, one.diffusion_lm) for one in attentions if hasattr(one, "diffusion_lm")]
-    for one, _ in before:
-        one.diffusion_lm = not causal
+def switched(owners: Iterable, name: str, value: bool) -> Iterator[None]:
+    """Inside, those of `owners` that have an attribute `name` hold `value` there; afterwards what they held before."""
+    before = [(owner, getattr(owner, name)) for owner in owners if hasattr(owner, name)]
+    for owner, _ in before:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for one, value in before:
-            one.diffusion_lm = value
+        for owner, held in before:
+            setattr(owner, name, held)
+
+
+def attending(model: Callable, *, causal: bool) -> AbstractContextManager[None]:
+    """Inside, the model's attention is causal, or sees a block whole."""
+    return switched((layer.self_attn for layer in model.encoder.layers), "diffusion_lm", not causal)
 
 
 class _CausalSession(StoringSession):
