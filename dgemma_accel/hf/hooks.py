@@ -1,4 +1,4 @@
-"""Forward hooks of modules, and those among them that transformers leaves behind.
+"""The modules of a model and their forward hooks, and those among them that transformers leaves behind.
 
 A forward with `output_hidden_states`, `output_attentions` or `output_router_logits` registers hooks on layers,
 attentions and routers, once and for ever; they do nothing while no forward collects. All of them are functions that
@@ -13,8 +13,23 @@ from torch import nn
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward: a hook of torch's that does something."""
+    if not module._forward_pre_hooks and not module._forward_hooks:
+        # As nearly always, and hundreds of modules are asked before each canvas.
+        return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(not _captures(hook) for hook in hooks) or bool(hooks and collected())
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()` as a list, without a generator for every level of it."""
+    found, seen, left = [], set(), [root]
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+            left.extend(reversed(module._modules.values()))
+    return found
 
 
 def collected() -> dict:

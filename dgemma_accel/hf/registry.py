@@ -122,8 +122,8 @@ def _plain(value: object) -> object:
 
 def _addresses(tensor: Tensor) -> tuple:
     """Addresses, shape and dtype; of a quantised tensor those of the tensors that it consists of."""
-    inner = getattr(tensor, "__tensor_flatten__", None)
+    inner = None if type(tensor) in (Tensor, nn.Parameter) else getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:
         names, _ = inner()
         return (type(tensor), *(part for name in names for part in _addresses(getattr(tensor, name))))
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
