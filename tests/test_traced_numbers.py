@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import dgemma_accel
-from dgemma_accel.samplers import EntropyBound, Renoise, Threshold, TopK
+from dgemma_accel.samplers import EntropyBound, EntropyThreshold, Renoise, Threshold, TopK
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,9 @@ def test_the_commit_of_a_step_has_no_code_but_the_op():
 
 
 @pytest.mark.parametrize(
-    "rule", [TopK(3), Threshold(0.25), EntropyBound(0.5)], ids=lambda rule: type(rule).__name__
+    "rule",
+    [TopK(3), Threshold(0.25), EntropyBound(0.5), EntropyThreshold(0.5)],
+    ids=lambda rule: type(rule).__name__,
 )
 def test_numbers_are_made_where_the_tensors_are(rule):
     """ "meta" stands for a GPU."""

@@ -199,7 +199,13 @@ def commit(
         flags=flags,
         k=checks.number_or_rows("rule.k", encoded.k, rows, device, dtype=torch.int64, keep=keep),
         value=checks.number_or_rows(
-            "rule.value", encoded.value, rows, device, low=_least_value(measure, select), keep=keep
+            "rule.value",
+            encoded.value,
+            rows,
+            device,
+            low=_least_value(measure, select),
+            keep=keep,
+            negate=encoded.negated,
         ),
         value2=checks.number_or_rows("rule.value2", encoded.value2, rows, device, keep=keep),
         mask_id=encoded.mask_id,

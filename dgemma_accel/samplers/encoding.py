@@ -67,3 +67,4 @@ class EncodedRule(NamedTuple):
     value: Number = 0.0
     value2: Number = 0.0
     mask_id: int = -1
+    negated: bool = False  # kernels read minus the value

@@ -229,7 +229,9 @@ class EntropyThreshold(Rule):
 
     def encode(self) -> EncodedRule:
         # The score is minus the entropy.
-        return EncodedRule(Measure.ENTROPY, Select.THRESHOLD, Flag.STRICT, k=self.min_count, value=-self.tau)
+        return EncodedRule(
+            Measure.ENTROPY, Select.THRESHOLD, Flag.STRICT, k=self.min_count, value=self.tau, negated=True
+        )
 
 
 @dataclass(frozen=True)
