@@ -25,7 +25,6 @@ def call_of(rule, write, batch, length, *, levels=20, candidates=None, stop=None
         return (torch.randint(0, levels, (batch, length)) / levels).float()
 
     encoded = rule.encode()
-    value = -encoded.value if encoded.negated else encoded.value
     tokens, argmax, sample = (torch.randint(0, 5, (batch, length)) for _ in range(3))
     sample_prob, entropy = number(), number()
     sample_prob[torch.rand(batch, length) < 0.1] = -0.0
@@ -45,7 +44,7 @@ def call_of(rule, write, batch, length, *, levels=20, candidates=None, stop=None
         tokens, argmax, sample, entropy, sample_prob, number(), number(),
         None if candidates is None else torch.rand(batch, length) < candidates,
         int(encoded.measure), int(encoded.select), int(encoded.flags), tensor(encoded.k, torch.int64),
-        tensor(value, torch.float32), tensor(encoded.value2, torch.float32), encoded.mask_id,
+        tensor(encoded.value, torch.float32), tensor(encoded.value2, torch.float32), encoded.mask_id,
         int(write.kind), write.argument, torch.tensor(seed), torch.tensor(2), draft, history, finished, confidence,
     )  # fmt: skip
 

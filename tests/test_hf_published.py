@@ -258,7 +258,7 @@ def test_scales_of_fp8_that_do_not_fit(tmp_path, wrong):
         tensors[name] = scale[1:].clone() if wrong == "rows" else torch.full_like(scale, torch.inf)
 
     write(tmp_path, "compressed-tensors fp8", change=change)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         dgemma_accel.from_pretrained(tmp_path)
 
 

@@ -195,10 +195,11 @@ def commit_kernel(
     elif SELECT == TOP_K:
         m_taken = b_rank <= row_k
     elif (SELECT == THRESHOLD) or (SELECT == HIERARCHY) or (SELECT == EDIT):
-        threshold = row_value
+        # The score is minus the entropy, and the value an entropy.
+        threshold = -row_value if MEASURE == ENTROPY else row_value
         if RELATIVE:
             best = tl.sum(tl.where(b_rank == 1, b_score, 0.0), 0)
-            threshold = tl.minimum(row_value, best - row_value2)
+            threshold = tl.minimum(threshold, best - row_value2)
         if STRICT or (SELECT == HIERARCHY):
             m_taken = b_score > threshold
         else:

@@ -95,7 +95,8 @@ DGEMMA_HD bool is_committed(const CommitParams& params, const RowRule& rule, con
     case Select::kEntropyBound: return rank <= ranking.taken_ranks;
     default: break;
   }
-  float threshold = rule.value;
+  // The score is minus the entropy, and the value an entropy.
+  float threshold = params.measure == Measure::kEntropy ? -rule.value : rule.value;
   if (params.flags & kRelative) {
     const float relative = ranking.best - rule.value2;
     if (!(relative >= threshold)) threshold = relative;  // NaN too, as torch.minimum has it

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import capture, graph
 from .capture import CapturedStep, Inputs
 from .cuda_graph import is_recorded, quiet
-from .hooks import modules_of
 from .lookout import Lookout
 from .patches import Acceleration
 from .registry import fingerprint
@@ -141,7 +140,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     if recording is None:
         yield plain
         return
-    modules = [denoiser.model.lm_head, *modules_of(denoiser.model.model.decoder)]
+    modules = [denoiser.model.lm_head, *denoiser.model.model.decoder.modules()]
     addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
     lengths = tuple(buffer.shape[2] for buffer in keys)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import BackendError, choose, requirements
 from .experts import why_looping
 from .head import is_plain
-from .hooks import has_hooks, modules_of
+from .hooks import has_hooks
 from .masks import PrefixRange
 from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
 from .patches import patch_of
@@ -46,7 +46,7 @@ def _why_not_traced(model) -> str | None:
     `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
     """
     decoder = model.model.decoder
-    inner = (model.lm_head, *modules_of(decoder)[1:])
+    inner = (model.lm_head, *(module for module in decoder.modules() if module is not decoder))
     if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (model.model, decoder, *inner)):
         return "model.model or a module of the decoder has hooks"
     for module in inner:

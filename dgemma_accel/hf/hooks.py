@@ -1,4 +1,4 @@
-"""The modules of a model and their forward hooks, and those among them that transformers leaves behind.
+"""Forward hooks of modules, and those among them that transformers leaves behind.
 
 A forward with `output_hidden_states`, `output_attentions` or `output_router_logits` registers hooks on layers,
 attentions and routers, once and for ever; they do nothing while no forward collects. All of them are functions that
@@ -18,18 +18,6 @@ def has_hooks(module: nn.Module) -> bool:
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(not _captures(hook) for hook in hooks) or bool(hooks and collected())
-
-
-def modules_of(root: nn.Module) -> list[nn.Module]:
-    """`root.modules()` as a list, without a generator for every level of it."""
-    found, seen, left = [], set(), [root]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            found.append(module)
-            left.extend(reversed(module._modules.values()))
-    return found
 
 
 def collected() -> dict:

@@ -88,8 +88,10 @@ class ExpertsQuantizer(HfQuantizer):
                 parameters[GATE_UP_GLOBAL] = in_two(parameters[GATE_UP_GLOBAL])
             if self.quantization_config.scales == "rows":
                 for name in WEIGHTS:
-                    scale = torch.empty(*parameters[name].shape[:-1], 1, device=parameters[name].device)
-                    parameters[f"{name}_scale_inv"] = nn.Parameter(scale.float(), requires_grad=False)
+                    by_row = parameters[name].new_empty(
+                        (*parameters[name].shape[:-1], 1), dtype=torch.float32
+                    )
+                    parameters[f"{name}_scale_inv"] = nn.Parameter(by_row, requires_grad=False)
             if not self.pre_quantized:
                 # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded.
                 for name in WEIGHTS:

@@ -91,10 +91,7 @@ def constant(value: float, dtype: torch.dtype) -> Tensor:
 ZEROS = {dtype: constant(0, dtype) for dtype in (torch.int64, torch.float32)}
 
 
-def _number(
-    value: float, dtype: torch.dtype, device: torch.device, keep: bool, negate: bool = False
-) -> Tensor:
-    """A number as a 0-d tensor. negate: minus it, only in a graph that is traced."""
+def _number(value: float, dtype: torch.dtype, device: torch.device, keep: bool) -> Tensor:
     if keep:
         return constant(value, dtype)
     if not torch.compiler.is_compiling():
@@ -107,7 +104,7 @@ def _number(
         return torch.full((), value, dtype=dtype, device=device)
     # As a product, a number that changes from call to call stays an input of the graph; as what fills a tensor it is a
     # constant of it, and every new one compiles it again.
-    return torch.full((), -1.0 if negate else 1.0, dtype=dtype, device=device) * value
+    return torch.ones((), dtype=dtype, device=device) * value
 
 
 def number_or_rows(
@@ -121,7 +118,6 @@ def number_or_rows(
     low_open: bool = False,
     high: float = math.inf,
     keep: bool = False,
-    negate: bool = False,
 ) -> Tensor:
     """A parameter that is a number, a 0-d tensor or one value per row, as a 0-d or flat tensor.
 
@@ -131,12 +127,7 @@ def number_or_rows(
     Args:
         rows: the shape that stands for "one value per row".
         keep: take the tensor of a number from `constant`, where `may_keep_numbers` allows it.
-        negate: the parameter is minus `value`, a float.
     """
-    # A number of a graph that is traced is negated as a tensor: in torch 2.11 one that is computed from another is a
-    # constant of the graph.
-    if negate and (isinstance(value, Tensor) or not torch.compiler.is_compiling()):
-        value, negate = -value, False
     integer = not dtype.is_floating_point
     if isinstance(value, Tensor):
         allowed = (torch.int64, torch.int32) if integer else (*FLOAT_DTYPES, torch.float64)
@@ -166,7 +157,7 @@ def number_or_rows(
         raise ValueError(
             f"{name}: must be finite and in {interval(low, high, low_open=low_open)}, got {value}"
         )
-    return _number(value, dtype, device, keep, negate)
+    return _number(value, dtype, device, keep)
 
 
 def softcap_value(softcap: float | None) -> float | None:

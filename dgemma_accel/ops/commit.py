@@ -38,17 +38,11 @@ class CommitResult:
     state: CanvasState | None = None
 
 
-def _least_value(measure: int, select: int) -> float:
-    """The lower bound of a rule's `value`: 0, but for a threshold of minus the entropy."""
-    return -math.inf if select == Select.THRESHOLD and measure == Measure.ENTROPY else 0.0
-
-
 @operator("commit", {**get_type_hints(CommitCall), "check": bool, "backend": str})
 def _commit(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call, check, backend = CommitCall(*arguments[:-2]), arguments[-2], arguments[-1]
     checks.values_in("k", call.k, 0, checks.INT64_MAX, force=check)
-    least = _least_value(call.measure, call.select)
-    checks.values_in("value", call.value, least, math.inf, force=check)
+    checks.values_in("value", call.value, 0.0, math.inf, force=check)
     low_open = bool(call.flags & _GUMBEL)
     checks.values_in("value2", call.value2, 0.0, math.inf, low_open=low_open, force=check)
     return pick("commit", backend, requirements(call.tokens, canvas_length=call.tokens.shape[1]))(call)
@@ -198,15 +192,7 @@ def commit(
         select=int(select),
         flags=flags,
         k=checks.number_or_rows("rule.k", encoded.k, rows, device, dtype=torch.int64, keep=keep),
-        value=checks.number_or_rows(
-            "rule.value",
-            encoded.value,
-            rows,
-            device,
-            low=_least_value(measure, select),
-            keep=keep,
-            negate=encoded.negated,
-        ),
+        value=checks.number_or_rows("rule.value", encoded.value, rows, device, keep=keep),
         value2=checks.number_or_rows("rule.value2", encoded.value2, rows, device, keep=keep),
         mask_id=encoded.mask_id,
         write=int(write.kind),

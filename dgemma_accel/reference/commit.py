@@ -120,9 +120,10 @@ def _selected(call: CommitCall, score: Tensor, eligible: Tensor, draw: Tensor) -
     if select == Select.TOP_K:
         taken = rank <= k
     elif select in (Select.THRESHOLD, Select.HIERARCHY, Select.EDIT):
-        threshold = value
+        # The score is minus the entropy, and the value an entropy.
+        threshold = -value if call.measure == Measure.ENTROPY else value
         if flags & Flag.RELATIVE:
-            threshold = torch.minimum(value, sorted_score[:, :1] - value2)
+            threshold = torch.minimum(threshold, sorted_score[:, :1] - value2)
         strict = flags & Flag.STRICT or select == Select.HIERARCHY
         above = score > threshold if strict else score >= threshold
         taken = above | (rank <= k)

@@ -30,9 +30,9 @@ class Select(enum.IntEnum):
     """Which candidates are committed, given rank r = 1..n and score c of each."""
 
     TOP_K = 0  # r <= k
-    THRESHOLD = (
-        1  # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2))
-    )
+    # r <= k, or c >= value (STRICT: c > value; RELATIVE: value becomes min(value, best c - value2)); with the measure
+    # ENTROPY the value is an entropy, which c = minus the entropy is compared with minus of.
+    THRESHOLD = 1
     FACTOR = 2  # longest prefix of ranks with c(r) >= 1 - value / (r + 1); rank 1 always
     ENTROPY_BOUND = 3  # exclusive prefix sum of entropy <= value; INCLUSIVE: inclusive < value, at least 1
     BERNOULLI = 4  # uniform draw (Philox word 3) < value, independently
@@ -67,4 +67,3 @@ class EncodedRule(NamedTuple):
     value: Number = 0.0
     value2: Number = 0.0
     mask_id: int = -1
-    negated: bool = False  # kernels read minus the value

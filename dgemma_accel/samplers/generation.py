@@ -47,6 +47,7 @@ class GenerateResult:
 
 
 def check_listeners(streamer, callback, rows: int) -> None:
+    """Raise TypeError or ValueError for what cannot be told of the text of so many prompts."""
     if streamer is not None:
         for name in ("put", "end"):
             if not callable(getattr(streamer, name, None)):
@@ -267,13 +268,13 @@ class _Run:
             statistics=False,
             backend=sampler.backend,
         )
-        self.offset += sampler.interface.draws_first_token
+        if sampler.interface.draws_first_token:
+            self.offset += 1
         # Without a distribution nothing is decided.
         token = torch.where(stats.entropy.isinf(), mask_id, stats.sample)
         column = self.tokens[:, position]
+        # Rows that are not fed have ended, or are stuck.
         decided = ~(self.ended | self.stuck) & (column == mask_id)
-        if self.fed is not None:
-            decided &= torch.isin(torch.arange(len(column), device=column.device), self.fed)
         self.tokens[:, position] = torch.where(decided, token, column)
         self._notice_ends(position + 1)
 

@@ -228,10 +228,7 @@ class EntropyThreshold(Rule):
         check_field(self, "min_count", 0, integer=True, tensor=PER_ROW)
 
     def encode(self) -> EncodedRule:
-        # The score is minus the entropy.
-        return EncodedRule(
-            Measure.ENTROPY, Select.THRESHOLD, Flag.STRICT, k=self.min_count, value=self.tau, negated=True
-        )
+        return EncodedRule(Measure.ENTROPY, Select.THRESHOLD, Flag.STRICT, k=self.min_count, value=self.tau)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,8 @@ from .prompts import check_tokens, device_of, prompt_rows
 from .rules import Sequential, Threshold
 from .writes import Keep
 
+# The switch of PEFT's adapter layers.
+ADAPTERS_OFF = "_disable_adapters"
 # Draws of one prompt: the next one's begin behind them.
 DRAWS = 2**32
 
@@ -132,7 +133,10 @@ class _Run:
 
     def __init__(self, writer, model, prompt, max_new_tokens, seed, offset, streamer):
         self.writer, self.model, self.prompt, self.streamer = writer, model, prompt[None], streamer
-        self.max_new_tokens, self.seed, self.offset = max_new_tokens, seed, offset
+        self.max_new_tokens, self.seed, self.first_draw = max_new_tokens, seed, offset
+        # Looked for once: asking every module takes longer than a small evaluation.
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        self.adapted = [module for module in modules if hasattr(module, ADAPTERS_OFF)]
         self.past, self.nfe = None, 0
         self.ended = self.stuck = False
 
@@ -140,11 +144,10 @@ class _Run:
         """The tokens written, up to an end token."""
         if self.streamer is not None:
             self.streamer.put(self.prompt.cpu())
-        stats = self._read(self.prompt, last=True)
-        text = self._cut([self._said(stats).item()], [])
+        text = self._cut([self._said(self.prompt, last=True).item()], [])
         while not (self.ended or self.stuck) and len(text) < self.max_new_tokens:
             block = self._draft(text[-1])
-            said = self._said(self._read(block))
+            said = self._said(block)
             # What the causal mode says at a position is compared with the draft at the next; one wait for both.
             agreed = (said[:, :-1] == block[:, 1:]).long().cumprod(-1).sum(-1, keepdim=True)
             *tokens, agreed = torch.cat([said, agreed], -1)[0].tolist()
@@ -177,9 +180,10 @@ class _Run:
         writer = self.writer
         block = torch.full((1, writer.block_length), writer.mask_id, device=self.prompt.device)
         block[:, 0] = first
+        masks = writer.block_length - 1
         rule = Threshold(writer.threshold) if writer.threshold else Sequential(writer.block_length)
         # A proposal of the mask leaves one, and the causal mode then says what stands there.
-        for _ in range(writer.block_length - 1 if writer.threshold else min(1, writer.block_length - 1)):
+        for _ in range(masks if writer.threshold else min(masks, 1)):
             stats = self._evaluate(block, causal=False)
             masked = (block == writer.mask_id) & ~stats.entropy.isinf()
             block = commit(
@@ -191,16 +195,14 @@ class _Run:
                 break
         return block
 
-    def _read(self, tokens: Tensor, last: bool = False) -> RowStats:
-        """Statistics of what the causal mode says behind tokens [1, C], or behind the last; they are in the cache."""
-        return self._evaluate(tokens, causal=True, last=last)
-
-    def _said(self, stats: RowStats) -> Tensor:
+    def _said(self, tokens: Tensor, last: bool = False) -> Tensor:
+        """What the causal mode says behind each of tokens [1, C], or behind the last; they are in the cache then."""
+        stats = self._evaluate(tokens, causal=True, last=last)
         return torch.where(stats.entropy.isinf(), self.writer.mask_id, stats.sample)
 
     def _evaluate(self, tokens: Tensor, causal: bool, last: bool = False) -> RowStats:
         options = {"use_causal_mask": True} if causal else {}
-        with attending(self.model, causal=causal), _adapters(self.model, on=not causal):
+        with attending(self.model, causal=causal), switched(self.adapted, ADAPTERS_OFF, causal):
             output = self.model.encoder(
                 input_ids=tokens, past_key_values=self.past, use_cache=causal, **options
             )
@@ -208,19 +210,13 @@ class _Run:
             logits = self.model.diffusion_head(hidden[:, -1:] if last else hidden)
         if causal:
             self.past = past_of(output)
-        self.nfe, self.offset = self.nfe + 1, self.offset + 1
+        self.nfe += 1
         return row_stats(
             logits,
             temperature=self.writer.temperature,
             seed=self.seed,
-            offset=self.offset - 1,
+            offset=self.first_draw + self.nfe,
             # Only a threshold looks at more than what is drawn.
             statistics=not causal and self.writer.threshold > 0,
             backend=self.writer.backend,
         )
-
-
-def _adapters(model: Callable, *, on: bool) -> AbstractContextManager[None]:
-    """Inside, PEFT's adapters in the model act, or do not."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    return switched(modules, "_disable_adapters", not on)
