@@ -6,11 +6,18 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if "DGEMMA_ACCEL_TEST_PTX" in os.environ else "1")
 
 import pytest
 
 from dgemma_accel import backends
+
+# Instead of being interpreted they are compiled for this compute capability ("9.0"), and what came out is carried out.
+PTX = os.environ.get("DGEMMA_ACCEL_TEST_PTX")
+if PTX:
+    from ptx import triton_driver
+
+    triton_driver.install(tuple(int(part) for part in PTX.split(".")))
 
 # The bench is no part of an installed package; without the repository on the path its tests cannot even be imported.
 collect_ignore_glob = [] if importlib.util.find_spec("bench") else ["test_bench*.py"]

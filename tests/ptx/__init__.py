@@ -1,0 +1,13 @@
+"""Carries out PTX on the host: what a compiler made of a kernel, run in the ordinary tests.
+
+All threads of several blocks run in lockstep, a register being an array with one number a thread. Memory is the
+process's own: a kernel reads and writes CPU tensors, and an access outside of them, or one that is not aligned, is an
+error. What a shared memory or a register holds before it is written is poison. Instructions that approximate
+("ex2.approx", "rcp.approx", "div.full") are as wrong as the PTX ISA lets them be, deterministically, and a product and
+a sum that may become one fused operation do.
+
+Not looked at: what happens between instructions of different threads (lockstep orders them all, so a barrier that is
+missing is not seen), asynchronous copies and matrix products (carried out at once), times.
+
+Source of the semantics: NVIDIA, "Parallel Thread Execution ISA".
+"""

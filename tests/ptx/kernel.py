@@ -1,0 +1,110 @@
+"""A kernel and its launches: blocks in lockstep, the threads that branched apart one group after the other."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from .instructions import decoded
+from .machine import Machine
+from .memory import global_memory
+from .program import Program
+
+# Threads that run at once at most, and the block number that ended threads have.
+THREADS_AT_ONCE = 4096
+ENDED = np.iinfo(np.int64).max
+
+
+class Kernel:
+    """A parsed kernel, every instruction decoded once."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.blocks = [
+            [(instruction, None if instruction.parts[0] in ("bra", "ret", "exit") else decoded(program, instruction))
+             for instruction in block]
+            for block in program.blocks
+        ]  # fmt: skip
+
+    def arguments(self, values: list[bytes]) -> bytes:
+        """The launch's parameters as one string, each at a multiple of its own size."""
+        if len(values) != len(self.program.parameters):
+            raise ValueError(f"{len(self.program.parameters)} parameters expected, got {len(values)}")
+        packed = b""
+        for (name, size), value in zip(self.program.parameters, values):
+            if len(value) != size:
+                raise ValueError(f"{name} takes {size} bytes, got {len(value)}")
+            packed += b"\0" * (-len(packed) % size) + value
+        return packed
+
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, shared: int, values: list[bytes],
+        stretches: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        """Runs all blocks of a grid; `stretches` are the addresses [start, end) that it may touch."""
+        total = grid[0] * grid[1] * grid[2]
+        at_once = max(1, THREADS_AT_ONCE // threads)
+        memory, arguments = global_memory(stretches), self.arguments(values)
+        for first in range(0, total, at_once):
+            blocks = np.arange(first, min(first + at_once, total))
+            machine = Machine(self.program, arguments, blocks, grid, threads, shared, memory)
+            with np.errstate(all="ignore"):
+                self.run(machine)
+
+    def run(self, machine: Machine) -> None:
+        """`places` has the block that each thread is about to run."""
+        places = np.zeros(machine.count, dtype=np.int64)
+        while True:
+            # Who is behind goes first, so that threads meet again where their branches end.
+            block = int(places.min())
+            if block >= len(self.blocks):
+                return
+            here = places == block
+            machine.active = None if here.all() else np.flatnonzero(here)
+            self.run_block(machine, block, places)
+
+    def run_block(self, machine: Machine, block: int, places: np.ndarray) -> None:
+        everyone = machine.active
+        for instruction, execute in self.blocks[block]:
+            machine.active = everyone
+            if instruction.guard is not None:
+                name, negated = instruction.guard
+                holds = (machine.register(name) != 0) != negated
+                if everyone is not None:
+                    holds = holds[everyone]
+                if not holds.any():
+                    continue
+                if not holds.all():
+                    machine.active = np.flatnonzero(holds) if everyone is None else everyone[holds]
+            kind = instruction.parts[0]
+            if kind == "bra":
+                target = self.program.labels[instruction.operands[0]]
+            elif kind in ("ret", "exit"):
+                target = ENDED
+            else:
+                target = None
+            if target is not None:
+                _go(places, everyone, block + 1)
+                _go(places, machine.active, target)
+                return
+            if execute is not None:
+                execute(machine)
+        _go(places, everyone, block + 1)
+
+
+def _go(places: np.ndarray, who: np.ndarray | None, where: int) -> None:
+    places[slice(None) if who is None else who] = where
+
+
+def pack(kind: str, value) -> bytes:
+    """A launch's argument as bytes; `kind` as Triton writes it: "*fp32", "i32", "fp32", "u1", ..."""
+    if kind.startswith("*"):
+        return struct.pack("<Q", 0 if value is None else value.data_ptr())
+    if kind in ("fp32", "f32"):
+        return struct.pack("<f", float(value))
+    if kind in ("fp64", "f64"):
+        return struct.pack("<d", float(value))
+    form = {"i1": "<b", "u1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I",
+            "i64": "<q", "u64": "<Q"}[kind]  # fmt: skip
+    return struct.pack(form, int(value))
