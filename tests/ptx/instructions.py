@@ -315,6 +315,8 @@ def _warpgroup(program: Program, instruction: Instruction) -> Callable[[Machine]
 
 
 def _barrier(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    if instruction.parts[1] == "warp":
+        return lambda machine: machine.whole_warps(instruction)
     if instruction.operands != ("0",):
         raise Unsupported(instruction.text)
     return lambda machine: machine.whole_blocks(instruction)
