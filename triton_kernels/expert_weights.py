@@ -158,6 +158,8 @@ def nvfp4_dot(b_o, b_w, b_s, b_x, PRECISION: tl.constexpr, PAIRS: tl.constexpr):
 
     b_w: words of weights. b_s: of `load_group_scales`. b_x: of `load_quarters`.
     """
+    # Triton 3.6 to 3.8 multiply words that are 16 deep wrongly (triton-lang/triton, pull request 11691).
+    tl.static_assert(not PAIRS or b_x[0].shape[0] >= 32, "a quarter of a pass of pairs is 32 columns or more")
     for j in tl.static_range(4):
         b = nvfp4_quarter(b_w, b_s, j, b_x[j].dtype, PAIRS)
         b_o = tl.dot(b, b_x[j], b_o, input_precision=PRECISION)
