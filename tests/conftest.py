@@ -18,6 +18,12 @@ if PTX:
     from ptx import triton_driver
 
     triton_driver.install(tuple(int(part) for part in PTX.split(".")))
+# The same of the extension's CUDA kernels.
+CUDA_PTX = os.environ.get("DGEMMA_ACCEL_TEST_CUDA_PTX")
+if CUDA_PTX:
+    from ptx import cuda_driver
+
+    cuda_driver.install(tuple(int(part) for part in CUDA_PTX.split(".")))
 
 # The bench is no part of an installed package; without the repository on the path its tests cannot even be imported.
 collect_ignore_glob = [] if importlib.util.find_spec("bench") else ["test_bench*.py"]
@@ -26,7 +32,7 @@ DEVICES = {
     "reference": "cpu",
     "cpp": "cpu",
     "triton": "cuda" if torch.cuda.is_available() else "cpu",
-    "cuda": "cuda",
+    "cuda": "cpu" if CUDA_PTX else "cuda",
 }
 
 
@@ -34,7 +40,7 @@ def backend_params(op: str) -> list:
     """One parameter per implementation of an op; those that need a GPU carry the mark `gpu`."""
     params = []
     for name in backends.MODULES[op]:
-        on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+        on_gpu = DEVICES[name] == "cuda"
         params.append(pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else []))
     return params
 
@@ -62,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not (CUDA_PTX and "ptx" in item.keywords):
             item.add_marker(skip)
 
 

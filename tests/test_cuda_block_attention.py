@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICES
 from test_block_attention import make_case
 
 import dgemma_accel
@@ -33,6 +34,8 @@ SUPPORTED = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 512, "comput
     ],
 )
 def test_a_mismatch_says_what_is_required_and_supported(monkeypatch, name, value, line):
+    if value == DEVICES["cuda"]:
+        pytest.skip("these kernels take CPU tensors")
     monkeypatch.setattr(extension(), "CUDA_ARCHS", "80 121", raising=False)
     implementation = Implementation("block_attention", "cuda", None, block_attention_cuda)
     assert implementation.missing(SUPPORTED) == []
@@ -42,7 +45,9 @@ def test_a_mismatch_says_what_is_required_and_supported(monkeypatch, name, value
 
 def long_prefix(head_dim: int, dtype=torch.bfloat16):
     """One tile of rows and keys for many blocks of threads, so that the prefix is split."""
-    return make_case(1, 8, 2, 16, head_dim, prefix=3000, ranges=[(5, 2990)], dtype=dtype, device="cuda")
+    return make_case(
+        1, 8, 2, 16, head_dim, prefix=3000, ranges=[(5, 2990)], dtype=dtype, device=DEVICES["cuda"]
+    )
 
 
 def attend(case):
@@ -54,6 +59,7 @@ def attend(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_split_prefix_is_within_budget_and_repeats_its_bits(head_dim, dtype):
@@ -66,13 +72,24 @@ def test_split_prefix_is_within_budget_and_repeats_its_bits(head_dim, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.ptx
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_unaligned_rows(head_dim):
     case = make_case(
-        2, 4, 2, 19, head_dim, prefix=41, ranges=[(2, 40), (0, 41)], dtype=torch.float16, device="cuda"
+        2,
+        4,
+        2,
+        19,
+        head_dim,
+        prefix=41,
+        ranges=[(2, 40), (0, 41)],
+        dtype=torch.float16,
+        device=DEVICES["cuda"],
     )
     for i, tensor in enumerate(case[:5]):
-        wide = torch.full((*tensor.shape[:-1], head_dim + 3), float("nan"), dtype=tensor.dtype, device="cuda")
+        wide = torch.full(
+            (*tensor.shape[:-1], head_dim + 3), float("nan"), dtype=tensor.dtype, device=DEVICES["cuda"]
+        )
         wide[..., 1:-2] = tensor
         case[i] = wide[..., 1:-2]
     assert not check_block_attention(*attend(case), *case, head_dim**-0.5, None, False)

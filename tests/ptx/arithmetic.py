@@ -15,7 +15,8 @@ import numpy as np
 DTYPES = {
     "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
     "s16": np.int16, "f16": np.float16, "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
-    "f32": np.float32, "tf32": np.uint32, "f16x2": np.uint32, "bf16x2": np.uint32, "b64": np.uint64, "u64": np.uint64,
+    "f32": np.float32, "tf32": np.uint32, "f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32,
+    "u16x2": np.uint32, "b64": np.uint64, "u64": np.uint64,
     "s64": np.int64, "f64": np.float64, "f32x2": np.uint64, "e4m3x2": np.uint16, "e5m2x2": np.uint16,
     "e2m1x2": np.uint8,
 }  # fmt: skip
@@ -64,6 +65,13 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     back = total - product
     rest = (product - (total - back)) + (c - back) + error
     return np.where(np.isfinite(rest), total + rest, total)
+
+
+def fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in fp32, rounded towards minus infinity."""
+    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    result = exact.astype(np.float32)
+    return np.where(result > exact, np.nextafter(result, np.float32(-np.inf)), result)
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -196,6 +204,33 @@ def _logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np
     return result
 
 
+def _leading(number: int, bits: int) -> int:
+    """bfind.shiftamt: how far a number can be shifted to the left before its highest bit is lost."""
+    return bits - number.bit_length() if number else 0xFFFFFFFF
+
+
+def _highest(number: int, bits: int) -> int:
+    """bfind: the place of the highest bit."""
+    return number.bit_length() - 1 if number else 0xFFFFFFFF
+
+
+BIT_COUNTS = {
+    "popc": lambda number, bits: number.bit_count(),
+    "clz": lambda number, bits: bits - number.bit_length(),
+    "brev": lambda number, bits: int(f"{number:0{bits}b}"[::-1], 2),
+}
+
+
+def _inserted(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """bfi: the lowest `length` bits of a, put into b from `position` on."""
+    bits = b.dtype.itemsize * 8
+    result = []
+    for x, y, at, count in np.broadcast(a, b, position, length):
+        mask = ((1 << (int(count) & 0xFF)) - 1) << (int(at) & 0xFF) & ((1 << bits) - 1)
+        result.append(int(y) & ~mask | (int(x) << (int(at) & 0xFF)) & mask)
+    return np.array(result, dtype=b.dtype)
+
+
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
@@ -212,12 +247,12 @@ def comparison(name: str, kind: str) -> Callable[[np.ndarray, np.ndarray], np.nd
     return lambda a, b: COMPARISONS[name](a, b) & ~np.isnan(a) & ~np.isnan(b)
 
 
-def _pairs(operation: Callable) -> Callable:
-    """An operation on the two fp32 numbers of a 64-bit register."""
+def _pairs(operation: Callable, half: type, whole: type) -> Callable:
+    """An operation on the two numbers of a register."""
 
     def both(*operands):
-        halves = [np.ascontiguousarray(np.atleast_1d(operand)).view(np.float32) for operand in operands]
-        return np.ascontiguousarray(operation(*halves)).view(np.uint64)
+        halves = [np.ascontiguousarray(np.atleast_1d(operand)).view(half) for operand in operands]
+        return np.ascontiguousarray(operation(*halves)).view(whole)
 
     return both
 
@@ -273,6 +308,8 @@ def convert(target: str, source: str, modifiers: frozenset[str]) -> Callable:
             raise Unsupported(f"cvt.{target}.{source}")
         return lambda x: bf16(x.astype(np.float32))
     to = DTYPES[target]
+    if target.startswith("f") and "sat" in modifiers:
+        return lambda x: np.clip(np.nan_to_num(x, nan=0.0), 0.0, 1.0).astype(to)
     if target.startswith("f"):
         return lambda x: x.astype(to)
     if source.startswith("f"):
@@ -311,7 +348,7 @@ def _float(base: str, kind: str, modifiers: frozenset[str]) -> Callable | None:
         operation = quotient
     elif base == "ex2":
         return lambda x: exponential(x, "ftz" in modifiers)
-    elif base == "rcp" and kind == "f64":
+    elif base == "rcp" and kind == "f64" and "approx" in modifiers:
         # The upper 20 bits of the exact result are right.
         operation = lambda x: ((1 / x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)  # noqa: E731
     elif base == "rcp":
@@ -320,6 +357,10 @@ def _float(base: str, kind: str, modifiers: frozenset[str]) -> Callable | None:
         operation = lambda x: nudged(np.log2(x.astype(np.float64)).astype(np.float32), 1)  # noqa: E731
     elif base == "rsqrt":
         operation = lambda x: nudged((1 / np.sqrt(x.astype(np.float64))).astype(np.float32), 1)  # noqa: E731
+    elif base == "fma" and "rm" in modifiers and kind == "f32":
+        operation, modifiers = fma_down, modifiers - {"rm"}
+    elif base == "copysign":
+        operation = lambda a, b: np.copysign(b, a)  # noqa: E731
     if operation is None or kind == "f64":
         return operation
     if modifiers & {"rz", "rm", "rp", "sat"}:
@@ -365,10 +406,25 @@ def function(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...] | str, Callab
         return kind, kind, _permuted
     if base == "lop3":
         return kind, kind, _logic
-    if base == "popc":
-        return "u32", kind, lambda a: np.array([int(x).bit_count() for x in np.atleast_1d(a)], np.uint32)
+    if base in BIT_COUNTS or base == "bfind":
+        if base == "bfind" and (kind[0] != "u" or modifiers - {"shiftamt"}):
+            raise Unsupported(".".join(parts))
+        count = BIT_COUNTS.get(base) or (_leading if modifiers else _highest)
+        bits = DTYPES[kind](0).itemsize * 8
+        result = kind if base == "brev" else "u32"
+        return (
+            result,
+            kind,
+            lambda a: np.array([count(int(x), bits) for x in np.atleast_1d(a)], DTYPES[result]),
+        )
+    if base == "bfi":
+        return kind, (kind, kind, "u32", "u32"), _inserted
     if kind == "f32x2":
-        return kind, kind, _pairs({"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma}[base])
+        operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma}[base]
+        return kind, kind, _pairs(operation, np.float32, np.uint64)
+    if kind in ("s16x2", "u16x2"):
+        operation = {"add": np.add, "max": np.maximum, "min": np.minimum}[base]
+        return kind, kind, _pairs(operation, DTYPES[kind[:3]], np.uint32)
     if kind in ("f16", "bf16") and parts[-2] == "f32" and base in ("add", "sub", "fma"):
         # The last operand and the result are fp32, the others are widened.
         operation = _float(base, "f32", modifiers - {"f32"})

@@ -78,21 +78,34 @@ def _transfer(program: Program, instruction: Instruction) -> Callable[[Machine],
 
 def _parameter(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     """ld.param: from the bytes of the launch."""
-    target, source = instruction.operands
-    starts, at = {}, 0
-    for name, size in program.parameters:
-        at = -(-at // size) * size
-        starts[name] = at
-        at += size
-    start = starts[source.base] + source.offset
-    dtype = np.dtype(DTYPES[instruction.parts[-1]])
-    names = _as_tuple(target)
+    targets, source = instruction.operands
+    at, size = addresses(program, source, False), SIZES[instruction.parts[-1]]
+    dtype = DTYPES[instruction.parts[-1]]
 
     def load(machine: Machine) -> None:
-        for i, name in enumerate(names):
-            machine.write(name, np.frombuffer(machine.arguments, dtype, 1, start + i * dtype.itemsize)[0])
+        found = machine.parameters.load(at(machine), size, len(_as_tuple(targets)), instruction.text)
+        for name, values in zip(_as_tuple(targets), found):
+            machine.write(name, values.view(dtype))
 
     return load
+
+
+def _in_cluster(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """mapa: where an address of this block's shared memory would be in another block's of the cluster.
+
+    Blocks of a cluster lie behind each other, so it is off by a multiple of their distance and may be negative.
+    """
+    target, address, rank = instruction.operands
+    read, other = reader(program, address, "u32"), reader(program, rank, "u32")
+
+    def map_address(machine: Machine) -> None:
+        own = machine.of_active(machine.special["%cluster_ctarank"]).astype(np.int64)
+        away = other(machine).astype(np.int64) - own
+        if (other(machine) >= program.cluster).any():
+            raise MemoryFault(f"{instruction.text}: a block that is not in the cluster")
+        machine.write(target, (read(machine).astype(np.int64) + away * machine.pitch).astype(np.int32))
+
+    return map_address
 
 
 def _copy(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
@@ -154,8 +167,9 @@ def _by_warp(machine: Machine, instruction: Instruction, values: np.ndarray) -> 
 def _shuffle(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     mode = instruction.parts[2]
     target, source, offset, clamp, _ = instruction.operands
-    if "|" in target or instruction.parts[-1] != "b32":
+    if instruction.parts[-1] != "b32":
         raise Unsupported(instruction.text)
+    target, _, came = target.partition("|")
     read, by, limits = (reader(program, operand, "u32") for operand in (source, offset, clamp))
 
     def shuffle(machine: Machine) -> None:
@@ -172,6 +186,8 @@ def _shuffle(program: Program, instruction: Instruction) -> Callable[[Machine], 
             inside = chosen <= most
         chosen = np.where(inside, chosen, lane)
         machine.write(target, np.take_along_axis(values, chosen, axis=1).reshape(-1))
+        if came:
+            machine.write(came, np.broadcast_to(inside, chosen.shape).reshape(-1))
 
     return shuffle
 
@@ -314,9 +330,27 @@ def _warpgroup(program: Program, instruction: Instruction) -> Callable[[Machine]
     return multiply
 
 
+def _counting_barrier(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """bar.red.popc: in how many threads of the block a predicate holds."""
+    target, number_of_barrier, source = instruction.operands
+    if instruction.parts[2] != "popc" or number_of_barrier != "0":
+        raise Unsupported(instruction.text)
+    read = reader(program, source, "pred")
+
+    def count(machine: Machine) -> None:
+        machine.whole_blocks(instruction)
+        size = machine.count if machine.active is None else len(machine.active)
+        holds = np.broadcast_to(read(machine), size).reshape(-1, machine.threads)
+        machine.write(target, np.repeat(holds.sum(axis=1, dtype=np.uint32), machine.threads))
+
+    return count
+
+
 def _barrier(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     if instruction.parts[1] == "warp":
         return lambda machine: machine.whole_warps(instruction)
+    if instruction.parts[1] == "cluster":
+        return lambda machine: machine.whole_blocks(instruction)
     if instruction.operands != ("0",):
         raise Unsupported(instruction.text)
     return lambda machine: machine.whole_blocks(instruction)
@@ -340,6 +374,7 @@ def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], 
 SPECIAL = {
     "mov": _move, "ld": _transfer, "st": _transfer, "atom": _atomic, "red": _atomic, "shfl": _shuffle,
     "redux": _reduce, "vote": _vote, "mma": _mma, "ldmatrix": _matrices, "stmatrix": _matrices, "bar": _barrier,
+    "mapa": _in_cluster,
 }  # fmt: skip
 
 
@@ -354,7 +389,9 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         make = _copy
     elif name.startswith("wgmma.mma_async"):
         make = _warpgroup
-    elif name.startswith("barrier.sync"):
+    elif name.startswith("bar.red"):
+        make = _counting_barrier
+    elif name.startswith("barrier."):
         make = _barrier
     elif name.startswith("cvta"):
         make = _move

@@ -28,14 +28,15 @@ class Kernel:
         ]  # fmt: skip
 
     def arguments(self, values: list[bytes]) -> bytes:
-        """The launch's parameters as one string, each at a multiple of its own size."""
-        if len(values) != len(self.program.parameters):
-            raise ValueError(f"{len(self.program.parameters)} parameters expected, got {len(values)}")
+        """The launch's parameters as one string, each where the kernel reads it."""
+        parameters = self.program.parameters
+        if len(values) != len(parameters):
+            raise ValueError(f"{len(parameters)} parameters expected, got {len(values)}")
         packed = b""
-        for (name, size), value in zip(self.program.parameters, values):
+        for (name, (start, size)), value in zip(parameters.items(), values):
             if len(value) != size:
                 raise ValueError(f"{name} takes {size} bytes, got {len(value)}")
-            packed += b"\0" * (-len(packed) % size) + value
+            packed += b"\0" * (start - len(packed)) + value
         return packed
 
     def launch(
@@ -43,8 +44,10 @@ class Kernel:
         stretches: list[tuple[int, int]],
     ) -> None:  # fmt: skip
         """Runs all blocks of a grid; `stretches` are the addresses [start, end) that it may touch."""
-        total = grid[0] * grid[1] * grid[2]
-        at_once = max(1, THREADS_AT_ONCE // threads)
+        total, cluster = grid[0] * grid[1] * grid[2], self.program.cluster
+        if grid[0] % cluster:
+            raise ValueError(f"{self.program.name}: {grid[0]} blocks are no clusters of {cluster}")
+        at_once = max(1, THREADS_AT_ONCE // threads // cluster) * cluster
         memory, arguments = global_memory(stretches), self.arguments(values)
         for first in range(0, total, at_once):
             blocks = np.arange(first, min(first + at_once, total))

@@ -25,10 +25,14 @@ class Machine:
         shared: int,
         memory: Memory,
     ):
-        self.program, self.arguments, self.threads, self.memory = program, arguments, threads, memory
+        self.program, self.threads, self.memory = program, threads, memory
+        self.parameters = Memory(
+            "parameter", np.frombuffer(arguments + b"\0" * 16, np.uint8), 0, [(0, len(arguments))]
+        )
         self.count = len(blocks) * threads
         self.shared, pitch = shared_memory(len(blocks), max(shared, program.static_shared))
         self.shared_start = np.repeat(np.arange(len(blocks), dtype=np.int64) * pitch, threads)
+        self.pitch = pitch
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
@@ -39,6 +43,13 @@ class Machine:
             self.special[f"%nctaid.{axis}"] = size
             if axis != "x":
                 self.special[f"%tid.{axis}"], self.special[f"%ntid.{axis}"] = 0, 1
+        # Clusters are cut along x.
+        rank = self.special["%ctaid.x"] % program.cluster
+        self.special |= {
+            "%cluster_ctarank": rank,
+            "%cluster_ctaid.x": rank,
+            "%cluster_nctaid.x": program.cluster,
+        }
         self.special = {
             name: np.broadcast_to(value, self.count).astype(np.uint32) for name, value in self.special.items()
         }

@@ -54,8 +54,9 @@ def reader(program: Program, operand, kind: str) -> Reader:
         return read
     if operand.startswith("%"):
         return lambda machine: machine.of_active(machine.special[operand]).astype(dtype)
-    if operand in program.shared:
-        at = np.array(program.shared[operand], dtype=dtype)
+    symbols = program.shared | {name: start for name, (start, _) in program.parameters.items()}
+    if operand in symbols:
+        at = np.array(symbols[operand], dtype=dtype)
         return lambda machine: at
     value = literal(operand, dtype)
     return lambda machine: value
@@ -80,7 +81,8 @@ def _joined(program: Program, parts: tuple[str, ...], dtype: np.dtype) -> Reader
 
 def addresses(program: Program, operand: Address, shared: bool) -> Reader:
     """Where a load or a store goes, as int64 [active threads]; in shared memory with the block's own start."""
-    base = reader(program, operand.base, "u32" if shared else "u64")
+    # Signed, since another block of a cluster may lie before this one.
+    base = reader(program, operand.base, "s32" if shared else "u64")
 
     def read(machine: Machine) -> np.ndarray:
         start = machine.of_active(machine.shared_start)

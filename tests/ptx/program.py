@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 # Bytes of a register or an element by the last part of its type's name.
 SIZES = {
     "pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4,
-    "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
+    "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "s16x2": 4, "u16x2": 4, "tf32": 4,
+    "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
 }  # fmt: skip
 # Comments, and lines for debuggers, which end without a semicolon.
 UNREAD = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*\.(?:loc|file)\s[^\n]*", re.S | re.M)
 PARAMETER = re.compile(r"\.param\s+((?:\.\w+\s+(?:\d+\s+)?)+)(\w+)(?:\[(\d+)\])?")
+CLUSTER = re.compile(r"\.reqnctapercluster\s+(\d+)")
 SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 LABEL = re.compile(r"[\w$]+$")
 
@@ -42,16 +44,18 @@ class Instruction:
 class Program:
     """Instructions by block, the block of each label, bytes of each register, parameters and shared symbols.
 
-    parameters: (name, bytes) in order. shared: name to offset; the array of no length lies behind the others.
+    parameters: name to (where it begins in the bytes of a launch, bytes), in order. shared: name to offset; the array
+    of no length lies behind the others. cluster: blocks that share their memory.
     """
 
     name: str
-    parameters: list[tuple[str, int]] = field(default_factory=list)
+    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
+    cluster: int = 1
 
 
 def _split(text: str) -> list[str]:
@@ -212,20 +216,41 @@ def _inside(text: str) -> str:
     raise ValueError("a brace is not closed")
 
 
-def parse(text: str) -> Program:
-    """The one entry of a PTX module."""
-    head, _, rest = UNREAD.sub("", text).partition(".entry")
-    name, _, rest = rest.partition("(")
+def _parse_entry(text: str, head: str) -> Program:
+    """A kernel, from its name on; `head` is what the module declares before all of them."""
+    name, _, rest = text.partition("(")
     declared, _, rest = rest.partition(")")
     parser = _Parser(name.strip())
     program = parser.program
-    for match in PARAMETER.finditer(declared):
-        kind = match[1].split()[0][1:]
-        program.parameters.append((match[2], int(match[3] or 1) * SIZES[kind]))
+    end = 0
+    for attributes, parameter, count in PARAMETER.findall(declared):
+        words = attributes.replace(".", " ").split()
+        kind = next(word for word in words if word in SIZES)
+        size = int(count or 1) * SIZES[kind]
+        # Those of a struct name their alignment; that of ".ptr" is about what a pointer points to.
+        align = int(words[words.index("align") + 1]) if count else size
+        start = -(-end // align) * align
+        program.parameters[parameter] = start, size
+        end = start + size
+    found = CLUSTER.search(rest[: rest.index("{")])
+    program.cluster = int(found[1]) if found else 1
     body = _inside(rest)
     for align, symbol, size in SHARED.findall(head + body):
         program.shared[symbol] = -(-program.static_shared // int(align)) * int(align)
         program.static_shared = program.shared[symbol] + int(size or 0)
     parser.body(SHARED.sub("", body))
     program.blocks = [contracted(block) for block in program.blocks]
+    return program
+
+
+def parse_module(text: str) -> dict[str, Program]:
+    """The kernels of a PTX module by name."""
+    head, *entries = UNREAD.sub("", text).split(".entry")
+    programs = [_parse_entry(entry, head) for entry in entries]
+    return {program.name: program for program in programs}
+
+
+def parse(text: str) -> Program:
+    """The one kernel of a PTX module."""
+    (program,) = parse_module(text).values()
     return program

@@ -39,7 +39,7 @@ def launch(kernel, grid: tuple, arguments: dict) -> None:
     values = [pack(kind, arguments[name]) for name, kind in kinds.items()]
     program = kernel_of(kernel.asm["ptx"])
     # Scratch memory, which no kernel here asks for, comes last.
-    values += [b"\0" * size for _, size in program.program.parameters[len(values) :]]
+    values += [b"\0" * size for _, size in list(program.program.parameters.values())[len(values) :]]
     tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     size = (*grid, 1, 1)[:3]
     program.launch(
