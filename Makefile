@@ -1,9 +1,9 @@
 # Every target prepares what it needs: a virtual environment, PyTorch, the compiled extension.
-#   make demo | test | budgets | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
+#   make demo | test | budgets | ptx-tests | bench | gpu | sanitize | report | wheel | test-wheel | compile-tests | lint
 # Variables:
 #   TRANSFORMERS=5.17.0   another transformers release, or newest (in an environment of its own)
 #   TESTS="tests/..."     what `make test` runs;  PYTEST_ARGS="-k ..."  passed on
-#   CAPABILITY=9.0        what `make compile-tests` compiles the Triton tests' launches for
+#   CAPABILITY=9.0        what `make ptx-tests` and `make compile-tests` compile the kernels for
 #   GPU_MINUTES=9  PARTS="test attention"   time and parts of `make gpu`
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ CAPABILITY ?= 9.0
 VENV ?= .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 RUN = $(VENV)/bin/python
 
-.PHONY: help prepare demo test budgets bench gpu sanitize report wheel test-wheel compile-tests lint clean
+.PHONY: help prepare demo test budgets ptx-tests bench gpu sanitize report wheel test-wheel compile-tests lint clean
 
 help:
 	@sed -n '2,8s/^# *//p' Makefile
@@ -41,6 +41,16 @@ test: prepare
 budgets: prepare
 	@echo "== compile budgets of the Triton kernels"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(BUDGETS) $(PYTEST_ARGS)
+
+# What the compilers make of the kernels, carried out on the host: Triton's, and nvcc's where there is one.
+PTX_TESTS ?= $(filter-out %_compiled.py, $(wildcard tests/test_triton_*.py)) $(wildcard tests/test_cuda_block_attention*.py) \
+	$(patsubst %, tests/test_%.py, row_stats commit progress block_attention head_stats soft_embedding experts experts_nvfp4)
+PTX_KEYS ?= triton or cuda
+
+ptx-tests: prepare
+	@echo "== the compiled kernels for $(CAPABILITY), carried out on the host"
+	@DGEMMA_ACCEL_TEST_PTX=$(CAPABILITY) DGEMMA_ACCEL_TEST_CUDA_PTX=$(CAPABILITY) OMP_NUM_THREADS=1 \
+		$(RUN) -m pytest -q -n 2 --durations 10 $(PTX_TESTS) -k "$(PTX_KEYS)" $(PYTEST_ARGS)
 
 bench: prepare
 	@$(RUN) -m bench

@@ -18,12 +18,16 @@ if PTX:
     from ptx import triton_driver
 
     triton_driver.install(tuple(int(part) for part in PTX.split(".")))
-# The same of the extension's CUDA kernels.
+# The same of the extension's CUDA kernels, where there is nvcc.
 CUDA_PTX = os.environ.get("DGEMMA_ACCEL_TEST_CUDA_PTX")
 if CUDA_PTX:
     from ptx import cuda_driver
 
-    cuda_driver.install(tuple(int(part) for part in CUDA_PTX.split(".")))
+    NO_CUDA_PTX = cuda_driver.reason_to_skip()
+    if NO_CUDA_PTX is None:
+        cuda_driver.install(tuple(int(part) for part in CUDA_PTX.split(".")))
+    else:
+        CUDA_PTX = None
 
 # The bench is no part of an installed package; without the repository on the path its tests cannot even be imported.
 collect_ignore_glob = [] if importlib.util.find_spec("bench") else ["test_bench*.py"]
@@ -43,6 +47,15 @@ def backend_params(op: str) -> list:
         on_gpu = DEVICES[name] == "cuda"
         params.append(pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else []))
     return params
+
+
+def pytest_report_header(config):
+    lines = [f"Triton kernels are compiled for {PTX} and carried out on the host"] if PTX else []
+    if CUDA_PTX:
+        lines.append(f"CUDA kernels are compiled for {CUDA_PTX} and carried out on the host")
+    elif "DGEMMA_ACCEL_TEST_CUDA_PTX" in os.environ:
+        lines.append(f"CUDA kernels are not carried out: {NO_CUDA_PTX}")
+    return lines
 
 
 def pytest_generate_tests(metafunc):

@@ -1,8 +1,13 @@
 """The machine of tests/ptx: its arithmetic against Python's numbers, its warps and matrices, and what it refuses."""
 
+import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -542,3 +547,59 @@ def test_arguments_lie_at_multiples_of_their_size():
 def test_e2m1_and_e4m3_tables():
     assert arithmetic.E2M1[:8].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     assert arithmetic.E2M1[8:].tolist() == [-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+# In a process of its own: this one may have set Triton to interpret.
+PLANTED = r"""
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+from ptx import triton_driver
+from ptx.memory import MemoryFault
+triton_driver.install((9, 0))
+import torch
+from dgemma_accel.reference.budget import check_block_attention
+from dgemma_accel.triton_kernels.block_attention import block_attention
+from test_block_attention import make_case
+
+def first(pattern, by):
+    return lambda text: re.sub(pattern, by, text, count=1)
+
+MUTANTS = {
+    "none": lambda text: text,
+    "another order of columns": lambda text: re.sub(r"(wgmma[^;]*, 1, 1, )1;", r"\g<1>0;", text),
+    "a tile kept": first(r"(wgmma\.mma_async\S+ \{[^}]*\}, \S+, \S+,) (?:0|%p\d+|p),", r"\1 1,"),
+    "an exchange of other lanes": first(r"(shfl\.sync\.bfly\.b32\s+\S+, \S+), 1,", r"\1, 2,"),
+    "a bound off by one": lambda text: text.replace("setp.lt.s32", "setp.le.s32"),
+    "another base": lambda text: text.replace("ex2.approx.ftz.f32", "rcp.approx.ftz.f32"),
+    "a copy that takes nothing": first(r"(cp\.async\.cg\S+ [^;]*, 0x10), %r\d+;", r"\1, 0;"),
+    "another swizzle": first(r"xor\.b32", "or.b32"),
+}
+torch.manual_seed(0)
+case = make_case(1, 4, 2, 40, 64, prefix=100, ranges=[(3, 97)], dtype=torch.bfloat16)
+arguments = (*case, 0.125, None, False)
+parsed, told = triton_driver.kernel_of.__wrapped__, {}
+for name, change in MUTANTS.items():
+    texts = []
+    def kernel_of(text):
+        texts.append(change(text) != text)
+        return parsed(change(text))
+    triton_driver.kernel_of = kernel_of
+    try:
+        problems = check_block_attention(*block_attention(*arguments, splits=2), *arguments)
+    except MemoryFault as fault:
+        problems = [str(fault)]
+    told[name] = [any(texts), problems]
+print(json.dumps(told))
+"""
+
+
+def test_what_a_compiler_could_get_wrong_is_seen():
+    """Triton's block_attention for Hopper, and mutants of its PTX."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", PLANTED, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told.pop("none") == [False, []]
+    assert len(told) == 7 and all(changed and problems for changed, problems in told.values()), told
