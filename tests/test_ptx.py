@@ -435,7 +435,7 @@ def test_what_a_gpu_would_refuse_is_an_error(fault):
 
 def test_what_is_not_known_is_refused():
     for body in (
-        "tcgen05.wait::ld.sync.aligned;",
+        "tcgen05.shift.cta_group::1.down [%r10];",
         "mul.rz.f32 %r10, %r11, %r12;",
         "prmt.b32.f4e %r10, %r11, %r12, 0;",
     ):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import arithmetic, matrix
+from . import arithmetic, matrix, tensor_memory
 from .arithmetic import DTYPES, Unsupported
 from .machine import Diverged, Machine
 from .memory import UNSIGNED, MemoryFault
@@ -17,6 +17,8 @@ from .program import SIZES, Instruction, Program, number
 NOTHING = (
     "fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "cp.async.commit_group",
     "cp.async.wait_group", "cp.async.wait_all", "griddepcontrol", "setmaxnreg", "nanosleep", "prefetch",
+    "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "tcgen05.wait", "tcgen05.fence", "tcgen05.commit",
+    "tcgen05.dealloc", "tcgen05.relinquish_alloc_permit",
 )  # fmt: skip
 ATOMIC = {
     "add": lambda old, new: old + new, "and": lambda old, new: old & new, "or": lambda old, new: old | new,
@@ -194,13 +196,15 @@ def _shuffle(program: Program, instruction: Instruction) -> Callable[[Machine], 
 
 def _reduce(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     """redux.sync over the lanes of a mask."""
-    _, _, name, kind = instruction.parts
+    *_, name, kind = (part for part in instruction.parts if part != "NaN")
     target, source, members = instruction.operands
     read, mask = reader(program, source, kind), reader(program, members, "u32")
     operation = {
         "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
         "xor": np.bitwise_xor,
     }[name]  # fmt: skip
+    if kind == "f32" and "NaN" not in instruction.parts:
+        operation = {"min": np.fmin, "max": np.fmax}[name]
 
     def reduce(machine: Machine) -> None:
         values, member = _by_warp(machine, instruction, read(machine)), mask(machine)
@@ -389,6 +393,16 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         make = _copy
     elif name.startswith("wgmma.mma_async"):
         make = _warpgroup
+    elif name.startswith(("tcgen05.ld", "tcgen05.st")):
+        make = tensor_memory.transfer
+    elif name.startswith("tcgen05.mma."):
+        make = tensor_memory.multiply
+    elif name.startswith("tcgen05.alloc"):
+        make = tensor_memory.allocate
+    elif name.startswith("mbarrier.try_wait"):
+        make = tensor_memory.waited
+    elif name.startswith("elect.sync"):
+        make = tensor_memory.elect
     elif name.startswith("bar.red"):
         make = _counting_barrier
     elif name.startswith("barrier."):

@@ -7,9 +7,9 @@ import struct
 import numpy as np
 
 from .instructions import decoded
-from .machine import Machine
+from .machine import Diverged, Machine
 from .memory import global_memory
-from .program import Program
+from .program import Program, waits_for_all
 
 # Threads that run at once at most, and the block number that ended threads have.
 THREADS_AT_ONCE = 4096
@@ -26,6 +26,7 @@ class Kernel:
              for instruction in block]
             for block in program.blocks
         ]  # fmt: skip
+        self.barriers = {i for i, block in enumerate(program.blocks) if block and waits_for_all(block[0])}
 
     def arguments(self, values: list[bytes]) -> bytes:
         """The launch's parameters as one string, each where the kernel reads it."""
@@ -56,16 +57,34 @@ class Kernel:
                 self.run(machine)
 
     def run(self, machine: Machine) -> None:
-        """`places` has the block that each thread is about to run."""
+        """`places` has the block of instructions that each thread is about to run."""
         places = np.zeros(machine.count, dtype=np.int64)
-        while True:
-            # Who is behind goes first, so that threads meet again where their branches end.
-            block = int(places.min())
-            if block >= len(self.blocks):
-                return
-            here = places == block
+        while (block := self.next(places, machine.threads)) is not None:
+            number, here = block
             machine.active = None if here.all() else np.flatnonzero(here)
-            self.run_block(machine, block, places)
+            self.run_block(machine, number, places)
+
+    def next(self, places: np.ndarray, threads: int) -> tuple[int, np.ndarray] | None:
+        """(the instructions that run next, by which threads); None where all have ended.
+
+        Who is behind goes first, so that threads meet again where their branches end. At a barrier they wait for the
+        others of their block.
+        """
+        lowest = int(places.min())
+        if lowest >= len(self.blocks):
+            return None
+        if lowest not in self.barriers:
+            return lowest, places == lowest
+        for number in np.unique(places):
+            if number >= len(self.blocks):
+                break
+            here = places == number
+            if number in self.barriers:
+                here &= here.reshape(-1, threads).all(axis=1).repeat(threads)
+            if here.any():
+                return int(number), here
+        text = self.program.blocks[lowest][0].text
+        raise Diverged(f"{self.program.name}: only a part of a block reaches {text}")
 
     def run_block(self, machine: Machine, block: int, places: np.ndarray) -> None:
         everyone = machine.active

@@ -35,6 +35,8 @@ class Machine:
         self.pitch = pitch
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None
+        # Made where it is first used.
+        self.tensor_memory = None
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
         self.special = {"%tid.x": thread, "%laneid": thread % 32, "%warpid": thread // 32, "%ntid.x": threads}
         places = np.unravel_index(blocks, tuple(reversed(grid)))

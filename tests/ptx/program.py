@@ -58,6 +58,11 @@ class Program:
     cluster: int = 1
 
 
+def waits_for_all(instruction: Instruction) -> bool:
+    """Whether it is a barrier of a block or of a cluster, which then is the first instruction of its basic block."""
+    return instruction.parts[0] in ("bar", "barrier") and instruction.parts[1] != "warp"
+
+
 def _split(text: str) -> list[str]:
     """At the commas outside of brackets and braces."""
     pieces, depth, start = [], 0, 0
@@ -128,6 +133,8 @@ class _Parser:
             guard,
             text,
         )
+        if waits_for_all(instruction) and self.program.blocks[-1]:
+            self.program.blocks.append([])
         self.program.blocks[-1].append(instruction)
         if instruction.parts[0] in ("bra", "ret", "exit"):
             self.program.blocks.append([])
@@ -135,6 +142,9 @@ class _Parser:
     def label(self, name: str) -> None:
         if self.program.blocks[-1]:
             self.program.blocks.append([])
+        if len(self.scopes) > 1:
+            # Of inline assembly, which may stand there several times; its branches go back.
+            self.scopes[-1][name] = name = f"{name}@{len(self.program.labels)}"
         self.program.labels[name] = len(self.program.blocks) - 1
 
     def body(self, text: str) -> None:
