@@ -16,7 +16,7 @@ from ptx import arithmetic
 from ptx.arithmetic import Unsupported
 from ptx.kernel import Kernel, pack
 from ptx.machine import Diverged
-from ptx.memory import MemoryFault
+from ptx.memory import MemoryFault, Unordered
 from ptx.program import parse
 
 THREADS = 64
@@ -476,6 +476,51 @@ def test_copies_leave_zeros_where_nothing_is_taken():
     assert (out.view(32, 4)[::2] == 0).all()
 
 
+def test_a_copy_that_was_not_waited_for_is_poison():
+    source, out = torch.arange(4 * 32, dtype=torch.int32), torch.zeros(2, 4 * 32, dtype=torch.int32)
+    copies = "\n".join(
+        f"add.s32 %r11, %r12, {512 * i}; cp.async.cg.shared.global [%r11], [%rd11], 0x10; cp.async.commit_group;"
+        for i in (0, 1)
+    )
+    run(
+        f"""
+        shl.b32 %r12, %r1, 4;
+        cvt.u64.u32 %rd10, %r12;
+        add.s64 %rd11, %rd1, %rd10;
+        {copies}
+        cp.async.wait_group 1;
+        add.s64 %rd12, %rd2, %rd10;
+        ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r12];
+        st.global.v4.b32 [%rd12], {{%r20, %r21, %r22, %r23}};
+        ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r12+512];
+        st.global.v4.b32 [%rd12+512], {{%r20, %r21, %r22, %r23}};
+        """,
+        source, out, threads=32, shared=1024,
+    )  # fmt: skip
+    assert torch.equal(out[0], source) and (out[1] == -1).all()
+
+
+@pytest.mark.parametrize("barrier", ["", "bar.sync 0;"])
+@pytest.mark.parametrize("reads_first", [False, True])
+def test_warps_that_no_barrier_orders_are_seen(barrier, reads_first):
+    """Each thread writes its own word and reads that of the thread 32 further on, of the other warp."""
+    write = "st.shared.b32 [%r10], %r1;"
+    read = "ld.shared.b32 %r12, [%r11];"
+    first, second = (read, write) if reads_first else (write, read)
+    body = f"""
+        shl.b32 %r10, %r1, 2;
+        xor.b32 %r11, %r10, 128;
+        {first}
+        {barrier}
+        {second}
+        """
+    if barrier:
+        run(body, shared=256)
+    else:
+        with pytest.raises(Unordered, match="with no barrier"):
+            run(body, shared=256)
+
+
 @pytest.mark.parametrize("kind, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_a_warp_multiplies_matrices(kind, dtype):
     """A by ldmatrix, B [k, n] by its transposing form, C through mma.sync, all by the layouts of the ISA."""
@@ -554,7 +599,7 @@ PLANTED = r"""
 import json, re, sys
 sys.path.insert(0, sys.argv[1])
 from ptx import triton_driver
-from ptx.memory import MemoryFault
+from ptx.memory import MemoryFault, Unordered
 triton_driver.install((9, 0))
 import torch
 from dgemma_accel.reference.budget import check_block_attention
@@ -572,6 +617,8 @@ MUTANTS = {
     "a bound off by one": lambda text: text.replace("setp.lt.s32", "setp.le.s32"),
     "another base": lambda text: text.replace("ex2.approx.ftz.f32", "rcp.approx.ftz.f32"),
     "a copy that takes nothing": first(r"(cp\.async\.cg\S+ [^;]*, 0x10), %r\d+;", r"\1, 0;"),
+    "no wait for copies": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+;", "", text),
+    "no barriers": lambda text: text.replace("bar.sync", "bar.warp.sync"),
     "another swizzle": first(r"xor\.b32", "or.b32"),
 }
 torch.manual_seed(0)
@@ -586,7 +633,7 @@ for name, change in MUTANTS.items():
     triton_driver.kernel_of = kernel_of
     try:
         problems = check_block_attention(*block_attention(*arguments, splits=2), *arguments)
-    except MemoryFault as fault:
+    except (MemoryFault, Unordered) as fault:
         problems = [str(fault)]
     told[name] = [any(texts), problems]
 print(json.dumps(told))
@@ -602,4 +649,4 @@ def test_what_a_compiler_could_get_wrong_is_seen():
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told.pop("none") == [False, []]
-    assert len(told) == 7 and all(changed and problems for changed, problems in told.values()), told
+    assert len(told) == 9 and all(changed and problems for changed, problems in told.values()), told

@@ -15,8 +15,8 @@ from .program import SIZES, Instruction, Program, number
 
 # They order what lockstep orders, or tell the hardware what it may do ahead of time.
 NOTHING = (
-    "fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "cp.async.commit_group",
-    "cp.async.wait_group", "cp.async.wait_all", "griddepcontrol", "setmaxnreg", "nanosleep", "prefetch",
+    "fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "griddepcontrol", "setmaxnreg",
+    "nanosleep", "prefetch",
     "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "tcgen05.wait", "tcgen05.fence", "tcgen05.commit",
     "tcgen05.dealloc", "tcgen05.relinquish_alloc_permit",
 )  # fmt: skip
@@ -60,8 +60,11 @@ def _transfer(program: Program, instruction: Instruction) -> Callable[[Machine],
         at, dtype = addresses(program, source, shared), DTYPES[parts[-1]]
 
         def load(machine: Machine) -> None:
-            memory = machine.shared if shared else machine.memory
-            found = memory.load(at(machine), size, len(_as_tuple(targets)), what)
+            where = at(machine), size, len(_as_tuple(targets)), what
+            if shared:
+                found = machine.shared.load(*where, machine.running() // 32)
+            else:
+                found = machine.memory.load(*where)
             for name, values in zip(_as_tuple(targets), found):
                 machine.write(name, values.view(dtype))
 
@@ -71,9 +74,15 @@ def _transfer(program: Program, instruction: Instruction) -> Callable[[Machine],
     kind = f"u{8 * size}"
     readers = [reader(program, source, kind) for source in _as_tuple(sources)]
 
+    # A store into another block's memory is ordered by the cluster's barrier.
+    elsewhere = any(part == "shared::cluster" for part in parts)
+
     def store(machine: Machine) -> None:
-        memory = machine.shared if shared else machine.memory
-        memory.store(at(machine), [read(machine) for read in readers], size, what)
+        given = at(machine), [read(machine) for read in readers], size, what
+        if shared:
+            machine.shared.store(*given, None if elsewhere else machine.running() // 32)
+        else:
+            machine.memory.store(*given)
 
     return store
 
@@ -105,7 +114,7 @@ def _in_cluster(program: Program, instruction: Instruction) -> Callable[[Machine
         away = other(machine).astype(np.int64) - own
         if (other(machine) >= program.cluster).any():
             raise MemoryFault(f"{instruction.text}: a block that is not in the cluster")
-        machine.write(target, (read(machine).astype(np.int64) + away * machine.pitch).astype(np.int32))
+        machine.write(target, (read(machine).astype(np.int64) + away * machine.shared.pitch).astype(np.int32))
 
     return map_address
 
@@ -129,9 +138,20 @@ def _copy(program: Program, instruction: Instruction) -> Callable[[Machine], Non
         if some.any():
             for word, found in zip(words, machine.memory.load(here[some], 4, size // 4, instruction.text)):
                 word[some] = found
-        machine.shared.store(there, words, 4, instruction.text)
+        poison = [np.full(len(there), 0xFFFFFFFF, np.uint32)] * len(words)
+        machine.shared.store(there, poison, 4, instruction.text, machine.running() // 32)
+        machine.copies.add(machine.running(), there, np.stack(words, axis=1))
 
     return copy
+
+
+def _copies(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """cp.async.commit_group, cp.async.wait_group and cp.async.wait_all."""
+    what, operands = instruction.parts[2], instruction.operands
+    if what == "commit_group":
+        return lambda machine: machine.copies.commit(machine.running())
+    under_way = {"wait_group": number(operands[0]) if operands else 0, "wait_all": -1}[what]
+    return lambda machine: machine.copies.wait(machine.running(), under_way, machine.shared, instruction.text)
 
 
 def _atomic(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
@@ -238,7 +258,7 @@ def _fragments(program: Program, names: tuple[str, ...]) -> Callable[[Machine], 
     readers = [reader(program, name, "b32") for name in names]
 
     def read(machine: Machine) -> np.ndarray:
-        size = machine.count if machine.active is None else len(machine.active)
+        size = len(machine.running())
         values = [np.broadcast_to(read(machine), size) for read in readers]
         return np.stack(values, axis=1).reshape(-1, 32, len(names))
 
@@ -272,13 +292,18 @@ def _matrices(program: Program, instruction: Instruction) -> Callable[[Machine],
     transposed = "trans" in instruction.parts
     if "m8n8" not in instruction.parts or instruction.parts[-1] != "b16":
         raise Unsupported(instruction.text)
+
+    def warps(machine: Machine) -> np.ndarray:
+        return np.repeat(machine.running()[::32] // 32, 8)
+
     if instruction.parts[0] == "ldmatrix":
         target, address = instruction.operands
         at = addresses(program, address, True)
 
         def load(machine: Machine) -> None:
             rows = _by_warp(machine, instruction, at(machine))
-            _write_fragments(machine, target, matrix.load_matrices(machine.shared, rows, count, transposed))
+            found = matrix.load_matrices(machine.shared, rows, count, transposed, warps(machine))
+            _write_fragments(machine, target, found)
 
         return load
     address, sources = instruction.operands
@@ -286,7 +311,9 @@ def _matrices(program: Program, instruction: Instruction) -> Callable[[Machine],
 
     def store(machine: Machine) -> None:
         rows, values = _by_warp(machine, instruction, at(machine)), read(machine)
-        matrix.store_matrices(machine.shared, rows, [values[:, :, i] for i in range(count)], transposed)
+        matrix.store_matrices(
+            machine.shared, rows, [values[:, :, i] for i in range(count)], transposed, warps(machine)
+        )
 
     return store
 
@@ -342,9 +369,8 @@ def _counting_barrier(program: Program, instruction: Instruction) -> Callable[[M
     read = reader(program, source, "pred")
 
     def count(machine: Machine) -> None:
-        machine.whole_blocks(instruction)
-        size = machine.count if machine.active is None else len(machine.active)
-        holds = np.broadcast_to(read(machine), size).reshape(-1, machine.threads)
+        machine.barrier()
+        holds = np.broadcast_to(read(machine), len(machine.running())).reshape(-1, machine.threads)
         machine.write(target, np.repeat(holds.sum(axis=1, dtype=np.uint32), machine.threads))
 
     return count
@@ -353,11 +379,9 @@ def _counting_barrier(program: Program, instruction: Instruction) -> Callable[[M
 def _barrier(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     if instruction.parts[1] == "warp":
         return lambda machine: machine.whole_warps(instruction)
-    if instruction.parts[1] == "cluster":
-        return lambda machine: machine.whole_blocks(instruction)
-    if instruction.operands != ("0",):
+    if instruction.parts[1] != "cluster" and instruction.operands != ("0",):
         raise Unsupported(instruction.text)
-    return lambda machine: machine.whole_blocks(instruction)
+    return lambda machine: machine.barrier()
 
 
 def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
@@ -389,8 +413,10 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         return None
     if name.startswith("ld.param"):
         make = _parameter
-    elif name.startswith("cp.async.c"):
+    elif name.startswith(("cp.async.ca.", "cp.async.cg.")):
         make = _copy
+    elif name.startswith(("cp.async.commit_group", "cp.async.wait_")):
+        make = _copies
     elif name.startswith("wgmma.mma_async"):
         make = _warpgroup
     elif name.startswith(("tcgen05.ld", "tcgen05.st")):

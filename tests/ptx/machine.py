@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import POISON, UNSIGNED, Memory, shared_memory
+from .memory import POISON, UNSIGNED, Copies, Memory, SharedMemory
 from .program import Instruction, Program
 
 
@@ -30,9 +30,9 @@ class Machine:
             "parameter", np.frombuffer(arguments + b"\0" * 16, np.uint8), 0, [(0, len(arguments))]
         )
         self.count = len(blocks) * threads
-        self.shared, pitch = shared_memory(len(blocks), max(shared, program.static_shared))
-        self.shared_start = np.repeat(np.arange(len(blocks), dtype=np.int64) * pitch, threads)
-        self.pitch = pitch
+        self.shared = SharedMemory(len(blocks), max(shared, program.static_shared))
+        self.shared_start = np.repeat(np.arange(len(blocks), dtype=np.int64) * self.shared.pitch, threads)
+        self.copies = Copies(self.count)
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None
         # Made where it is first used.
@@ -58,6 +58,10 @@ class Machine:
 
     def of_active(self, values: np.ndarray) -> np.ndarray:
         return values if self.active is None else values[self.active]
+
+    def running(self) -> np.ndarray:
+        """The numbers of the active threads."""
+        return np.arange(self.count) if self.active is None else self.active
 
     def register(self, name: str) -> np.ndarray:
         """What all threads have in a register."""
@@ -94,10 +98,6 @@ class Machine:
             raise Diverged(f"a part of a warp reaches {instruction.text}")
         return len(warps)
 
-    def whole_blocks(self, instruction: Instruction) -> None:
-        if self.active is not None:
-            blocks, here = np.unique(self.active // self.threads, return_counts=True)
-            if (here != self.threads).any():
-                raise Diverged(
-                    f"a part of block {blocks[here != self.threads][0]} reaches {instruction.text}"
-                )
+    def barrier(self) -> None:
+        """What these blocks did before is ordered with what they do from now on."""
+        self.shared.barriers[np.unique(self.running() // self.threads)] += 1

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from .arithmetic import E4M3, Unsupported, cut, from_bf16
-from .memory import Memory
+from .memory import Memory, SharedMemory
 
 LANE = np.arange(32)
 GROUP, PAIR = LANE >> 2, LANE & 3
@@ -97,12 +97,17 @@ def mma(
     return from_accumulators(product(left, right, accumulators(c)))
 
 
-def load_matrices(memory: Memory, addresses: np.ndarray, count: int, transposed: bool) -> list[np.ndarray]:
-    """ldmatrix of `count` 8x8 matrices of 16 bits; addresses [warps, 32] of rows, eight lanes a matrix."""
+def load_matrices(
+    memory: SharedMemory, addresses: np.ndarray, count: int, transposed: bool, who: np.ndarray
+) -> list[np.ndarray]:
+    """ldmatrix of `count` 8x8 matrices of 16 bits; addresses [warps, 32] of rows, eight lanes a matrix.
+
+    who: the warp of each of the eight rows of a warp.
+    """
     result = []
     for i in range(count):
         rows = addresses[:, 8 * i : 8 * i + 8]
-        words = memory.load(rows.reshape(-1), 4, 4, "ldmatrix")
+        words = memory.load(rows.reshape(-1), 4, 4, "ldmatrix", who)
         matrix = np.stack(words, axis=1).reshape(len(addresses), 8, 4).view(np.uint16)
         if transposed:
             matrix = matrix.transpose(0, 2, 1)
@@ -112,7 +117,11 @@ def load_matrices(memory: Memory, addresses: np.ndarray, count: int, transposed:
 
 
 def store_matrices(
-    memory: Memory, addresses: np.ndarray, registers: list[np.ndarray], transposed: bool
+    memory: SharedMemory,
+    addresses: np.ndarray,
+    registers: list[np.ndarray],
+    transposed: bool,
+    who: np.ndarray,
 ) -> None:
     """stmatrix, the inverse of `load_matrices`."""
     for i, register in enumerate(registers):
@@ -125,7 +134,7 @@ def store_matrices(
                 matrix[:, GROUP, 2 * PAIR + j] = half
         words = np.ascontiguousarray(matrix).view(np.uint32).reshape(-1, 4)
         rows = addresses[:, 8 * i : 8 * i + 8].reshape(-1)
-        memory.store(rows, [words[:, j] for j in range(4)], 4, "stmatrix")
+        memory.store(rows, [words[:, j] for j in range(4)], 4, "stmatrix", who)
 
 
 @functools.cache

@@ -80,10 +80,94 @@ def global_memory(stretches: list[tuple[int, int]]) -> Memory:
     return Memory("global", np.frombuffer(whole, dtype=np.uint8), _ORIGIN, stretches)
 
 
-def shared_memory(blocks: int, size: int) -> tuple[Memory, int]:
-    """Shared memory of several blocks, poisoned, and the distance from one block's to the next."""
-    # What lies between two blocks' belongs to neither. A swizzled matrix starts at a multiple of 1024 bytes.
-    pitch = -(-(size + 16) // 1024) * 1024
-    raw = np.full(max(blocks * pitch, 1024), POISON, dtype=np.uint8)
-    stretches = [(i * pitch, i * pitch + size) for i in range(blocks)]
-    return Memory("shared", raw, 0, stretches), pitch
+class Unordered(RuntimeError):
+    """Two warps that touch the same shared memory, one of them writing, with no barrier between them."""
+
+
+SEVERAL = -2
+
+
+class SharedMemory(Memory):
+    """Shared memory of several blocks, poisoned; each block's begins `pitch` bytes behind the one before it.
+
+    Every byte knows who read and wrote it since which barrier of its block. Accesses say by whose warp they are, and
+    those that do not are not looked at.
+    """
+
+    def __init__(self, blocks: int, size: int):
+        # What lies between two blocks' belongs to neither. A swizzled matrix starts at a multiple of 1024 bytes.
+        self.pitch = -(-(size + 16) // 1024) * 1024
+        raw = np.full(blocks * self.pitch, POISON, dtype=np.uint8)
+        super().__init__("shared", raw, 0, [(i * self.pitch, i * self.pitch + size) for i in range(blocks)])
+        self.barriers = np.zeros(blocks, dtype=np.int32)
+        self.written, self.read = np.full((2, raw.size), -1, dtype=np.int32)
+        self.writer, self.reader = np.full((2, raw.size), SEVERAL, dtype=np.int32)
+
+    def _bytes(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        return (addresses.astype(np.int64)[:, None] + np.arange(size)).reshape(-1)
+
+    def _note(
+        self, at: np.ndarray, warp: np.ndarray, when: np.ndarray, since: np.ndarray, who: np.ndarray
+    ) -> None:
+        """Who touched bytes since the last barrier: one warp, or several."""
+        by = np.where((since[at] == when) & (who[at] != warp), SEVERAL, warp)
+        who[at] = by
+        # A byte that several warps touch by one instruction has the last one's name.
+        who[at[who[at] != by]] = SEVERAL
+        since[at] = when
+
+    def _ordered(self, addresses: np.ndarray, size: int, who: np.ndarray, writes: bool, what: str) -> None:
+        at, warp = self._bytes(addresses, size), np.repeat(who.astype(np.int32), size)
+        when = self.barriers[at // self.pitch]
+        unordered = (self.written[at] == when) & (self.writer[at] != warp) & (self.writer[at] != SEVERAL)
+        if writes:
+            # Several warps may write one value that they all hold.
+            unordered = (self.read[at] == when) & (self.reader[at] != warp)
+        if unordered.any():
+            first = int(at[unordered][0])
+            other = int((self.reader if writes else self.writer)[first])
+            raise Unordered(
+                f"{what}: byte {first % self.pitch} of warp {int(warp[unordered][0])} and warp {other}, with no barrier"
+            )
+        since, by = (self.written, self.writer) if writes else (self.read, self.reader)
+        self._note(at, warp, when, since, by)
+
+    def load(self, addresses, size, count, what, who=None):
+        found = super().load(addresses, size, count, what)
+        if who is not None:
+            self._ordered(addresses, size * count, who, False, what)
+        return found
+
+    def store(self, addresses, values, size, what, who=None):
+        super().store(addresses, values, size, what)
+        if who is not None:
+            self._ordered(addresses, size * len(values), who, True, what)
+
+
+class Copies:
+    """Asynchronous copies under way: what they bring is there once it was waited for, and poison until then."""
+
+    def __init__(self, threads: int):
+        self.groups = np.zeros(threads, dtype=np.int64)
+        self.waiting: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, threads: np.ndarray, addresses: np.ndarray, words: np.ndarray) -> None:
+        """words [threads, words of 32 bits]"""
+        self.waiting.append((threads, self.groups[threads], addresses, words))
+
+    def commit(self, threads: np.ndarray) -> None:
+        self.groups[threads] += 1
+
+    def wait(self, threads: np.ndarray, under_way: int, memory: SharedMemory, what: str) -> None:
+        """All but the last `under_way` groups of these threads have arrived; -1 means what is in no group too."""
+        waits = np.zeros(len(self.groups), dtype=np.bool_)
+        waits[threads] = True
+        still = []
+        for mine, group, addresses, words in self.waiting:
+            done = waits[mine] & (group < self.groups[mine] - under_way)
+            if done.any():
+                columns = [words[done, i] for i in range(words.shape[1])]
+                memory.store(addresses[done], columns, 4, what, mine[done] // 32)
+            if not done.all():
+                still.append((mine[~done], group[~done], addresses[~done], words[~done]))
+        self.waiting = still

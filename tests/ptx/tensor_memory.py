@@ -39,12 +39,8 @@ def memory_of(machine: Machine) -> TensorMemory:
     return machine.tensor_memory
 
 
-def _active(machine: Machine) -> np.ndarray:
-    return np.arange(machine.count) if machine.active is None else machine.active
-
-
 def _of_active(machine: Machine, values: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(values, len(_active(machine)))
+    return np.broadcast_to(values, len(machine.running()))
 
 
 def _address(program: Program, operand: Address) -> Callable[[Machine], np.ndarray]:
@@ -60,7 +56,7 @@ def allocate(program: Program, instruction: Instruction) -> Callable[[Machine], 
     def take(machine: Machine) -> None:
         machine.whole_warps(instruction)
         memory = memory_of(machine)
-        for thread in _active(machine)[::32]:
+        for thread in machine.running()[::32]:
             block = thread // machine.threads
             start = memory.taken[block]
             if start + columns > COLUMNS:
@@ -97,7 +93,7 @@ def transfer(program: Program, instruction: Instruction) -> Callable[[Machine], 
 
     def places(machine: Machine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         machine.whole_warps(instruction)
-        threads, where = _active(machine), at(machine)
+        threads, where = machine.running(), at(machine)
         lane, column = where >> 16, where & 0xFFFF
         if (lane // 32 != threads % machine.threads // 32 % 4).any():
             raise MemoryFault(f"{instruction.text}: a warp at another warp's lanes")
@@ -163,7 +159,7 @@ def multiply(program: Program, instruction: Instruction) -> Callable[[Machine], 
         cells[lanes[:, None], first + np.arange(n)] = total.view(np.uint32)
 
     def execute(machine: Machine) -> None:
-        threads = _active(machine)
+        threads = machine.running()
         if len(np.unique(threads // machine.threads)) != len(threads):
             raise Diverged(f"several threads of a block issue {instruction.text}")
         given = [_of_active(machine, read(machine)) for read in (at_d, read_a, read_b, read_i, keep)]
@@ -179,7 +175,7 @@ def elect(program: Program, instruction: Instruction) -> Callable[[Machine], Non
 
     def execute(machine: Machine) -> None:
         machine.whole_warps(instruction)
-        first = _active(machine) % 32 == 0
+        first = machine.running() % 32 == 0
         machine.write(chosen, first)
         machine.write(target, np.zeros(len(first), np.uint32))
 
@@ -189,4 +185,4 @@ def elect(program: Program, instruction: Instruction) -> Callable[[Machine], Non
 def waited(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     """mbarrier.try_wait: what it waits for has happened."""
     target = instruction.operands[0]
-    return lambda machine: machine.write(target, np.ones(len(_active(machine)), np.bool_))
+    return lambda machine: machine.write(target, np.ones(len(machine.running()), np.bool_))
