@@ -66,7 +66,7 @@ def test_split_prefix_is_within_budget_and_repeats_its_bits(head_dim, dtype):
     case = long_prefix(head_dim, dtype)
     output, lse = attend(case)
     assert not check_block_attention(output, lse, *case, head_dim**-0.5, None, False)
-    for _ in range(3):
+    for _ in range(3 if DEVICES["cuda"] == "cuda" else 1):
         again, lse_again = attend(case)
         assert torch.equal(output, again) and torch.equal(lse, lse_again)
 

@@ -130,7 +130,11 @@ CASES = [
     reason="built without sm_90a",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape, options", CASES)
+@pytest.mark.parametrize(
+    "shape, options",
+    # Less of the first, which would take a minute.
+    [(CASES[0][0] | {"query_heads": 4, "length": 70, "prefix": 900, "ranges": [(5, 890)]}, {}), *CASES[1:]],
+)
 def test_within_budget_where_cuda_kernels_are_carried_out(shape, options, dtype):
     case = make_case(**shape, head_dim=512, dtype=dtype)
     settings = (512**-0.5, options.get("softcap"), options.get("causal", False), options.get("window"))

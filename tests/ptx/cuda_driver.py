@@ -25,16 +25,15 @@ from unittest import mock
 
 import setuptools
 import torch
+from dgemma_accel.triton_kernels.ahead_of_time import SHARED_LIMIT
 
 import dgemma_accel
 from dgemma_accel import backends
 
-from .kernel import Kernel
+from .kernel import Kernel, stretches_of
 from .program import parse_module
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Shared memory that a block may be allowed, bytes (CUDA C++ programming guide).
-SHARED_LIMIT = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
 RUNTIME = ROOT / "tests" / "csrc" / "recording_cudart.cpp"
 # By which a long prefix is split.
 MULTIPROCESSORS = 4
@@ -120,7 +119,7 @@ class Launches:
             kernel = self.kernel(name.decode())
             sizes = [size for _, size in kernel.program.parameters.values()]
             values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
-            kernel.launch((grid[0], grid[1], grid[2]), threads, shared, values, live_tensors())
+            kernel.launch((grid[0], grid[1], grid[2]), threads, shared, values, stretches_of(live_tensors()))
         except BaseException:
             # No exception crosses the extension, which says that the kernel failed.
             traceback.print_exc()
@@ -128,16 +127,9 @@ class Launches:
         return 0
 
 
-def live_tensors() -> list[tuple[int, int]]:
-    """The addresses of the elements of all CPU tensors that Python holds."""
-    found = []
-    for tensor in gc.get_objects():
-        if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            start = tensor.data_ptr()
-            if start:
-                found.append((start, start + (last + 1) * tensor.element_size()))
-    return found
+def live_tensors() -> list[torch.Tensor]:
+    """All CPU tensors that Python holds: a launch's pointers do not say how far they reach."""
+    return [found for found in gc.get_objects() if type(found) is torch.Tensor and found.device.type == "cpu"]
 
 
 def install(capability: tuple[int, int]) -> None:

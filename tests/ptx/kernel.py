@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import numpy as np
+from torch import Tensor
 
 from .instructions import decoded
 from .machine import Diverged, Machine
@@ -130,3 +132,14 @@ def pack(kind: str, value) -> bytes:
     form = {"i1": "<b", "u1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I",
             "i64": "<q", "u64": "<Q"}[kind]  # fmt: skip
     return struct.pack(form, int(value))
+
+
+def stretches_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """The addresses of the elements of tensors, with the gaps that strides leave."""
+    found = []
+    for tensor in tensors:
+        start = tensor.data_ptr()
+        if start and tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            found.append((start, start + (last + 1) * tensor.element_size()))
+    return found

@@ -13,24 +13,13 @@ from triton.runtime.jit import JITFunction
 
 from dgemma_accel import backends
 
-from .kernel import Kernel, pack
+from .kernel import Kernel, pack, stretches_of
 from .program import parse
 
 
 @functools.cache
 def kernel_of(ptx: str) -> Kernel:
     return Kernel(parse(ptx))
-
-
-def stretches_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """The addresses of the elements of tensors, with the gaps that strides leave."""
-    found = []
-    for tensor in tensors:
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            start = tensor.data_ptr()
-            found.append((start, start + (last + 1) * tensor.element_size()))
-    return found
 
 
 def launch(kernel, grid: tuple, arguments: dict) -> None:
