@@ -75,6 +75,20 @@ def test_shapes_and_views(backend, device):
     assert not problems, "values beside the view leaked in"
 
 
+def test_rows_may_lie_far_apart(backend, device):
+    """Further than 32 bits count elements. What is not touched of the memory between them is never there on a CPU."""
+    near = make_logits(2, 5003, torch.bfloat16, device=device)
+    stride = 2**31 + 8
+    try:
+        storage = torch.empty(stride + near.shape[1], dtype=near.dtype, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no room for it: {str(error).splitlines()[0]}")
+    far = storage.as_strided(near.shape, (stride, 1)).copy_(near)
+    settings = {"temperature": 0.7, "softcap": 30.0, "seed": 3, "backend": backend}
+    found, expected = (dgemma_accel.row_stats(logits, **settings) for logits in (far, near))
+    assert all(torch.equal(left, right) for left, right in zip(found, expected))
+
+
 def test_temperature_by_row_with_greedy_rows(backend, device):
     logits = make_logits(8, 999, device=device)
     temperature = torch.tensor([0.0, 0.3, 0.0, 1.0, 2.0, 0.0, 0.5, 4.0], device=device)
