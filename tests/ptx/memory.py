@@ -17,7 +17,10 @@ class MemoryFault(RuntimeError):
 
 
 class Memory:
-    """Bytes at addresses in stretches [start, end), seen as elements of any size."""
+    """Bytes at addresses in stretches [start, end), seen as elements of any size.
+
+    `read` and `stored` count the bytes by stretch.
+    """
 
     def __init__(self, name: str, window: np.ndarray, origin: int, stretches: list[tuple[int, int]]):
         self.name = name
@@ -33,8 +36,11 @@ class Memory:
                 merged.append([start, end])
         self.starts = np.array([start for start, _ in merged] or [0], dtype=np.int64)
         self.ends = np.array([end for _, end in merged] or [0], dtype=np.int64)
+        self.read, self.stored = np.zeros((2, len(self.starts)), dtype=np.int64)
 
-    def _element(self, addresses: np.ndarray, size: int, aligned: int, what: str) -> np.ndarray:
+    def _element(
+        self, addresses: np.ndarray, size: int, aligned: int, what: str, count: np.ndarray
+    ) -> np.ndarray:
         """The numbers of the elements at addresses, of which `aligned` bytes are read or written at once."""
         addresses = addresses.astype(np.int64)
         if (addresses % aligned).any():
@@ -51,14 +57,15 @@ class Memory:
                 f"{what}: {int(outside.sum())} addresses outside of {self.name} memory, the first at "
                 f"{first - int(self.starts[near])} of {int(self.ends[near] - self.starts[near])} bytes"
             )
+        count += aligned * np.bincount(stretch, minlength=len(count))
         return (addresses - self.origin) // size
 
     def load(self, addresses: np.ndarray, size: int, count: int, what: str) -> list[np.ndarray]:
-        first = self._element(addresses, size, size * count, what)
+        first = self._element(addresses, size, size * count, what, self.read)
         return [self.windows[size][first + i] for i in range(count)]
 
     def store(self, addresses: np.ndarray, values: list[np.ndarray], size: int, what: str) -> None:
-        first = self._element(addresses, size, size * len(values), what)
+        first = self._element(addresses, size, size * len(values), what, self.stored)
         for i, value in enumerate(values):
             self.windows[size][first + i] = value
 
@@ -66,7 +73,7 @@ class Memory:
         """Each element in turn becomes operation(element, value); what was there before."""
         size = values.dtype.itemsize
         window = self.windows[size].view(values.dtype)
-        elements = self._element(addresses, size, size, what)
+        elements = self._element(addresses, size, size, what, self.stored)
         before = np.empty_like(values)
         for i, (element, value) in enumerate(zip(elements, values)):
             before[i] = window[element]
@@ -100,7 +107,7 @@ class SharedMemory(Memory):
         raw = np.full(blocks * self.pitch, POISON, dtype=np.uint8)
         super().__init__("shared", raw, 0, [(i * self.pitch, i * self.pitch + size) for i in range(blocks)])
         self.barriers = np.zeros(blocks, dtype=np.int32)
-        self.written, self.read = np.full((2, raw.size), -1, dtype=np.int32)
+        self.written_at, self.read_at = np.full((2, raw.size), -1, dtype=np.int32)
         self.writer, self.reader = np.full((2, raw.size), SEVERAL, dtype=np.int32)
 
     def _bytes(self, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -119,17 +126,17 @@ class SharedMemory(Memory):
     def _ordered(self, addresses: np.ndarray, size: int, who: np.ndarray, writes: bool, what: str) -> None:
         at, warp = self._bytes(addresses, size), np.repeat(who.astype(np.int32), size)
         when = self.barriers[at // self.pitch]
-        unordered = (self.written[at] == when) & (self.writer[at] != warp) & (self.writer[at] != SEVERAL)
+        unordered = (self.written_at[at] == when) & (self.writer[at] != warp) & (self.writer[at] != SEVERAL)
         if writes:
             # Several warps may write one value that they all hold.
-            unordered = (self.read[at] == when) & (self.reader[at] != warp)
+            unordered = (self.read_at[at] == when) & (self.reader[at] != warp)
         if unordered.any():
             first = int(at[unordered][0])
             other = int((self.reader if writes else self.writer)[first])
             raise Unordered(
                 f"{what}: byte {first % self.pitch} of warp {int(warp[unordered][0])} and warp {other}, with no barrier"
             )
-        since, by = (self.written, self.writer) if writes else (self.read, self.reader)
+        since, by = (self.written_at, self.writer) if writes else (self.read_at, self.reader)
         self._note(at, warp, when, since, by)
 
     def load(self, addresses, size, count, what, who=None):
