@@ -6,9 +6,10 @@ error. What a shared memory or a register holds before it is written is poison. 
 ("ex2.approx", "rcp.approx", "div.full") are as wrong as the PTX ISA lets them be, deterministically, and a product and
 a sum that may become one fused operation do.
 
-Shared memory that two warps touch, one of them writing, without a barrier between them is an error, and what cp.async
-brings is there once it was waited for. Not looked at: matrix products that are not waited for (they are carried out at
-once), the order of blocks among themselves, times.
+Shared memory that two warps touch, one of them writing, without a barrier between them is an error, and so is a wgmma
+whose matrices are written before it was waited for. What cp.async brings is there once it was waited for. Not looked
+at: results of a wgmma or of tcgen05 that are used too early (they are there at once), the order of blocks among
+themselves, times.
 
 Source of the semantics: NVIDIA, "Parallel Thread Execution ISA".
 """

@@ -15,8 +15,7 @@ from .program import SIZES, Instruction, Program, number
 
 # They order what lockstep orders, or tell the hardware what it may do ahead of time.
 NOTHING = (
-    "fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "griddepcontrol", "setmaxnreg",
-    "nanosleep", "prefetch",
+    "fence", "membar", "wgmma.fence", "griddepcontrol", "setmaxnreg", "nanosleep", "prefetch",
     "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "tcgen05.wait", "tcgen05.fence", "tcgen05.commit",
     "tcgen05.dealloc", "tcgen05.relinquish_alloc_permit",
 )  # fmt: skip
@@ -352,13 +351,23 @@ def _warpgroup(program: Program, instruction: Instruction) -> Callable[[Machine]
             pitch = int(machine.shared_start[thread])
             if (b[i] != b[i, 0]).any():
                 raise Diverged(f"threads disagree about a matrix in {instruction.text}")
-            columns = matrix.described(machine.shared, int(b[i, 0]), pitch, n, k, kinds[1], major_b)
+            reads: list = []
+            columns = matrix.described(machine.shared, int(b[i, 0]), pitch, n, k, kinds[1], major_b, reads)
             rows = tiles[i] if from_registers else matrix.described(
-                machine.shared, int(a[i, 0]), pitch, m, k, kinds[0], major_a)  # fmt: skip
+                machine.shared, int(a[i, 0]), pitch, m, k, kinds[0], major_a, reads)  # fmt: skip
             results[i] = matrix.product(rows, columns.T, c[i])
+            machine.products.add(int(thread), reads, instruction.text)
         _write_fragments(machine, target, matrix.from_accumulators(results.reshape(-1, 16, n)))
 
     return multiply
+
+
+def _products(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """wgmma.commit_group and wgmma.wait_group."""
+    if instruction.parts[1] == "commit_group":
+        return lambda machine: machine.products.commit(machine.running())
+    under_way = number(instruction.operands[0])
+    return lambda machine: machine.products.wait(machine.running(), under_way, machine.shared)
 
 
 def _counting_barrier(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
@@ -419,6 +428,8 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         make = _copies
     elif name.startswith("wgmma.mma_async"):
         make = _warpgroup
+    elif name.startswith(("wgmma.commit_group", "wgmma.wait_group")):
+        make = _products
     elif name.startswith(("tcgen05.ld", "tcgen05.st")):
         make = tensor_memory.transfer
     elif name.startswith("tcgen05.mma."):

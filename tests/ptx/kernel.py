@@ -69,6 +69,7 @@ class Kernel:
             number, here = block
             machine.active = None if here.all() else np.flatnonzero(here)
             self.run_block(machine, number, places)
+        machine.products.end()
 
     def next(self, places: np.ndarray, threads: int) -> tuple[int, np.ndarray] | None:
         """(the instructions that run next, by which threads); None where all have ended.

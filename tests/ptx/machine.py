@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import POISON, UNSIGNED, Copies, Memory, SharedMemory
+from .memory import POISON, UNSIGNED, Copies, Memory, Products, SharedMemory
 from .program import Instruction, Program
 
 
@@ -32,7 +32,7 @@ class Machine:
         self.count = len(blocks) * threads
         self.shared = SharedMemory(len(blocks), max(shared, program.static_shared))
         self.shared_start = np.repeat(np.arange(len(blocks), dtype=np.int64) * self.shared.pitch, threads)
-        self.copies = Copies(self.count)
+        self.copies, self.products = Copies(self.count), Products(self.count)
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None
         # Made where it is first used.

@@ -157,9 +157,19 @@ def _places(
 
 
 def described(
-    memory: Memory, descriptor: int, pitch: int, rows: int, k: int, kind: str, major: bool
+    memory: Memory,
+    descriptor: int,
+    pitch: int,
+    rows: int,
+    k: int,
+    kind: str,
+    major: bool,
+    reads: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> np.ndarray:
-    """[rows, k] of the matrix that a 64-bit descriptor names; `pitch` is where the block's shared memory begins."""
+    """[rows, k] of the matrix that a 64-bit descriptor names; `pitch` is where the block's shared memory begins.
+
+    reads: takes (addresses, the bits there).
+    """
     size = BITS[kind] // 8
     start, leading, stride = (((descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
     if (descriptor >> 49) & 7:
@@ -171,7 +181,10 @@ def described(
     addresses = start + _places(rows, k, size, row_bytes, major, leading, stride)
     swizzle = {16: 0, 32: 1, 64: 3, 128: 7}[row_bytes]
     addresses = addresses ^ ((addresses >> 7 & swizzle) << 4)
-    flat = memory.load(addresses.reshape(-1) + pitch, size, 1, "wgmma")[0]
+    addresses = addresses.reshape(-1) + pitch
+    flat = memory.load(addresses, size, 1, "a matrix descriptor")[0]
+    if reads is not None:
+        reads.append((addresses, flat))
     return elements(flat, kind).reshape(rows, k)
 
 

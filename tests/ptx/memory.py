@@ -178,3 +178,33 @@ class Copies:
             if not done.all():
                 still.append((mine[~done], group[~done], addresses[~done], words[~done]))
         self.waiting = still
+
+
+class Products:
+    """Asynchronous matrix products under way (wgmma), which read shared memory until they were waited for."""
+
+    def __init__(self, threads: int):
+        self.groups = np.zeros(threads, dtype=np.int64)
+        self.under_way: list[tuple[int, int, np.ndarray, np.ndarray, str]] = []
+
+    def add(self, thread: int, reads: list[tuple[np.ndarray, np.ndarray]], what: str) -> None:
+        """thread: the first of four warps."""
+        self.under_way += [(thread, int(self.groups[thread]), *read, what) for read in reads]
+
+    def commit(self, threads: np.ndarray) -> None:
+        self.groups[threads] += 1
+
+    def wait(self, threads: np.ndarray, under_way: int, memory: SharedMemory) -> None:
+        waits, still = set(threads[::128].tolist()), []
+        for product in self.under_way:
+            thread, group, addresses, bits, what = product
+            if thread not in waits or group >= self.groups[thread] - under_way:
+                still.append(product)
+            elif (memory.load(addresses, bits.itemsize, 1, what)[0] != bits).any():
+                raise Unordered(f"{what}: its matrix was overwritten before it was waited for")
+        self.under_way = still
+
+    def end(self) -> None:
+        """At the end of a kernel."""
+        if self.under_way:
+            raise Unordered(f"{self.under_way[0][-1]}: nobody waits for it")
