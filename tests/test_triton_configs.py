@@ -69,21 +69,19 @@ def check_commit_entry(when):
             dgemma_accel.commit(tokens, stats, seed=3, backend=backend, **settings)
             for backend in ("triton", "reference")
         )
-        for field in dataclasses.fields(expected) if dataclasses.is_dataclass(expected) else ():
+        for field in dataclasses.fields(expected):
             left, right = getattr(found, field.name), getattr(expected, field.name)
             assert left is right is None or torch.equal(left, right), field.name
-        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.committed, expected.committed)
         assert 0 < int(found.num_committed.min())
 
 
 def check_block_attention_entry(when):
     head_dim, dtype = largest(when["head_dim"]), DTYPES[when["bytes"]]
-    softcap = 15.0 if when.get("softcap") else None
     # More rows than a tile has, and a prefix of several tiles that ends inside one.
     case = make_attention_case(
         1, 4, 2, 70, head_dim, prefix=150, ranges=[(3, 147)], dtype=dtype, device=DEVICE
     )
-    for causal in (False, True):
+    for causal, softcap in ((False, None), (True, 15.0)):
         _, problems = run_attention(case, "triton", softcap=softcap, causal=causal)
         assert not problems
 
@@ -107,15 +105,15 @@ def check_experts_entry(when):
     # The rows' bytes where weights are widened to fp32, else a weight's.
     rows = torch.float32 if when["bytes"] == 4 else torch.bfloat16
     if when["bytes"] == 0.5 or when.get("format") == "nvfp4":
-        cases = [make_nvfp4_case(70, 2, 3, 208, 176, rows, DEVICE)]
+        dtypes = {rows, torch.float16} if when["bytes"] == 0.5 else {rows}
+        cases = [make_nvfp4_case(70, 2, 3, 208, 176, dtype, DEVICE) for dtype in dtypes]
     else:
         kinds = [BLOCKS, ROWS] if when["bytes"] == 1 else [PLAIN]
         kinds += [BLOCKS] if when["bytes"] == 4 else []
         cases = [make_fp8_case(70, 2, 3, 208, 176, rows, DEVICE, which=(kind, kind)) for kind in kinds]
-    names = ("gate_up_scale", "down_scale", "gate_up_global_scale", "down_global_scale")
     for case, scales in cases:
         result = dgemma_accel.experts(*case, backend="triton", **scales)
-        assert set(scales) <= set(names) and not check_experts(result, *case, **scales)
+        assert not check_experts(result, *case, **scales)
 
 
 CHECKS = {
@@ -144,7 +142,8 @@ def test_a_shipped_shape_is_right(monkeypatch, op, when, use):
         if asked != op:
             return configs._select(configs.name_for(capability), asked, tuple(sorted(call.items())))
         # Few rows, in whatever number the entry is for.
-        call |= {key: when[key] for key in ("rows",) if key in when}
+        if "rows" in when:
+            call["rows"] = when["rows"]
         assert configs._fits(when, call), (when, call)
         taken.append(call)
         return use

@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 from dgemma_accel.triton_kernels import expert_routing  # noqa: E402
-from test_experts import BLOCKS, PLAIN, ROWS, make_case, make_fp8_case  # noqa: E402
+from test_experts import make_case, make_fp8_case  # noqa: E402
 
 from dgemma_accel import configs  # noqa: E402
 from dgemma_accel.reference.budget_experts import check_experts  # noqa: E402
@@ -43,15 +43,6 @@ def small_tiles(monkeypatch):
         return use | {name: size for name, size in small.items() if name in use}
 
     monkeypatch.setattr(configs, "select", changed)
-
-
-@pytest.fixture
-def tiles_for_many_rows(monkeypatch):
-    """The tiles that a long prompt takes, for rows that a test can wait for."""
-    select = configs.select
-    monkeypatch.setattr(
-        configs, "select", lambda op, capability, **call: select(op, capability, **call | {"rows": "many"})
-    )
 
 
 ROUTINGS = {
@@ -104,13 +95,6 @@ def test_many_tiles(small_tiles, poisoned, dtype, skewed):
 def test_many_tiles_of_fp8_weights(small_tiles, poisoned, dtype, width):
     """Tiles that lie in two blocks, several passes to a block, and blocks that end with the matrix."""
     case, scales = make_fp8_case(50, 3, 5, width, 150, dtype, DEVICE, skewed=width == 192)
-    result = triton_experts.experts(*case, "gelu_tanh", *scales.values())
-    assert not check_experts(result, *case, **scales)
-
-
-@pytest.mark.parametrize("quantised", [PLAIN, BLOCKS, ROWS], ids=["plain", "blocks", "rows"])
-def test_tiles_for_many_rows(tiles_for_many_rows, quantised):
-    case, scales = make_fp8_case(70, 2, 3, 192, 160, torch.bfloat16, DEVICE, which=(quantised, quantised))
     result = triton_experts.experts(*case, "gelu_tanh", *scales.values())
     assert not check_experts(result, *case, **scales)
 

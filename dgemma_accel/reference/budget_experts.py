@@ -41,8 +41,9 @@ def check_experts(
     """Violations of the budget by the result of `experts`.
 
     Truth is the reference in fp64. Plain PyTorch is the reference model's form: every intermediate result in the
-    dtype of the rows, choices weighted in fp32 and rounded as they are added. Quantised weights times their
-    scales are the truth as they are; plain PyTorch rounds the product to the dtype of the rows.
+    dtype of the rows (fp32 products summed in the kernels' order, see `_product`), choices weighted in fp32 and
+    rounded as they are added. Quantised weights times their scales are the truth as they are; plain PyTorch rounds
+    the product to the dtype of the rows.
     """
     if result.shape != hidden.shape or result.dtype != hidden.dtype:
         return [

@@ -1,6 +1,5 @@
 // Stands for the CUDA runtime under an extension: what is launched goes to a function of the test's instead of to a GPU.
 #include <cstddef>
-#include <cstdio>
 #include <map>
 #include <string>
 
@@ -38,7 +37,7 @@ std::map<const void*, Function>& functions() {
 Call configured;
 int last_error = kSuccess;
 std::string last_message = "no error";
-size_t shared_limit = 232448;
+size_t shared_limit = 0;
 int (*launched)(const char* name, const unsigned* grid, unsigned threads, size_t shared, void** arguments) = nullptr;
 
 int fail(int error, const std::string& message) {

@@ -116,11 +116,11 @@ E4M3 = _table(4, 3, 7, lambda code: code & 0x7F == 0x7F)
 E2M1 = _table(2, 1, 1, lambda code: False)
 
 
-def nudged(exact: np.ndarray, units: int) -> np.ndarray:
-    """Numbers moved by up to `units` in their last place, by a hash of their bits."""
+def nudged(exact: np.ndarray) -> np.ndarray:
+    """Numbers moved by one unit in their last place, up, down or not at all by a hash of their bits."""
     bits = np.atleast_1d(exact.astype(np.float32)).view(np.int32)
     mixed = (bits.view(np.uint32) * np.uint32(2_654_435_761)) >> np.uint32(16)
-    moved = bits + (mixed % np.uint32(2 * units + 1)).astype(np.int32) - np.int32(units)
+    moved = bits + (mixed % np.uint32(3)).astype(np.int32) - np.int32(1)
     normal = np.isfinite(exact) & (np.abs(exact) >= F32_TINY * 2)
     return np.where(normal, moved, bits).view(np.float32).reshape(np.shape(exact))
 
@@ -128,18 +128,14 @@ def nudged(exact: np.ndarray, units: int) -> np.ndarray:
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b by an approximate reciprocal of b, which is exact where b is a power of two."""
     exact = a / b
-    return np.where(np.frexp(b)[0] == np.copysign(np.float32(0.5), b), exact, nudged(exact, 1))
+    return np.where(np.frexp(b)[0] == np.copysign(np.float32(0.5), b), exact, nudged(exact))
 
 
 def exponential(x: np.ndarray, flush: bool) -> np.ndarray:
     """2^x within 2^-22 of it; exact where x is an integer, as 2^0 = 1 has to be."""
     exact = np.exp2(x.astype(np.float64)).astype(np.float32)
-    result = np.where(x == np.rint(x), exact, nudged(exact, 1))
+    result = np.where(x == np.rint(x), exact, nudged(exact))
     return flushed(result) if flush else result
-
-
-def _signed(kind: str) -> bool:
-    return kind.startswith("s")
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -354,9 +350,9 @@ def _float(base: str, kind: str, modifiers: frozenset[str]) -> Callable | None:
     elif base == "rcp":
         operation = (lambda x: quotient(np.float32(1), x)) if "approx" in modifiers else (lambda x: 1 / x)
     elif base == "lg2":
-        operation = lambda x: nudged(np.log2(x.astype(np.float64)).astype(np.float32), 1)  # noqa: E731
+        operation = lambda x: nudged(np.log2(x.astype(np.float64)).astype(np.float32))  # noqa: E731
     elif base == "rsqrt":
-        operation = lambda x: nudged((1 / np.sqrt(x.astype(np.float64))).astype(np.float32), 1)  # noqa: E731
+        operation = lambda x: nudged((1 / np.sqrt(x.astype(np.float64))).astype(np.float32))  # noqa: E731
     elif base == "fma" and "rm" in modifiers and kind == "f32":
         operation, modifiers = fma_down, modifiers - {"rm"}
     elif base == "copysign":

@@ -61,8 +61,7 @@ def build(capability: tuple[int, int]) -> tuple[Path, Path]:
     target = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     text = functions["ninja_file"](folder, target, nvcc, [f"{number}+PTX"])
     # No machine code, and another runtime.
-    text = text.replace(f"-gencode=arch=compute_{number},code=sm_{number} ", "")
-    text = re.sub(rf"-gencode=arch=compute_{number},code=sm_{number}\b", "", text)
+    text = re.sub(rf"-gencode=arch=compute_{number},code=sm_{number}(?= |$)", "", text, flags=re.M)
     runtime = folder / "recording_cudart.o"
     text = text.replace("-cudart=static", "-cudart=none").replace(": link ", f": link {runtime} ")
     cuda = re.search(r"rule cuda\n  command = (.*?) -MD ", text)[1].replace(
