@@ -24,6 +24,7 @@ COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "r
 OP_COMPONENT = {
     "block_attention": "attention",
     "experts": "experts",
+    "feed_forward": "experts",
     "head_stats": "head",
     "row_stats": "sampler",
     "commit": "sampler",

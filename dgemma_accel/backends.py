@@ -71,6 +71,10 @@ MODULES: dict[str, dict[str, str]] = {
         "reference": "dgemma_accel.backends_reference",
         "triton": "dgemma_accel.triton_kernels.experts",
     },
+    "feed_forward": {
+        "reference": "dgemma_accel.backends_reference",
+        "triton": "dgemma_accel.triton_kernels.feed_forward",
+    },
 }
 
 # Where the order by architecture comes from; `python -m bench auto` rewrites its measured entries.

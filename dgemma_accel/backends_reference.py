@@ -1,12 +1,22 @@
 """The reference as a backend: any device, any dtype."""
 
-from .reference import block_attention, commit, experts, head_stats, progress, row_stats, soft_embedding
+from .reference import (
+    block_attention,
+    commit,
+    experts,
+    feed_forward,
+    head_stats,
+    progress,
+    row_stats,
+    soft_embedding,
+)
 
 __all__ = [
     "FEATURES",
     "block_attention",
     "commit",
     "experts",
+    "feed_forward",
     "head_stats",
     "progress",
     "row_stats",

@@ -222,7 +222,7 @@ def test_nothing_shipped_is_left_out(table):
                 assert (capability, label) in compiled
     assert {row["kernel"] for row in table} >= {
         "tile_stats_kernel", "merge_kernel", "commit_kernel", "block_attention_kernel", "merge_splits_kernel",
-        "route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
+        "route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel", "choose_kernel", "gated_kernel",
     }  # fmt: skip
     assert any(row["matrix_expected"] for row in table)
 

@@ -90,14 +90,14 @@ class TestOneCapture:
               "cos", "sin", "seed", "bound", "threshold", "pinned")  # fmt: skip
 
     @staticmethod
-    def step(state, keys, values, prefixes, numbers, pinned):
+    def step(state, in_place, prefixes, numbers, pinned):
         leaves = [
             *state,
             *(t for kind in sorted(prefixes) for t in prefixes[kind]),
             *numbers,
             pinned,
-            *keys,
-            *values,
+            *in_place.keys,
+            *in_place.values,
         ]
         total = sum((n + 1) * leaf.double().sum() for n, leaf in enumerate(leaves))
         spread = (total * 1000).remainder(997).round()
@@ -131,17 +131,17 @@ class TestOneCapture:
             state, {"full_attention": prefix}, whole(1)[0], real(1)[0], real(1)[0], whole(2, 4) > 25
         )
 
-    BUFFERS = [torch.ones(1, 1, 2, 2)], [torch.ones(1, 1, 2, 2)]
+    IN_PLACE = graph.InPlace([torch.ones(1, 1, 2, 2)], [torch.ones(1, 1, 2, 2)], [])
 
     def plain(self, inputs, offset, schedule):
         state = inputs.state
         for n, temperature in enumerate(schedule):
             numbers = graph.Numbers(inputs.seed, torch.tensor(offset + n), temperature, *inputs[3:5])
-            state = self.step(state, *self.BUFFERS, inputs.prefixes, numbers, inputs.pinned)
+            state = self.step(state, self.IN_PLACE, inputs.prefixes, numbers, inputs.pinned)
         return state
 
     def captured(self, inputs):
-        return capture.CapturedStep(self.step, inputs, *self.BUFFERS, 3, torch.rand(4), Again, None)
+        return capture.CapturedStep(self.step, inputs, self.IN_PLACE, 3, torch.rand(4), Again, None)
 
     @staticmethod
     def replay(captured, inputs, offset, schedule):

@@ -7,6 +7,8 @@ from hf_models import CANVAS, generate, prompt, tiny_model, transformers
 import dgemma_accel
 from dgemma_accel import backends
 from dgemma_accel.hf import experts as hf_experts
+from dgemma_accel.hf import graph, patches
+from dgemma_accel.hf.joined import joined_weights
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +60,90 @@ def test_same_tokens_through_the_kernels(model, calls):
     assert {backend for backend, _ in calls} == {"triton"}
     # Prompt and canvas: encoder and decoder layers alike.
     assert {rows for _, rows in calls} >= {9, CANVAS}
+
+
+class TestSideBySide:
+    """A compiled step's dense MLP, router and experts as one op."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """The rows of each call of `feed_forward`; steps are not compiled."""
+        seen, right = [], graph.feed_forward
+
+        def recorded(dense, *args, **kwargs):
+            seen.append((kwargs["backend"], len(dense)))
+            return right(dense, *args, **kwargs)
+
+        monkeypatch.setattr(graph, "feed_forward", recorded)
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        return seen
+
+    @staticmethod
+    def assert_same(model):
+        """Of every layer, against its own modules."""
+        hidden, layers = torch.randn(2, CANVAS, 64).to(DEVICE), model.model.decoder.layers
+        with torch.no_grad():
+            rows = hidden.flatten(0, 1)
+            expected = [
+                (layer.mlp(layer.pre_feedforward_layernorm(hidden)), layer.experts(
+                    layer.pre_feedforward_layernorm_2(rows), *reversed(layer.router(rows)[1:])))
+                for layer in layers
+            ]  # fmt: skip
+            with dgemma_accel.accelerated(model, backend="triton"):
+                joined = joined_weights(model.model.decoder, "triton")
+                results = [graph._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), joined)]
+        for result, truth in zip(results, expected, strict=True):
+            for ours, theirs in zip(result, truth):
+                assert ours.shape == hidden.shape
+                assert torch.allclose(ours, theirs.view_as(ours), rtol=1e-4, atol=1e-5)
+
+    @needs_kernel
+    def test_same_tokens(self, made):
+        model, ids = tiny_model().to(DEVICE), prompt(1, 9)[0].to(DEVICE)
+        options = {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
+        expected = generate(model, ids, **options)
+        with dgemma_accel.accelerated(model, backend="triton", graph=True):
+            output = generate(model, ids, **options)
+            assert patches.acceleration_of(model).compiled
+        assert torch.equal(output.sequences, expected.sequences)
+        assert made == [("triton", CANVAS)] * 2 * len(model.model.decoder.layers)
+
+    @needs_kernel
+    @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+    def test_quantised_experts(self, made, form):
+        model = tiny_model(expert_width=32).to(DEVICE)
+        dgemma_accel.quantize_experts(model, format=form)
+        self.assert_same(model)
+        assert len(made) == len(model.model.decoder.layers)
+
+    @needs_kernel
+    @pytest.mark.parametrize("kind", [None, "router", "router_weight", "mlp", "activation", "down"])
+    def test_a_layer_that_is_another_s(self, made, kind):
+        """Its own modules are called; the other layers' are not."""
+        model, seen = tiny_model().to(DEVICE), []
+        layer = model.model.decoder.layers[1]
+        own = {
+            "router": layer.router,
+            "router_weight": layer.router.proj,
+            "mlp": layer.mlp,
+            "down": layer.mlp.down_proj,
+        }
+
+        def watch(forward):
+            def noted(self, *arguments):
+                seen.append(1)
+                return forward(self, *arguments)
+
+            return noted
+
+        if kind == "activation":
+            layer.mlp.act_fn = torch.nn.ReLU()
+        elif kind is not None:
+            module = own[kind]
+            module.__class__ = type("Own", (type(module),), {"forward": watch(type(module).forward)})
+        self.assert_same(model)
+        assert len(seen) == (2 if kind in own else 0)
+        assert len(made) == len(model.model.decoder.layers) - (kind is not None)
 
 
 @needs_kernel

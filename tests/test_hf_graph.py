@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
 from dgemma_accel.hf import bank, compiled, graph, patches
+from dgemma_accel.hf.joined import joined_weights
 
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
@@ -299,7 +300,8 @@ def test_decode_is_the_model_s_forward(model):
         buffers = [
             [getattr(layer, name) for layer in cache.layers] for name in ("key_buffer", "value_buffer")
         ]
-        result = graph.decode(decoder, canvas, soft, *buffers, prefixes, "auto")
+        in_place = graph.InPlace(*buffers, joined_weights(decoder, "auto"))
+        result = graph.decode(decoder, canvas, soft, in_place, prefixes, "auto")
     assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
 
 

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_iter
 
 import dgemma_accel
 from dgemma_accel.hf import denoising, graph, lookout
+from dgemma_accel.hf.joined import joined_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,16 +172,17 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
         rotary = [empty(1, CANVAS, attention.head_dim) for _ in range(2)]
         bounds = [empty(batch, dtype=torch.int32) for _ in range(2)]
         prefixes[attention.layer_type] = graph.Prefix(*bounds, *rotary)
+    in_place = graph.InPlace(buffers, buffers, joined_weights(model.model.decoder, "auto"))
     whole, fraction = empty(dtype=torch.int64), empty(dtype=torch.float32)
     numbers = graph.Numbers(whole, whole, fraction, fraction, fraction)
     given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None
     settings = graph.Settings(30.0, model.config.text_config.vocab_size, depth, False, ("auto",) * 4)
     with torch.no_grad(), Crossings() as crossings:
-        after = graph.take_step(model, state, buffers, buffers, prefixes, numbers, given, settings)
+        after = graph.take_step(model, state, in_place, prefixes, numbers, given, settings)
     assert crossings.seen == [] and crossings.operations > 100
     assert all(tensor.is_meta for tensor in after)
     with torch.no_grad():
-        arguments = (model, state, buffers, buffers, prefixes, numbers, given, settings)
+        arguments = (model, state, in_place, prefixes, numbers, given, settings)
         assert traced_on_the_host(graph.take_step, *arguments) == []
         assert traced_on_the_host(lambda x: x + torch.tensor(1), whole) != []
     with Crossings() as crossings:

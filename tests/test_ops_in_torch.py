@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dgemma_accel
 from dgemma_accel.backends import MODULES
 from dgemma_accel.ops import registration
+from dgemma_accel.ops.feed_forward import feed_forward
 from dgemma_accel.ops.progress import progress
 from dgemma_accel.reference import budget
 from dgemma_accel.reference.budget_experts import check_experts
@@ -68,6 +69,9 @@ def arguments_of(op, device, lay=as_it_is):
         return (whole(2, 2, 6), whole(2, 2, 6), flags[0], real(2, 6), *flags[1:], whole(9, 2))
     if op == "block_attention":
         return tuple(real(2, heads, length, 16) for heads, length in ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5)))
+    if op == "feed_forward":
+        rows = tuple(real(6, 16) for _ in range(3))
+        return (*rows, real(40, 16), real(16, 20), real(3, 16), real(3), real(3, 32, 16), real(3, 16, 16))
     return (
         real(6, 16),
         whole(3, 6, 2),
@@ -114,6 +118,8 @@ def run(op, backend, given):
         return progress(ProgressCall(*given, None, 1, False, False, False), backend)
     if op == "block_attention":
         return dgemma_accel.block_attention(*given, return_lse=True, backend=backend)
+    if op == "feed_forward":
+        return feed_forward(*given, top_k=2, backend=backend)
     return (dgemma_accel.experts(*given, backend=backend),)
 
 

@@ -231,21 +231,40 @@ def test_a_fused_product_is_rounded_once():
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1.5, 2.0**-130, 3.0e38]
+COMPARISONS = [
+    ("eq", lambda a, b: a == b), ("ne", lambda a, b: a != b and a == a and b == b), ("lt", lambda a, b: a < b),
+    ("geu", lambda a, b: not a < b), ("neu", lambda a, b: a != b), ("num", lambda a, b: a == a and b == b),
+    ("nan", lambda a, b: a != a or b != b),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, function",
-    [
-        ("eq", lambda a, b: a == b), ("ne", lambda a, b: a != b and a == a and b == b), ("lt", lambda a, b: a < b),
-        ("geu", lambda a, b: not a < b), ("neu", lambda a, b: a != b), ("num", lambda a, b: a == a and b == b),
-        ("nan", lambda a, b: a != a or b != b),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, function", COMPARISONS)
 def test_comparisons_of_floats(name, function):
     pairs = [(a, b) for a in SPECIAL for b in SPECIAL]
     instruction = f"setp.{name}.f32 %p9, {{0}}, {{1}}; selp.b32 {{d}}, 1, 0, %p9"
     found = of_each(instruction, *(bits_of(side) for side in zip(*pairs)))
     assert found == [int(function(a, b)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize("name, function", COMPARISONS)
+def test_comparisons_of_sixteen_bits(name, function, dtype, kind):
+    """One number, and two in a register, each with a predicate of its own."""
+    small = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1.5]
+    pairs = [(a, b) for a in small for b in small]
+    low = [torch.tensor(side, dtype=dtype).view(torch.uint16).tolist() for side in zip(*pairs)]
+    wanted = [int(function(a, b)) for a, b in pairs]
+    narrow = "cvt.u16.u32 %rs{i}, {{{j}}}"
+    single = "; ".join(
+        [*(narrow.format(i=8 + j, j=j) for j in range(2)), f"setp.{name}.{kind} %p9, %rs8, %rs9"]
+    )
+    assert of_each(single + "; selp.b32 {d}, 1, 0, %p9", *low) == wanted
+    # The upper numbers are those of the pairs turned around.
+    words = [[a | b << 16 for a, b in zip(side, reversed(side))] for side in low]
+    double = (
+        f"setp.{name}.{kind}x2 %p8|%p9, {{0}}, {{1}}; selp.b32 {{d}}, 1, 0, %p8; @%p9 add.u32 {{d}}, {{d}}, 2"
+    )
+    assert of_each(double, *words) == [a + 2 * b for a, b in zip(wanted, reversed(wanted))]
 
 
 def test_maxima_with_and_without_nan():

@@ -20,8 +20,8 @@ from dgemma_accel.reference.commit import CommitCall
 from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
-from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, head_stats, progress, row_stats
-from dgemma_accel.triton_kernels import sliced_scores, soft_embedding
+from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, feed_forward, head_stats
+from dgemma_accel.triton_kernels import progress, row_stats, sliced_scores, soft_embedding
 from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.jit import JITFunction
 
@@ -96,6 +96,10 @@ def mixture():
         experts.experts(empty(4, 32, dtype=dtype), empty(4, 2, dtype=torch.int64), empty(4, 2),
             *(empty(*shape[:2], shape[2] // 2, dtype=torch.uint8) for shape in shapes), "silu",
             *(empty(*shape[:2], shape[2] // 16, dtype=torch.float8_e4m3fn) for shape in shapes), empty(3), empty(3))
+    rows = [empty(4, 32, dtype=torch.bfloat16) for _ in range(3)]
+    feed_forward.feed_forward(*rows, empty(48, 32, dtype=torch.bfloat16), empty(32, 24, dtype=torch.bfloat16),
+        empty(3, 32, dtype=torch.bfloat16), empty(3), empty(3, 32, 32, dtype=torch.bfloat16),
+        empty(3, 32, 16, dtype=torch.bfloat16), 2)
 
 capability = tuple(int(part) for part in sys.argv[1].split("."))
 kernels = {}

@@ -27,6 +27,7 @@ from . import experts as experts_module
 from .block_attention import block_attention
 from .commit import commit
 from .experts import experts
+from .feed_forward import feed_forward
 from .head_stats import head_stats, head_stats_without_logits
 from .progress import progress
 from .row_stats import row_stats
@@ -219,6 +220,22 @@ def _experts(
     return launch
 
 
+def _feed_forward() -> Callable[[], object]:
+    """A canvas through a layer; its experts' kernels are those of `experts`."""
+    count, top_k, width, dense_width = 128, 8, 704, 2112
+
+    def launch():
+        def bf16(*shape: int) -> torch.Tensor:
+            return _empty(*shape, dtype=torch.bfloat16)
+
+        rows = [bf16(CANVAS, EMBEDDING) for _ in range(3)]
+        dense = bf16(2 * dense_width, EMBEDDING), bf16(EMBEDDING, dense_width)
+        experts = bf16(count, 2 * width, EMBEDDING), bf16(count, EMBEDDING, width)
+        return feed_forward(*rows, *dense, bf16(count, EMBEDDING), bf16(count), *experts, top_k)
+
+    return launch
+
+
 def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
     for op, entries in configs.read(name).items():
@@ -262,6 +279,8 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "experts":
                 kind = NVFP4 if when.get("format") == "nvfp4" else QUANTISED.get(when["bytes"])
                 yield label, when["bytes"] < 4, _experts(when, kind)
+                if entry is entries[0]:
+                    yield "feed_forward", True, _feed_forward()
                 if kind == NVFP4 and when.get("rows") == "many":
                     # Tiles of rows are those of the weights that take the smaller ones.
                     yield label + " plain gate_up", True, _experts(when, kind, plain_gate_up=True)

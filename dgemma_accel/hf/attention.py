@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
 from .cache import readable
 from .hooks import collected
+from .joined import projections
 from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .overrides import other_attention
@@ -127,15 +128,19 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
     return x.transpose(1, 2)[rows, places].transpose(1, 2)
 
 
-def project(module, hidden_states: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, C, D], normalised and rotated."""
+def project(
+    module, hidden_states: Tensor, position_embeddings, joined: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, heads, C, D], normalised and rotated; joined: their weights, where those lie together."""
     cos, sin = position_embeddings
-    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query = module.q_norm(module.q_proj(hidden_states).view(shape))
-    key = module.k_proj(hidden_states).view(shape)
-    # Global layers have one projection for both; they part at the norms.
-    value = key if module.v_proj is None else module.v_proj(hidden_states).view(shape)
-    query, key = _rotate(query, cos, sin), _rotate(module.k_norm(key), cos, sin)
+    modules = projections(module)
+    if joined is None:
+        made = [one(hidden_states) for one in modules]
+    else:
+        made = nn.functional.linear(hidden_states, joined).split([one.weight.shape[0] for one in modules], -1)
+    # Global layers have one projection for keys and values; they part at the norms.
+    query, key, value = (x.unflatten(-1, (-1, module.head_dim)) for x in (made[0], made[1], made[-1]))
+    query, key = _rotate(module.q_norm(query), cos, sin), _rotate(module.k_norm(key), cos, sin)
     return query.transpose(1, 2), key.transpose(1, 2), module.v_norm(value).transpose(1, 2)
 
 

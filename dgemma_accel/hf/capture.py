@@ -85,9 +85,9 @@ class CapturedStep:
     also after an exception.
 
     Args:
-        step: `graph.take_step` with its model and settings: (state, keys, values, prefixes, numbers, pinned) -> state.
+        step: `graph.take_step` with its model and settings: (state, in_place, prefixes, numbers, pinned) -> state.
         inputs: of the first run; their values warm the step up.
-        keys, values: the cache's buffers. Only their addresses are kept: whoever replays says that they still hold.
+        in_place: cache and weights. Only their addresses are kept: whoever replays says that they still hold.
         offset: of the first draw. schedule: [N] fp32 on the host.
     """
 
@@ -95,8 +95,7 @@ class CapturedStep:
         self,
         step: Callable,
         inputs: Inputs,
-        keys: list[Tensor],
-        values: list[Tensor],
+        in_place: graph.InPlace,
         offset: int,
         schedule: Tensor,
         recording: type,
@@ -124,7 +123,7 @@ class CapturedStep:
                 held.entropy_bound,
                 held.confidence,
             )
-            after = step(held.state, keys, values, held.prefixes, numbers, held.pinned)
+            after = step(held.state, in_place, held.prefixes, numbers, held.pinned)
             for mine, fresh in zip(held.state, after):
                 mine.copy_(fresh)
             offset_now.add_(1)

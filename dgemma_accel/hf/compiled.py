@@ -13,6 +13,7 @@ from torch import Tensor
 from . import capture, graph
 from .capture import CapturedStep, Inputs
 from .cuda_graph import is_recorded, quiet
+from .joined import joined_weights
 from .lookout import Lookout
 from .patches import Acceleration
 from .registry import fingerprint
@@ -76,9 +77,9 @@ class Step:
         except Exception as error:
             self._give_up(error)
 
-    def __call__(self, state, keys, values, prefixes, numbers, pinned) -> graph.State:
+    def __call__(self, state, in_place, prefixes, numbers, pinned) -> graph.State:
         self.calls += 1
-        arguments = (self._model(), state, keys, values, prefixes, numbers, pinned, self.settings)
+        arguments = (self._model(), state, in_place, prefixes, numbers, pinned, self.settings)
         if self.failure is not None:
             return graph.take_step(*arguments)
         if self.seconds is not None:
@@ -114,9 +115,11 @@ class Step:
 class Stepwise:
     """Steps called one by one, as `CapturedStep` without a capture."""
 
-    def __init__(self, step: Step, inputs: Inputs, keys, values, offset: int, schedule: Tensor) -> None:
+    def __init__(
+        self, step: Step, inputs: Inputs, in_place: graph.InPlace, offset: int, schedule: Tensor
+    ) -> None:
         device = inputs.state.canvas.device
-        self.step, self.inputs, self.buffers, self.state = step, inputs, (keys, values), inputs.state
+        self.step, self.inputs, self.in_place, self.state = step, inputs, in_place, inputs.state
         # One copy to the device for all steps.
         offsets = torch.arange(offset, offset + len(schedule), device="cpu").to(device, non_blocking=True)
         self.left = zip(offsets.unbind(), schedule.to(device, non_blocking=True).unbind())
@@ -125,7 +128,7 @@ class Stepwise:
         offset, temperature = next(self.left)
         held = self.inputs
         numbers = graph.Numbers(held.seed, offset, temperature, held.entropy_bound, held.confidence)
-        self.state = self.step(self.state, *self.buffers, held.prefixes, numbers, held.pinned)
+        self.state = self.step(self.state, self.in_place, held.prefixes, numbers, held.pinned)
 
     def finish(self) -> graph.State:
         return self.state
@@ -134,11 +137,17 @@ class Stepwise:
 @contextmanager
 def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, schedule: Tensor):
     """A `CapturedStep` that is loaded, or a `Stepwise` where nothing can be captured."""
-    plain = Stepwise(step, inputs, keys, values, offset, schedule)
     device, acceleration = inputs.state.canvas.device, denoiser.acceleration
+
+    def in_place() -> graph.InPlace:
+        # What moves weights must not do so while another thread records what reads them.
+        with quiet(device):
+            weights = joined_weights(denoiser.model.model.decoder, acceleration.backend)
+        return graph.InPlace(keys, values, weights)
+
     recording = capture.RECORDINGS.get(device.type)
     if recording is None:
-        yield plain
+        yield Stepwise(step, inputs, in_place(), offset, schedule)
         return
     modules = [denoiser.model.lm_head, *denoiser.model.model.decoder.modules()]
     addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
@@ -147,11 +156,15 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     key = (device, step, lengths, tuple(inputs.state.canvas.shape), shapes, addresses)
 
     def make(pool) -> CapturedStep:
-        return CapturedStep(step, inputs, keys, values, offset, schedule, recording, pool)
+        return CapturedStep(step, inputs, in_place(), offset, schedule, recording, pool)
 
     with ExitStack() as stack:
         try:
             weights = fingerprint(denoiser.model, modules)
+            if weights != acceleration.captures.weights:
+                # New to the captures, and so perhaps not joined yet, which gives them other addresses.
+                in_place()
+                weights = fingerprint(denoiser.model, modules)
             leased = acceleration.captures.lease(key, weights, recording.make_pool, make)
             captured = stack.enter_context(leased)
         except Exception as error:
@@ -161,7 +174,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
         if captured is not None:
             stack.callback(captured.close)
             captured.load(inputs, offset, schedule)
-        yield plain if captured is None else captured
+        yield Stepwise(step, inputs, in_place(), offset, schedule) if captured is None else captured
 
 
 def one_line(error: Exception) -> str:

@@ -72,14 +72,11 @@ def experts_forward(
 def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the experts of a layer, called with rows of `dtype` on a CUDA `device`, ask the device which of them have
     rows, or None where they do not."""
-    forward = module.__dict__.get("forward")
-    if getattr(forward, "func", None) is not experts_forward:
+    if _own_patch(module) is None:
         # Replaced once more, by something that only its author knows.
         return None
-    if kernel_for(backend, device, dtype) is not None:
-        row = torch.empty(0, dtype=dtype, device=device)
-        if _reason_for_original(forward.args[0], module, row) is None:
-            return None
+    if served_by(module, backend, torch.empty(0, dtype=dtype, device=device)) is not None:
+        return None
     if type(module).__name__ == OURS:
         return "experts is the reference, which waits for the device"
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -88,6 +85,21 @@ def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: to
     if chosen == "grouped_mm" and dtype != torch.bfloat16:
         return f"the model's own experts wait for the device in {dtype}"
     return None
+
+
+def served_by(module: nn.Module, backend: str, like: Tensor) -> str | None:
+    """The kernel that a layer's experts go through with rows of the dtype and device of `like`, or None."""
+    patch = _own_patch(module)
+    kernel = None if patch is None else kernel_for(backend, like.device, like.dtype)
+    if kernel is None or _reason_for_original(patch, module, like.new_empty(0)) is not None:
+        return None
+    return kernel
+
+
+def _own_patch(module: nn.Module) -> Patch | None:
+    """The patch by which calling `module` comes to `experts_forward`."""
+    forward = module.__dict__.get("forward")
+    return forward.args[0] if getattr(forward, "func", None) is experts_forward else None
 
 
 def scales_of(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 Everything that changes between steps, canvases, prompts or calls is a tensor: range of the prefix, temperature, seed,
 offset, thresholds. The cache comes as whole buffers, so a longer prefix is another number and not another shape.
+Products of the same rows are one product where their weights lie together (`joined`).
 Norms, RoPE, GeGLU and residuals are the compiler's to fuse; the ops of this package are opaque to it.
 """
 
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
+from ..ops.feed_forward import feed_forward
 from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
+from .experts import ACTIVATIONS, scales_of
 from .head import logits_and_stats
+from .joined import Joined
 from .statistics import as_given
 
 
@@ -28,6 +32,14 @@ class Prefix(NamedTuple):
     end: Tensor
     cos: Tensor
     sin: Tensor
+
+
+class InPlace(NamedTuple):
+    """What a step reads where it lies, by layer. keys, values: the cache's buffers [B, Hkv, capacity, D]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    weights: list[Joined]
 
 
 class Settings(NamedTuple):
@@ -70,8 +82,7 @@ class State(NamedTuple):
 def take_step(
     model,
     state: State,
-    keys: list[Tensor],
-    values: list[Tensor],
+    in_place: InPlace,
     prefixes: dict[str, Prefix],
     numbers: Numbers,
     pinned: Tensor | None,
@@ -81,13 +92,12 @@ def take_step(
 
     Args:
         model: `DiffusionGemmaForBlockDiffusion`.
-        keys, values: the cache's buffers [B, Hkv, capacity, D] of every layer.
         prefixes: by layer kind.
         pinned: [B, C] bool, or None.
     """
     attention_backend, head_backend, commit_backend, soft_backend = settings.backends
     embed_tokens = model.model.decoder.embed_tokens
-    hidden = decode(model.model.decoder, state.canvas, state.soft, keys, values, prefixes, attention_backend)
+    hidden = decode(model.model.decoder, state.canvas, state.soft, in_place, prefixes, attention_backend)
     logits, stats = logits_and_stats(
         model.lm_head,
         hidden,
@@ -137,21 +147,25 @@ def take_step(
     )
 
 
-def decode(decoder, canvas: Tensor, soft: Tensor, keys, values, prefixes, backend: str) -> Tensor:
+def decode(decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, backend: str) -> Tensor:
     """The last hidden states [B, C, E] of `DiffusionGemmaDecoderModel`, from soft embeddings instead of logits."""
     conditioning = decoder.self_conditioning
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
     for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
         prefix = prefixes[layer.self_attn.layer_type]
-        hidden = _layer(layer, hidden, keys[index], values[index], prefix, backend)
+        buffers = in_place.keys[index], in_place.values[index]
+        hidden = _layer(layer, hidden, *buffers, in_place.weights[index], prefix, backend)
     return decoder.norm(hidden)
 
 
-def _layer(layer, hidden: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, backend: str) -> Tensor:
+def _layer(
+    layer, hidden: Tensor, keys: Tensor, values: Tensor, joined: Joined, prefix: Prefix, backend: str
+) -> Tensor:
     """`DiffusionGemmaDecoderTextLayer.forward`: attention, then a dense MLP and experts side by side."""
     attention = layer.self_attn
-    query, key, value = project(attention, layer.input_layernorm(hidden), (prefix.cos, prefix.sin))
+    rotary = prefix.cos, prefix.sin
+    query, key, value = project(attention, layer.input_layernorm(hidden), rotary, joined.projections)
     attended = block_attention(
         query,
         key,
@@ -166,10 +180,32 @@ def _layer(layer, hidden: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, 
     attended = attention.o_proj(attended.transpose(1, 2).flatten(2))
     hidden = hidden + layer.post_attention_layernorm(attended)
 
-    dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    # Not a call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
-    _, weights, index = layer.router.forward(rows)
-    mixed = layer.experts(layer.pre_feedforward_layernorm_2(rows), index, weights).reshape(hidden.shape)
-    mixed = layer.post_feedforward_layernorm_2(mixed)
+    dense, mixed = _feed_forward(layer, hidden, joined)
+    dense, mixed = layer.post_feedforward_layernorm_1(dense), layer.post_feedforward_layernorm_2(mixed)
     return (hidden + layer.post_feedforward_layernorm(dense + mixed)) * layer.layer_scalar
+
+
+def _feed_forward(layer, hidden: Tensor, joined: Joined) -> tuple[Tensor, Tensor]:
+    """What the dense MLP and the experts make of hidden [B, C, E], before the norms behind them."""
+    dense, rows = layer.pre_feedforward_layernorm(hidden), hidden.reshape(-1, hidden.shape[-1])
+    routed, router, experts = layer.pre_feedforward_layernorm_2(rows), layer.router, layer.experts
+    if joined.gate_up is None or joined.experts_backend is None:
+        # Not a call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
+        _, weights, index = router.forward(rows)
+        return layer.mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
+    made = feed_forward(
+        dense.reshape(rows.shape),
+        router.norm(rows) * router.scale * router.scalar_root_size,
+        routed,
+        joined.gate_up,
+        layer.mlp.down_proj.weight,
+        router.proj.weight,
+        router.per_expert_scale,
+        experts.gate_up_proj,
+        experts.down_proj,
+        top_k=router.config.top_k_experts,
+        activation=ACTIVATIONS[type(experts.act_fn).__name__],
+        **scales_of(experts),
+        backend=joined.experts_backend,
+    )
+    return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)

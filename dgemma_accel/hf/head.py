@@ -10,17 +10,14 @@ from ..ops.checks import FLOAT_DTYPES
 from ..ops.head_stats import head_stats
 from ..ops.row_stats import RowStats, row_stats
 from . import split_head
+from .joined import is_product
 
 
 def is_plain(lm_head: nn.Module, hidden: Tensor) -> bool:
-    """Whether calling `lm_head` is a product with its weight and nothing else: not quantised, sharded or hooked."""
-    if type(lm_head) is not nn.Linear or lm_head.bias is not None or "forward" in lm_head.__dict__:
-        return False
-    if lm_head._forward_hooks or lm_head._forward_pre_hooks or hasattr(lm_head, "_hf_hook"):
-        return False
-    weight = lm_head.weight
+    """Whether `head_stats` takes the weight of `lm_head`, with `hidden` or another tensor of its dtype and device."""
+    weight = lm_head.weight if is_product(lm_head) else None
     return (
-        type(weight) in (nn.Parameter, Tensor)
+        weight is not None
         and weight.dtype in FLOAT_DTYPES
         and weight.dtype == hidden.dtype
         and weight.device == hidden.device

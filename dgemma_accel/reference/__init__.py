@@ -3,6 +3,7 @@
 from .block_attention import block_attention
 from .commit import commit
 from .experts import experts
+from .feed_forward import feed_forward
 from .head_stats import head_stats
 from .philox import philox4x32, random_words, uniform_from_word
 from .progress import progress
@@ -13,6 +14,7 @@ __all__ = [
     "block_attention",
     "commit",
     "experts",
+    "feed_forward",
     "head_stats",
     "philox4x32",
     "progress",

@@ -234,6 +234,9 @@ COMPARISONS = {
 
 
 def comparison(name: str, kind: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if kind in ("f16", "bf16"):
+        widen, compare = convert("f32", kind, frozenset()), comparison(name, "f32")
+        return lambda a, b: compare(widen(a), widen(b))
     if not kind.startswith("f"):
         return COMPARISONS[name]
     if name in ("num", "nan"):

@@ -393,6 +393,24 @@ def _barrier(program: Program, instruction: Instruction) -> Callable[[Machine], 
     return lambda machine: machine.barrier()
 
 
+def _compare_halves(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """setp of two numbers of 16 bits in a register: the first predicate is that of the lower one."""
+    targets, *sources = instruction.operands
+    kind = instruction.parts[-1].removesuffix("x2")
+    compare = arithmetic.comparison(instruction.parts[1], kind)
+    readers = [reader(program, source, "u32") for source in sources]
+    if len(readers) != 2:
+        raise Unsupported(instruction.text)
+
+    def both(machine: Machine) -> None:
+        words = [read(machine) for read in readers]
+        for shift, target in zip((0, 16), targets.split("|")):
+            halves = [(word >> np.uint32(shift)).astype(np.uint16).view(DTYPES[kind]) for word in words]
+            machine.write(target, np.asarray(compare(*halves)))
+
+    return both
+
+
 def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     result, kinds, function = arithmetic.function(instruction.parts)
     target, *sources = instruction.operands
@@ -444,6 +462,8 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         make = _counting_barrier
     elif name.startswith("barrier."):
         make = _barrier
+    elif instruction.parts[0] == "setp" and instruction.parts[-1] in ("f16x2", "bf16x2"):
+        make = _compare_halves
     elif name.startswith("cvta"):
         make = _move
     else:
