@@ -7,7 +7,8 @@ from hf_models import CANVAS, generate, prompt, tiny_model, transformers
 import dgemma_accel
 from dgemma_accel import backends
 from dgemma_accel.hf import experts as hf_experts
-from dgemma_accel.hf import graph, patches
+from dgemma_accel.hf import layer as hf_layer
+from dgemma_accel.hf import patches
 from dgemma_accel.hf.joined import joined_weights
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
@@ -68,13 +69,13 @@ class TestSideBySide:
     @pytest.fixture
     def made(self, monkeypatch):
         """The rows of each call of `feed_forward`; steps are not compiled."""
-        seen, right = [], graph.feed_forward
+        seen, right = [], hf_layer.feed_forward
 
         def recorded(dense, *args, **kwargs):
             seen.append((kwargs["backend"], len(dense)))
             return right(dense, *args, **kwargs)
 
-        monkeypatch.setattr(graph, "feed_forward", recorded)
+        monkeypatch.setattr(hf_layer, "feed_forward", recorded)
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
         return seen
 
@@ -91,7 +92,9 @@ class TestSideBySide:
             ]  # fmt: skip
             with dgemma_accel.accelerated(model, backend="triton"):
                 joined = joined_weights(model.model.decoder, "triton")
-                results = [graph._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), joined)]
+                results = [
+                    hf_layer._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), joined)
+                ]
         for result, truth in zip(results, expected, strict=True):
             for ours, theirs in zip(result, truth):
                 assert ours.shape == hidden.shape

@@ -17,6 +17,7 @@ from .copies import reduce_ex, shares_layers_with
 from .denoising import denoising_step
 from .experts import experts_forward
 from .generate import compute_tokens_per_forward, finalize_canvas, generate, prepare_denoiser_inputs
+from .layer import layer_forward
 from .masks import create_decoder_masks, create_encoder_masks
 from .naming import cache_argument, unknown_names
 from .overrides import is_compiled_module
@@ -131,6 +132,7 @@ def _replacements(model) -> Iterator[tuple[nn.Module, str, Callable]]:
     for layer in decoder.layers:
         yield layer.self_attn, "forward", decoder_attention_forward
     for layer in (*encoder.language_model.layers, *decoder.layers):
+        yield layer, "forward", layer_forward
         yield layer.experts, "forward", experts_forward
     yield decoder, "create_diffusion_decoder_attention_mask", create_decoder_masks
     yield decoder.self_conditioning, "forward", self_conditioning_forward

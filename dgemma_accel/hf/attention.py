@@ -10,6 +10,7 @@ from ..ops.checks import FLOAT_DTYPES
 from .cache import readable
 from .hooks import collected
 from .joined import projections
+from .layer import norm
 from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .overrides import other_attention
@@ -131,7 +132,7 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
 def project(
     module, hidden_states: Tensor, position_embeddings, joined: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, C, D], normalised and rotated; joined: their weights, where those lie together."""
+    """Query, key and value [B, heads, C, D], normed and rotated; joined: their weights, where those lie together."""
     cos, sin = position_embeddings
     modules = projections(module)
     if joined is None:
@@ -140,8 +141,8 @@ def project(
         made = nn.functional.linear(hidden_states, joined).split([one.weight.shape[0] for one in modules], -1)
     # Global layers have one projection for keys and values; they part at the norms.
     query, key, value = (x.unflatten(-1, (-1, module.head_dim)) for x in (made[0], made[1], made[-1]))
-    query, key = _rotate(module.q_norm(query), cos, sin), _rotate(module.k_norm(key), cos, sin)
-    return query.transpose(1, 2), key.transpose(1, 2), module.v_norm(value).transpose(1, 2)
+    query, key = _rotate(norm(module.q_norm, query), cos, sin), _rotate(norm(module.k_norm, key), cos, sin)
+    return query.transpose(1, 2), key.transpose(1, 2), norm(module.v_norm, value).transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

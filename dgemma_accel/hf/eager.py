@@ -60,12 +60,15 @@ def _why_not_traced(model) -> str | None:
     if reason is not None:
         return reason
     for layer in decoder.layers:
-        attention = patch_of(layer.self_attn)
-        if is_overridden(layer) or (
-            is_overridden(layer.self_attn) if attention is None else attention.overridden
-        ):
+        if any(map(_is_other, (layer, layer.self_attn))):
             return "the forward of a layer or of its attention is not transformers' own"
     return None
+
+
+def _is_other(module) -> bool:
+    """Whether the forward of a module that `accelerate` replaces was not transformers' own."""
+    patch = patch_of(module)
+    return is_overridden(module) if patch is None else patch.overridden
 
 
 def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:

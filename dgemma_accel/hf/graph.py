@@ -8,6 +8,7 @@ Norms, RoPE, GeGLU and residuals are the compiler's to fuse; the ops of this pac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,13 +16,12 @@ from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
-from ..ops.feed_forward import feed_forward
 from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
-from .experts import ACTIVATIONS, scales_of
 from .head import logits_and_stats
 from .joined import Joined
+from .layer import through
 from .statistics import as_given
 
 
@@ -153,59 +153,31 @@ def decode(decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, b
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
     for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
-        prefix = prefixes[layer.self_attn.layer_type]
-        buffers = in_place.keys[index], in_place.values[index]
-        hidden = _layer(layer, hidden, *buffers, in_place.weights[index], prefix, backend)
+        attention, joined = layer.self_attn, in_place.weights[index]
+        held = in_place.keys[index], in_place.values[index]
+        prefix = prefixes[attention.layer_type]
+        hidden = through(layer, hidden, _attention(attention, *held, joined, prefix, backend), joined)
     return decoder.norm(hidden)
 
 
-def _layer(
-    layer, hidden: Tensor, keys: Tensor, values: Tensor, joined: Joined, prefix: Prefix, backend: str
-) -> Tensor:
-    """`DiffusionGemmaDecoderTextLayer.forward`: attention, then a dense MLP and experts side by side."""
-    attention = layer.self_attn
-    rotary = prefix.cos, prefix.sin
-    query, key, value = project(attention, layer.input_layernorm(hidden), rotary, joined.projections)
-    attended = block_attention(
-        query,
-        key,
-        value,
-        keys,
-        values,
-        prefix_start=prefix.start,
-        prefix_end=prefix.end,
-        scale=float(attention.scaling),
-        backend=backend,
-    )
-    attended = attention.o_proj(attended.transpose(1, 2).flatten(2))
-    hidden = hidden + layer.post_attention_layernorm(attended)
+def _attention(
+    attention, keys: Tensor, values: Tensor, joined: Joined, prefix: Prefix, backend: str
+) -> Callable[[Tensor], Tensor]:
+    """`DiffusionGemmaDecoderTextAttention.forward` over what the cache's buffers hold."""
 
-    dense, mixed = _feed_forward(layer, hidden, joined)
-    dense, mixed = layer.post_feedforward_layernorm_1(dense), layer.post_feedforward_layernorm_2(mixed)
-    return (hidden + layer.post_feedforward_layernorm(dense + mixed)) * layer.layer_scalar
+    def attend(rows: Tensor) -> Tensor:
+        query, key, value = project(attention, rows, (prefix.cos, prefix.sin), joined.projections)
+        attended = block_attention(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            prefix_start=prefix.start,
+            prefix_end=prefix.end,
+            scale=float(attention.scaling),
+            backend=backend,
+        )
+        return attention.o_proj(attended.transpose(1, 2).flatten(2))
 
-
-def _feed_forward(layer, hidden: Tensor, joined: Joined) -> tuple[Tensor, Tensor]:
-    """What the dense MLP and the experts make of hidden [B, C, E], before the norms behind them."""
-    dense, rows = layer.pre_feedforward_layernorm(hidden), hidden.reshape(-1, hidden.shape[-1])
-    routed, router, experts = layer.pre_feedforward_layernorm_2(rows), layer.router, layer.experts
-    if joined.gate_up is None or joined.experts_backend is None:
-        # Not a call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
-        _, weights, index = router.forward(rows)
-        return layer.mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
-    made = feed_forward(
-        dense.reshape(rows.shape),
-        router.norm(rows) * router.scale * router.scalar_root_size,
-        routed,
-        joined.gate_up,
-        layer.mlp.down_proj.weight,
-        router.proj.weight,
-        router.per_expert_scale,
-        experts.gate_up_proj,
-        experts.down_proj,
-        top_k=router.config.top_k_experts,
-        activation=ACTIVATIONS[type(experts.act_fn).__name__],
-        **scales_of(experts),
-        backend=joined.experts_backend,
-    )
-    return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)
+    return attend

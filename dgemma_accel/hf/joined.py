@@ -31,6 +31,9 @@ class Joined(NamedTuple):
     experts_backend: str | None
 
 
+APART = Joined(None, None, None)
+
+
 def joined_weights(decoder: nn.Module, backend: str) -> list[Joined]:
     """By layer of a decoder. Weights that do not lie together (yet, or no longer: the model was moved) are brought so.
 

@@ -1,0 +1,119 @@
+"""A decoder or encoder layer around its attention: what a compiled step traces, and what runs eagerly elsewhere.
+
+Eagerly a layer is hundreds of small operators, and the pass that stores a finished canvas takes as long as the host
+needs to launch them. Two thirds of them are the arithmetic of eleven norms, each of which PyTorch has as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.feed_forward import feed_forward
+from .experts import ACTIVATIONS, scales_of
+from .hooks import has_hooks
+from .joined import APART, Joined
+from .naming import takes_cache
+from .patches import Patch
+
+
+@takes_cache
+def layer_forward(
+    patch: Patch,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask=None,
+    position_ids: Tensor | None = None,
+    cache=None,
+    **kwargs,
+) -> Tensor:
+    """`forward` of an encoder or decoder layer, with norms in one operator each.
+
+    Args:
+        hidden_states: [B, C, E].
+        The others go to the layer's attention.
+
+    Returns:
+        [B, C, E].
+    """
+    arguments = {
+        "position_embeddings": position_embeddings,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        **patch.acceleration.as_argument(cache),
+        **kwargs,
+    }
+    if patch.overridden or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return patch.original()(hidden_states, **arguments)
+    attention = patch.owner.self_attn
+    return through(patch.owner, hidden_states, lambda rows: attention(hidden_states=rows, **arguments)[0])
+
+
+def through(
+    layer: nn.Module, hidden: Tensor, attend: Callable[[Tensor], Tensor], joined: Joined = APART
+) -> Tensor:
+    """hidden [B, C, E] through a layer: attention, then a dense MLP and experts side by side.
+
+    Args:
+        attend: the layer's attention, projections included, of its normed rows.
+
+    Source: `forward` of DiffusionGemmaDecoderTextLayer and DiffusionGemmaEncoderTextLayer in transformers'
+    modeling_diffusion_gemma.py.
+    """
+    attended = attend(norm(layer.input_layernorm, hidden))
+    hidden = hidden + norm(layer.post_attention_layernorm, attended)
+    dense, mixed = _feed_forward(layer, hidden, joined)
+    dense, mixed = (
+        norm(layer.post_feedforward_layernorm_1, dense),
+        norm(layer.post_feedforward_layernorm_2, mixed),
+    )
+    return (hidden + norm(layer.post_feedforward_layernorm, dense + mixed)) * layer.layer_scalar
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` for a norm of the model, by PyTorch's own operator where that computes the same.
+
+    Traced, the module itself: the compiler fuses what it consists of. With autograd too, so that gradients are as ever.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(module, x.dtype):
+        return module(x)
+    return nn.functional.rms_norm(x, x.shape[-1:], module.weight if module.with_scale else None, module.eps)
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling a norm with rows of `dtype` is the arithmetic of transformers' and nothing else."""
+    kind = type(module)
+    if kind.__name__ != "DiffusionGemmaRMSNorm" or not kind.__module__.startswith("transformers."):
+        return False
+    if "forward" in module.__dict__ or has_hooks(module) or torch._C._is_any_autocast_enabled():
+        return False
+    return not module.with_scale or module.weight.dtype == dtype
+
+
+def _feed_forward(layer: nn.Module, hidden: Tensor, joined: Joined) -> tuple[Tensor, Tensor]:
+    """What the dense MLP and the experts make of hidden [B, C, E], before the norms behind them."""
+    dense, rows = norm(layer.pre_feedforward_layernorm, hidden), hidden.reshape(-1, hidden.shape[-1])
+    routed, router, experts = norm(layer.pre_feedforward_layernorm_2, rows), layer.router, layer.experts
+    if joined.gate_up is None or joined.experts_backend is None:
+        # Traced no call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
+        choose = router.forward if torch.compiler.is_compiling() else router
+        _, weights, index = choose(rows)
+        return layer.mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
+    made = feed_forward(
+        dense.reshape(rows.shape),
+        router.norm(rows) * router.scale * router.scalar_root_size,
+        routed,
+        joined.gate_up,
+        layer.mlp.down_proj.weight,
+        router.proj.weight,
+        router.per_expert_scale,
+        experts.gate_up_proj,
+        experts.down_proj,
+        top_k=router.config.top_k_experts,
+        activation=ACTIVATIONS[type(experts.act_fn).__name__],
+        **scales_of(experts),
+        backend=joined.experts_backend,
+    )
+    return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)
