@@ -1,4 +1,4 @@
-"""Layers run eagerly: norms in one operator each, the original's numbers, and its modules wherever they are another's."""
+"""Layers run eagerly: norms in one operator each, the original's numbers, and another's modules called as they are."""
 
 import pytest
 import torch
