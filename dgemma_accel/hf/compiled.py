@@ -16,7 +16,7 @@ from .cuda_graph import is_recorded, quiet
 from .joined import joined_weights
 from .lookout import Lookout
 from .patches import Acceleration
-from .registry import fingerprint
+from .registry import fingerprint, modules_of
 
 
 def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: Tensor):
@@ -149,7 +149,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     if recording is None:
         yield Stepwise(step, inputs, in_place(), offset, schedule)
         return
-    modules = [denoiser.model.lm_head, *denoiser.model.model.decoder.modules()]
+    modules = [denoiser.model.lm_head, *modules_of(denoiser.model.model.decoder)]
     addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
     lengths = tuple(buffer.shape[2] for buffer in keys)

@@ -12,6 +12,7 @@ from .hooks import has_hooks
 from .masks import PrefixRange
 from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
 from .patches import patch_of
+from .registry import modules_of
 from .split_head import crosses_ranks
 
 
@@ -46,7 +47,7 @@ def _why_not_traced(model) -> str | None:
     `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
     """
     decoder = model.model.decoder
-    inner = (model.lm_head, *(module for module in decoder.modules() if module is not decoder))
+    inner = (model.lm_head, *(module for module in modules_of(decoder) if module is not decoder))
     if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (model.model, decoder, *inner)):
         return "model.model or a module of the decoder has hooks"
     for module in inner:

@@ -83,6 +83,18 @@ class Captures:
         return self.pool[1]
 
 
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()`, in another order and in less than half the time: they are gone through before every canvas."""
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [root]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            left.extend(module._modules.values())
+    return list(found)
+
+
 _PLAIN = frozenset({bool, int, float, str, torch.dtype})
 
 
