@@ -22,7 +22,8 @@ def make_case(rows, dense_width, count, width, embedding, dtype, device, top_k=2
     routed = torch.eye(embedding)[torch.randint(embedding, (rows,))]
     tensors = (
         torch.randn(rows, embedding), routed, torch.randn(rows, embedding),
-        torch.randn(2 * dense_width, embedding) * embedding**-0.5,
+        torch.randn(dense_width, embedding) * embedding**-0.5,
+        torch.randn(dense_width, embedding) * embedding**-0.5,
         torch.randn(embedding, dense_width) * dense_width**-0.5,
         router, torch.rand(count) + 0.5,
         torch.randn(count, 2 * width, embedding) * embedding**-0.5, torch.randn(count, embedding, width) * width**-0.5,
@@ -32,12 +33,14 @@ def make_case(rows, dense_width, count, width, embedding, dtype, device, top_k=2
 
 def check(results, case, top_k, activation="gelu_tanh", **scales):
     """Violations of the budgets of `experts`, for which the dense MLP is one expert that every row has."""
-    dense, routed, hidden, dense_gate_up, dense_down, router, expert_scale, gate_up, down = case
+    dense, routed, hidden, dense_gate, dense_up, dense_down, router, expert_scale, gate_up, down = case
     mlp, mixture = results
     index, weights = choose_by_reference(routed @ router.T, expert_scale, top_k)
     alone = dense.new_zeros((len(dense), 1), dtype=torch.int64), dense.new_ones((len(dense), 1))
     return [
-        *check_experts(mlp, dense, *alone, dense_gate_up[None], dense_down[None], activation),
+        *check_experts(
+            mlp, dense, *alone, torch.cat([dense_gate, dense_up])[None], dense_down[None], activation
+        ),
         *check_experts(mixture, hidden, index, weights, gate_up, down, activation, **scales),
     ]
 
@@ -66,13 +69,13 @@ def test_silu_and_no_rows(backend, device):
 def test_quantised_experts(backend, device, form):
     case, top_k = make_case(12, 24, 4, 32, 64, torch.float32, device)
     matrices, scales = [], {}
-    for name, weight in zip(("gate_up", "down"), case[7:]):
+    for name, weight in zip(("gate_up", "down"), case[8:]):
         if form == "fp8":
             numbers, scales[f"{name}_scale"] = quantize(weight)
         else:
             numbers, scales[f"{name}_scale"], scales[f"{name}_global_scale"] = quantize_nvfp4(weight)
         matrices.append(numbers)
-    case = (*(tensor.bfloat16() for tensor in case[:7]), *matrices)
+    case = (*(tensor.bfloat16() for tensor in case[:8]), *matrices)
     results = feed_forward(*case, top_k=top_k, backend=backend, **scales)
     assert not check(results, case, top_k, **scales)
 
@@ -89,10 +92,17 @@ def test_budget_fails_what_is_wrong(backend, device):
     swapped = (case[2], case[1], case[0], *case[3:])
     assert len(check(feed_forward(*swapped, top_k=top_k, backend=backend), case, top_k)) == 2
     assert len(check(feed_forward(*case, top_k=1, backend=backend), case, top_k)) == 1
-    unscaled = (*case[:6], torch.ones_like(case[6]), *case[7:])
+    unscaled = (*case[:7], torch.ones_like(case[7]), *case[8:])
     assert len(check(feed_forward(*unscaled, top_k=top_k, backend=backend), case, top_k)) == 1
-    turned = (*case[:3], case[3].roll(40, 0), *case[4:])
+    turned = (*case[:3], case[4], case[3], *case[5:])
     assert len(check(feed_forward(*turned, top_k=top_k, backend=backend), case, top_k)) == 1
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_choices_that_there_are_not(top_k):
+    case, _ = make_case(3, 8, 4, 8, 16, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=f"top_k: must be between 1 and the 4 experts, got {top_k}"):
+        feed_forward(*case, top_k=top_k)
 
 
 class TestChoose:
@@ -139,6 +149,10 @@ class TestChoose:
         assert weights[[0, 1, 2, 4]].isnan().any(1).all()
         assert index[3, :4].sort().values.tolist() == [0, 1, 2, 3] and not weights[3, 4:].any()
         self.assert_same(choose, scores[[3, 5]], 6)
+
+    def test_scales_of_any_stride(self, choose, device):
+        wide = torch.rand(32, device=device) + 0.5
+        self.assert_same(choose, torch.randn(5, 16, device=device), 3, wide[::2])
 
     def test_far_apart(self, choose, device):
         """Weights of what underflows next to the first choice are 0, and the rest is as it would be without."""

@@ -46,6 +46,7 @@ class Generator:
 class Stream:
     def __init__(self, played, name=None):
         self.played, self.name = played, name or f"side {len(played.streams)}"
+        self.cuda_stream = len(played.streams)
         played.streams.append(self)
 
     def wait_stream(self, other):
@@ -109,7 +110,7 @@ class Played:
         handles = iter(range(1, 99))
         cuda = {
             "device": lambda device: contextlib.nullcontext(),
-            "Stream": lambda: Stream(self),
+            "Stream": lambda device=None: Stream(self),
             "Event": lambda: Event(self),
             "CUDAGraph": lambda: Graph(self),
             "current_stream": lambda device=None: self.current,
@@ -124,6 +125,7 @@ class Played:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda.graph, "default_capture_stream", None)
+        patch.setattr(cuda_graph, "_streams", {})
         for name, value in {
             "_cuda_endAllocateToPool": self.end_of_pool,
             "_cuda_releasePool": lambda index, pool: self.users.remove(pool),
@@ -273,6 +275,12 @@ def test_a_warm_up_that_fails(played):
 
 
 class TestWhatRecordingsShare:
+    def test_one_stream_of_a_device_for_all_pools(self, played):
+        """Models come and go; streams that are recorded stay few, and so do their companions."""
+        pools = [cuda_graph.Pool(DEVICE) for _ in range(3)]
+        assert len({pool.handle for pool in pools}) == 3
+        assert len({id(pool.stream) for pool in pools}) == 1
+
     def test_one_stream(self, played):
         pool, seen = cuda_graph.Pool(DEVICE), []
         for _ in range(2):

@@ -9,7 +9,7 @@ from dgemma_accel import backends
 from dgemma_accel.hf import experts as hf_experts
 from dgemma_accel.hf import layer as hf_layer
 from dgemma_accel.hf import patches
-from dgemma_accel.hf.joined import joined_weights
+from dgemma_accel.hf.products import side_by_side
 
 triton_experts = pytest.importorskip("dgemma_accel.triton_kernels.experts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,10 +91,8 @@ class TestSideBySide:
                 for layer in layers
             ]  # fmt: skip
             with dgemma_accel.accelerated(model, backend="triton"):
-                joined = joined_weights(model.model.decoder, "triton")
-                results = [
-                    hf_layer._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), joined)
-                ]
+                how = side_by_side(model.model.decoder, "triton")
+                results = [hf_layer._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), how)]
         for result, truth in zip(results, expected, strict=True):
             for ours, theirs in zip(result, truth):
                 assert ours.shape == hidden.shape

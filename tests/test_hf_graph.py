@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
 from dgemma_accel.hf import bank, compiled, graph, patches
-from dgemma_accel.hf.joined import joined_weights
+from dgemma_accel.hf.products import side_by_side
 
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
@@ -300,7 +300,7 @@ def test_decode_is_the_model_s_forward(model):
         buffers = [
             [getattr(layer, name) for layer in cache.layers] for name in ("key_buffer", "value_buffer")
         ]
-        in_place = graph.InPlace(*buffers, joined_weights(decoder, "auto"))
+        in_place = graph.InPlace(*buffers, side_by_side(decoder, "auto"))
         result = graph.decode(decoder, canvas, soft, in_place, prefixes, "auto")
     assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
 

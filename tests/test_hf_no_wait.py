@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_iter
 
 import dgemma_accel
 from dgemma_accel.hf import denoising, graph, lookout
-from dgemma_accel.hf.joined import joined_weights
+from dgemma_accel.hf.products import side_by_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,7 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
         rotary = [empty(1, CANVAS, attention.head_dim) for _ in range(2)]
         bounds = [empty(batch, dtype=torch.int32) for _ in range(2)]
         prefixes[attention.layer_type] = graph.Prefix(*bounds, *rotary)
-    in_place = graph.InPlace(buffers, buffers, joined_weights(model.model.decoder, "auto"))
+    in_place = graph.InPlace(buffers, buffers, side_by_side(model.model.decoder, "auto"))
     whole, fraction = empty(dtype=torch.int64), empty(dtype=torch.float32)
     numbers = graph.Numbers(whole, whole, fraction, fraction, fraction)
     given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None

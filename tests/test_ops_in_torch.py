@@ -71,7 +71,16 @@ def arguments_of(op, device, lay=as_it_is):
         return tuple(real(2, heads, length, 16) for heads, length in ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5)))
     if op == "feed_forward":
         rows = tuple(real(6, 16) for _ in range(3))
-        return (*rows, real(40, 16), real(16, 20), real(3, 16), real(3), real(3, 32, 16), real(3, 16, 16))
+        return (
+            *rows,
+            real(20, 16),
+            real(20, 16),
+            real(16, 20),
+            real(3, 16),
+            real(3),
+            real(3, 32, 16),
+            real(3, 16, 16),
+        )
     return (
         real(6, 16),
         whole(3, 6, 2),

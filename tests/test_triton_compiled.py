@@ -97,7 +97,7 @@ def mixture():
             *(empty(*shape[:2], shape[2] // 2, dtype=torch.uint8) for shape in shapes), "silu",
             *(empty(*shape[:2], shape[2] // 16, dtype=torch.float8_e4m3fn) for shape in shapes), empty(3), empty(3))
     rows = [empty(4, 32, dtype=torch.bfloat16) for _ in range(3)]
-    feed_forward.feed_forward(*rows, empty(48, 32, dtype=torch.bfloat16), empty(32, 24, dtype=torch.bfloat16),
+    feed_forward.feed_forward(*rows, *[empty(24, 32, dtype=torch.bfloat16)] * 2, empty(32, 24, dtype=torch.bfloat16),
         empty(3, 32, dtype=torch.bfloat16), empty(3), empty(3, 32, 32, dtype=torch.bfloat16),
         empty(3, 32, 16, dtype=torch.bfloat16), 2)
 

@@ -81,33 +81,6 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-# By device and the stream that it is the companion of: a stream that is recorded has one that nobody else launches on.
-_companions: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
-
-
-@contextlib.contextmanager
-def beside(tensor: Tensor):
-    """Work in two branches on the device of `tensor`: what runs within `with aside:` beside what runs outside of it.
-
-    Both follow what was launched before, and what is launched after the block follows both. Tensors that the branch
-    aside reads or writes have to be allocated outside of it and outlive the block. Without a GPU all runs in turn.
-    """
-    if not tensor.is_cuda:
-        yield contextlib.nullcontext()
-        return
-    current = torch.cuda.current_stream(tensor.device)
-    key = (tensor.device, current.cuda_stream)
-    if key not in _companions:
-        _companions[key] = torch.cuda.Stream(tensor.device)
-    companion = _companions[key]
-    companion.wait_stream(current)
-    try:
-        yield torch.cuda.stream(companion)
-    finally:
-        # Also after an exception: a recording cannot end with a branch that leads nowhere.
-        current.wait_stream(companion)
-
-
 def by_value(parameter: Tensor | None, default: float | int = 0) -> tuple[float | int | Tensor, bool, int]:
     """A 0-d or per-row parameter as (argument, whether it is a pointer, stride by row).
 

@@ -120,8 +120,8 @@ def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Te
     weights = torch.empty((rows, top_k), dtype=torch.float32, device=scores.device)
     if rows:
         choose_kernel[(triton.cdiv(rows, CHOOSE_ROWS),)](
-            scores, expert_scale, index, weights, rows, EXPERTS=count, BINS=next_power_of_2(count), TOP_K=top_k,
-            SLOTS=next_power_of_2(top_k), ROWS=CHOOSE_ROWS, **FUSED, num_warps=4,
+            scores, expert_scale.contiguous(), index, weights, rows, EXPERTS=count, BINS=next_power_of_2(count),
+            TOP_K=top_k, SLOTS=next_power_of_2(top_k), ROWS=CHOOSE_ROWS, **FUSED, num_warps=4,
         )  # fmt: skip
     return index, weights
 

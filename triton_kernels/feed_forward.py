@@ -1,8 +1,7 @@
 """`feed_forward`: a layer's dense MLP beside its router and experts.
 
-The MLP's two products are cuBLAS's, with `gated_kernel` between them, on a stream of their own; router, choice and
-experts follow each other on the caller's. Both streams meet before the op returns, so nobody outside knows of the
-second one, and a CUDA graph gets two branches.
+The MLP's three products are PyTorch's, with `gated_kernel` between them, in a branch of their own; router, choice and
+experts follow each other in the caller's.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FUSED, beside, on_device, unavailable
+from ..branches import beside
+from .common import FUSED, on_device, unavailable
 from .expert_routing import choose
 from .experts import FEATURES, activate, experts
 
@@ -23,24 +23,23 @@ GATED_BLOCK = 1024
 
 
 @triton.jit
-def gated_kernel(gate_up, output, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """output [R, WIDTH] = act(gate) * up of gate_up [R, 2 * WIDTH], in fp32 and rounded once."""
+def gated_kernel(gate, up, output, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """output [R, WIDTH] = act(gate) * up, in fp32 and rounded once."""
     TILES: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    i_r = (tl.program_id(0) // TILES).to(tl.int64)
     o = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
     m = o < WIDTH
-    p_g = gate_up + i_r * (2 * WIDTH) + o
-    b_gate = tl.load(p_g, mask=m, other=0.0).to(tl.float32)
-    b_up = tl.load(p_g + WIDTH, mask=m, other=0.0).to(tl.float32)
-    b_o = activate(b_gate, ACTIVATION) * b_up
-    tl.store(output + i_r * WIDTH + o, b_o.to(output.dtype.element_ty), mask=m)
+    o_r = (tl.program_id(0) // TILES).to(tl.int64) * WIDTH + o
+    b_gate = tl.load(gate + o_r, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(up + o_r, mask=m, other=0.0).to(tl.float32)
+    tl.store(output + o_r, (activate(b_gate, ACTIVATION) * b_up).to(output.dtype.element_ty), mask=m)
 
 
 def feed_forward(
     dense: Tensor,
     routed: Tensor,
     hidden: Tensor,
-    dense_gate_up: Tensor,
+    dense_gate: Tensor,
+    dense_up: Tensor,
     dense_down: Tensor,
     router: Tensor,
     expert_scale: Tensor,
@@ -60,24 +59,18 @@ def feed_forward(
     """
     rows, width = dense.shape[0], dense_down.shape[1]
     # Memory of the caller's stream, which outlives the other's work.
-    both, middle = dense.new_empty(rows, 2 * width), dense.new_empty(rows, width)
+    gate, up, middle = dense.new_empty(3, rows, width)
     mlp = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    with on_device(hidden), beside(hidden) as aside:
+    with on_device(hidden), beside(hidden) as (aside,):
         with aside:
-            _mlp(dense, dense_gate_up, dense_down, activation, both, middle, mlp)
+            torch.mm(dense, dense_gate.T, out=gate)
+            torch.mm(dense, dense_up.T, out=up)
+            if rows:
+                gated_kernel[(rows * triton.cdiv(width, GATED_BLOCK),)](
+                    gate, up, middle, WIDTH=width, ACTIVATION=activation, BLOCK=GATED_BLOCK, **FUSED, num_warps=4,
+                )  # fmt: skip
+            torch.mm(middle, dense_down.T, out=mlp)
         index, weights = choose(routed @ router.T, expert_scale, top_k)
         scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
         mixture = experts(hidden, index, weights, gate_up, down, activation, *scales)
     return mlp, mixture
-
-
-def _mlp(
-    rows: Tensor, gate_up: Tensor, down: Tensor, activation: str, both: Tensor, middle: Tensor, output: Tensor
-):
-    torch.mm(rows, gate_up.T, out=both)
-    count, width = middle.shape
-    if count:
-        gated_kernel[(count * triton.cdiv(width, GATED_BLOCK),)](
-            both, middle, WIDTH=width, ACTIVATION=activation, BLOCK=GATED_BLOCK, **FUSED, num_warps=4,
-        )  # fmt: skip
-    torch.mm(middle, down.T, out=output)

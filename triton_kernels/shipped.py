@@ -229,7 +229,7 @@ def _feed_forward() -> Callable[[], object]:
             return _empty(*shape, dtype=torch.bfloat16)
 
         rows = [bf16(CANVAS, EMBEDDING) for _ in range(3)]
-        dense = bf16(2 * dense_width, EMBEDDING), bf16(EMBEDDING, dense_width)
+        dense = *(bf16(dense_width, EMBEDDING) for _ in range(2)), bf16(EMBEDDING, dense_width)
         experts = bf16(count, 2 * width, EMBEDDING), bf16(count, EMBEDDING, width)
         return feed_forward(*rows, *dense, bf16(count, EMBEDDING), bf16(count), *experts, top_k)
 

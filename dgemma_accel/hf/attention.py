@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
+from ..ops.linears import linears
 from .cache import readable
 from .hooks import collected
-from .joined import projections
 from .layer import norm
 from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .overrides import other_attention
 from .patches import Patch
+from .products import projections
 
 OVERRIDDEN = "an attention module has a forward that is not transformers' own"
 
@@ -130,15 +131,16 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
 
 
 def project(
-    module, hidden_states: Tensor, position_embeddings, joined: Tensor | None = None
+    module, hidden_states: Tensor, position_embeddings, side_by_side: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, C, D], normed and rotated; joined: their weights, where those lie together."""
+    """Query, key and value [B, heads, C, D], normed and rotated; side_by_side: their modules are products only."""
     cos, sin = position_embeddings
     modules = projections(module)
-    if joined is None:
-        made = [one(hidden_states) for one in modules]
+    if side_by_side:
+        rows, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
+        made = [x.unflatten(0, shape) for x in linears(rows, [one.weight for one in modules])]
     else:
-        made = nn.functional.linear(hidden_states, joined).split([one.weight.shape[0] for one in modules], -1)
+        made = [one(hidden_states) for one in modules]
     # Global layers have one projection for keys and values; they part at the norms.
     query, key, value = (x.unflatten(-1, (-1, module.head_dim)) for x in (made[0], made[1], made[-1]))
     query, key = _rotate(norm(module.q_norm, query), cos, sin), _rotate(norm(module.k_norm, key), cos, sin)

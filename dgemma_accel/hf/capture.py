@@ -87,7 +87,7 @@ class CapturedStep:
     Args:
         step: `graph.take_step` with its model and settings: (state, in_place, prefixes, numbers, pinned) -> state.
         inputs: of the first run; their values warm the step up.
-        in_place: cache and weights. Only their addresses are kept: whoever replays says that they still hold.
+        in_place: the cache. Only its addresses are kept: whoever replays says that they still hold.
         offset: of the first draw. schedule: [N] fp32 on the host.
     """
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from . import capture, graph
 from .capture import CapturedStep, Inputs
 from .cuda_graph import is_recorded, quiet
-from .joined import joined_weights
 from .lookout import Lookout
 from .patches import Acceleration
+from .products import side_by_side
 from .registry import fingerprint, modules_of
 
 
@@ -140,10 +140,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     device, acceleration = inputs.state.canvas.device, denoiser.acceleration
 
     def in_place() -> graph.InPlace:
-        # What moves weights must not do so while another thread records what reads them.
-        with quiet(device):
-            weights = joined_weights(denoiser.model.model.decoder, acceleration.backend)
-        return graph.InPlace(keys, values, weights)
+        return graph.InPlace(keys, values, side_by_side(denoiser.model.model.decoder, acceleration.backend))
 
     recording = capture.RECORDINGS.get(device.type)
     if recording is None:
@@ -161,10 +158,6 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     with ExitStack() as stack:
         try:
             weights = fingerprint(denoiser.model, modules)
-            if weights != acceleration.captures.weights:
-                # New to the captures, and so perhaps not joined yet, which gives them other addresses.
-                in_place()
-                weights = fingerprint(denoiser.model, modules)
             leased = acceleration.captures.lease(key, weights, recording.make_pool, make)
             captured = stack.enter_context(leased)
         except Exception as error:

@@ -10,10 +10,14 @@ from collections.abc import Callable
 
 import torch
 
+from ..branches import fresh_stream
+
 # Calls on a side stream before the recording: they compile, load kernels and let libraries take their workspaces.
 WARM_UP = 2
 
 _quiet: dict[torch.device, threading.RLock] = {}
+# One for all that is recorded on a device: two recordings never run at a time, and PyTorch's streams are few.
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def quiet(device: torch.device) -> threading.RLock:
@@ -40,7 +44,8 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
             self.handle = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream()
+            self.stream = _streams[device] if device in _streams else fresh_stream(device)
+            _streams[device] = self.stream
             self.done = torch.cuda.Event()
 
 

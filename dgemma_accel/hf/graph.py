@@ -2,7 +2,7 @@
 
 Everything that changes between steps, canvases, prompts or calls is a tensor: range of the prefix, temperature, seed,
 offset, thresholds. The cache comes as whole buffers, so a longer prefix is another number and not another shape.
-Products of the same rows are one product where their weights lie together (`joined`).
+Products that do not need each other run side by side (`products`).
 Norms, RoPE, GeGLU and residuals are the compiler's to fuse; the ops of this package are opaque to it.
 """
 
@@ -20,8 +20,8 @@ from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
 from .head import logits_and_stats
-from .joined import Joined
 from .layer import through
+from .products import SideBySide
 from .statistics import as_given
 
 
@@ -35,11 +35,11 @@ class Prefix(NamedTuple):
 
 
 class InPlace(NamedTuple):
-    """What a step reads where it lies, by layer. keys, values: the cache's buffers [B, Hkv, capacity, D]."""
+    """What a step finds in each layer. keys, values: the cache's buffers [B, Hkv, capacity, D]. how: its products."""
 
     keys: list[Tensor]
     values: list[Tensor]
-    weights: list[Joined]
+    how: list[SideBySide]
 
 
 class Settings(NamedTuple):
@@ -153,20 +153,20 @@ def decode(decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, b
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
     for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
-        attention, joined = layer.self_attn, in_place.weights[index]
+        attention, how = layer.self_attn, in_place.how[index]
         held = in_place.keys[index], in_place.values[index]
         prefix = prefixes[attention.layer_type]
-        hidden = through(layer, hidden, _attention(attention, *held, joined, prefix, backend), joined)
+        hidden = through(layer, hidden, _attention(attention, *held, how, prefix, backend), how)
     return decoder.norm(hidden)
 
 
 def _attention(
-    attention, keys: Tensor, values: Tensor, joined: Joined, prefix: Prefix, backend: str
+    attention, keys: Tensor, values: Tensor, how: SideBySide, prefix: Prefix, backend: str
 ) -> Callable[[Tensor], Tensor]:
     """`DiffusionGemmaDecoderTextAttention.forward` over what the cache's buffers hold."""
 
     def attend(rows: Tensor) -> Tensor:
-        query, key, value = project(attention, rows, (prefix.cos, prefix.sin), joined.projections)
+        query, key, value = project(attention, rows, (prefix.cos, prefix.sin), how.projections)
         attended = block_attention(
             query,
             key,

@@ -10,7 +10,7 @@ from ..ops.checks import FLOAT_DTYPES
 from ..ops.head_stats import head_stats
 from ..ops.row_stats import RowStats, row_stats
 from . import split_head
-from .joined import is_product
+from .products import is_product
 
 
 def is_plain(lm_head: nn.Module, hidden: Tensor) -> bool:

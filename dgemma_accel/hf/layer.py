@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..ops.feed_forward import feed_forward
 from .experts import ACTIVATIONS, scales_of
 from .hooks import has_hooks
-from .joined import APART, Joined
 from .naming import takes_cache
 from .patches import Patch
+from .products import ONE_BY_ONE, SideBySide
 
 
 @takes_cache
@@ -52,7 +52,7 @@ def layer_forward(
 
 
 def through(
-    layer: nn.Module, hidden: Tensor, attend: Callable[[Tensor], Tensor], joined: Joined = APART
+    layer: nn.Module, hidden: Tensor, attend: Callable[[Tensor], Tensor], how: SideBySide = ONE_BY_ONE
 ) -> Tensor:
     """hidden [B, C, E] through a layer: attention, then a dense MLP and experts side by side.
 
@@ -64,7 +64,7 @@ def through(
     """
     attended = attend(norm(layer.input_layernorm, hidden))
     hidden = hidden + norm(layer.post_attention_layernorm, attended)
-    dense, mixed = _feed_forward(layer, hidden, joined)
+    dense, mixed = _feed_forward(layer, hidden, how)
     dense, mixed = (
         norm(layer.post_feedforward_layernorm_1, dense),
         norm(layer.post_feedforward_layernorm_2, mixed),
@@ -92,21 +92,23 @@ def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     return not module.with_scale or module.weight.dtype == dtype
 
 
-def _feed_forward(layer: nn.Module, hidden: Tensor, joined: Joined) -> tuple[Tensor, Tensor]:
+def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Tensor, Tensor]:
     """What the dense MLP and the experts make of hidden [B, C, E], before the norms behind them."""
     dense, rows = norm(layer.pre_feedforward_layernorm, hidden), hidden.reshape(-1, hidden.shape[-1])
-    routed, router, experts = norm(layer.pre_feedforward_layernorm_2, rows), layer.router, layer.experts
-    if joined.gate_up is None or joined.experts_backend is None:
+    routed, mlp = norm(layer.pre_feedforward_layernorm_2, rows), layer.mlp
+    router, experts = layer.router, layer.experts
+    if how.experts_backend is None:
         # Traced no call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
         choose = router.forward if torch.compiler.is_compiling() else router
         _, weights, index = choose(rows)
-        return layer.mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
+        return mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
     made = feed_forward(
         dense.reshape(rows.shape),
         router.norm(rows) * router.scale * router.scalar_root_size,
         routed,
-        joined.gate_up,
-        layer.mlp.down_proj.weight,
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        mlp.down_proj.weight,
         router.proj.weight,
         router.per_expert_scale,
         experts.gate_up_proj,
@@ -114,6 +116,6 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, joined: Joined) -> tuple[Ten
         top_k=router.config.top_k_experts,
         activation=ACTIVATIONS[type(experts.act_fn).__name__],
         **scales_of(experts),
-        backend=joined.experts_backend,
+        backend=how.experts_backend,
     )
     return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)

@@ -17,7 +17,8 @@ def _feed_forward(
     dense: Tensor,
     routed: Tensor,
     hidden: Tensor,
-    dense_gate_up: Tensor,
+    dense_gate: Tensor,
+    dense_up: Tensor,
     dense_down: Tensor,
     router: Tensor,
     expert_scale: Tensor,
@@ -32,7 +33,7 @@ def _feed_forward(
     down_global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     run = pick("feed_forward", backend, requirements(hidden, dtype=hidden.dtype, activation=activation))
-    weights = (dense_gate_up, dense_down, router, expert_scale, gate_up, down)
+    weights = (dense_gate, dense_up, dense_down, router, expert_scale, gate_up, down)
     scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
     return run(dense, routed, hidden, *weights, top_k, activation, *scales)
 
@@ -46,7 +47,8 @@ def feed_forward(
     dense: Tensor,
     routed: Tensor,
     hidden: Tensor,
-    dense_gate_up: Tensor,
+    dense_gate: Tensor,
+    dense_up: Tensor,
     dense_down: Tensor,
     router: Tensor,
     expert_scale: Tensor,
@@ -66,8 +68,11 @@ def feed_forward(
     The tensors are those of a layer of a model, so they are not checked again.
 
     Raises:
+        ValueError: more choices than experts, or none.
         backends.BackendError: the backend named cannot run this call.
     """
+    if not 1 <= top_k <= router.shape[0]:
+        raise ValueError(f"top_k: must be between 1 and the {router.shape[0]} experts, got {top_k}")
     scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
-    weights = (dense_gate_up, dense_down, router, expert_scale, gate_up, down)
+    weights = (dense_gate, dense_up, dense_down, router, expert_scale, gate_up, down)
     return _feed_forward(dense, routed, hidden, *weights, top_k, activation, backend, *scales)

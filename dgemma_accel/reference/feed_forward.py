@@ -35,7 +35,8 @@ def feed_forward(
     dense: Tensor,
     routed: Tensor,
     hidden: Tensor,
-    dense_gate_up: Tensor,
+    dense_gate: Tensor,
+    dense_up: Tensor,
     dense_down: Tensor,
     router: Tensor,
     expert_scale: Tensor,
@@ -55,7 +56,7 @@ def feed_forward(
 
     Args:
         dense, routed, hidden: [R, E], the same rows as each part wants them normalised.
-        dense_gate_up: [2 * F, E], the gate's rows first. dense_down: [E, F].
+        dense_gate, dense_up: [F, E]. dense_down: [E, F].
         router: [X, E]. expert_scale: [X].
         The others as in `experts`.
 
@@ -65,7 +66,7 @@ def feed_forward(
     Source: DiffusionGemmaDecoderTextLayer.forward in transformers' modeling_diffusion_gemma.py, between its norms.
     """
     compute = compute_dtype(dense)
-    gate, up = (dense.to(compute) @ dense_gate_up.to(compute).T).chunk(2, dim=-1)
+    gate, up = (dense.to(compute) @ weight.to(compute).T for weight in (dense_gate, dense_up))
     mlp = (activate(gate, activation) * up) @ dense_down.to(compute).T
     scores = (routed.to(compute) @ router.to(compute).T).to(routed.dtype)
     index, weights = choose(scores, expert_scale, top_k)

@@ -1,0 +1,59 @@
+"""Which products of a decoder layer run side by side in a compiled step: those of modules that are nothing else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .experts import ACTIVATIONS, served_by
+from .overrides import is_overridden
+
+
+class SideBySide(NamedTuple):
+    """What of a layer does.
+
+    projections: query, key and value, by the op `linears`. experts_backend: that of the op `feed_forward` where it can
+    stand for the layer's dense MLP, router and experts, else None.
+    """
+
+    projections: bool
+    experts_backend: str | None
+
+
+ONE_BY_ONE = SideBySide(False, None)
+
+
+def side_by_side(decoder: nn.Module, backend: str) -> list[SideBySide]:
+    """By layer of a decoder; backend: that of `accelerate`."""
+    return [
+        SideBySide(all(map(is_product, projections(layer.self_attn))), _feed_forward_backend(layer, backend))
+        for layer in decoder.layers[: decoder.text_config.num_hidden_layers]
+    ]
+
+
+def projections(attention: nn.Module) -> list[nn.Module]:
+    """Query, key and, unless keys and values have one projection, value."""
+    found = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return [module for module in found if module is not None]
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether calling `module` is a product with its weight and nothing else: not quantised, sharded or hooked."""
+    if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        return False
+    return type(module.weight) in (nn.Parameter, Tensor)
+
+
+def _feed_forward_backend(layer: nn.Module, backend: str) -> str | None:
+    mlp, router, experts = layer.mlp, layer.router, layer.experts
+    products = (mlp.gate_proj, mlp.up_proj, mlp.down_proj, router.proj)
+    if is_overridden(mlp) or is_overridden(router) or not all(map(is_product, products)):
+        return None
+    if len({product.weight.dtype for product in products}) > 1:
+        return None
+    if ACTIVATIONS.get(type(mlp.act_fn).__name__) != ACTIVATIONS.get(type(experts.act_fn).__name__):
+        return None
+    return served_by(experts, backend, mlp.down_proj.weight)
