@@ -64,7 +64,7 @@ def test_tokens_are_those_of_the_rounded_weights(quantized, expected):
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_the_backend_named_serves_them(quantized, expected, monkeypatch, caplog, name):
+def test_the_backend_named_serves_them(quantized, format, monkeypatch, caplog, name):
     if name == "triton":
         module = pytest.importorskip("dgemma_accel.triton_kernels.experts")
         if module.unavailable() is not None:
@@ -75,10 +75,13 @@ def test_the_backend_named_serves_them(quantized, expected, monkeypatch, caplog,
         seen.add(kwargs["backend"])
         return right(*args, **kwargs)
 
+    # A few steps: the interpreter is slow.
+    ids, options = prompt(2, 9)[0].to(DEVICE), {"max_new_tokens": CANVAS, "max_denoising_steps": 3}
+    expected = generate(rounded(wide_model(), format), ids, **options).sequences
     monkeypatch.setattr(hf_experts, "experts", recorded)
     dgemma_accel.accelerate(quantized, backend=name, graph=False)
     with caplog.at_level("WARNING", logger="dgemma_accel"):
-        result = generate(quantized, prompt(2, 9)[0].to(DEVICE)).sequences
+        result = generate(quantized, ids, **options).sequences
     assert torch.equal(result, expected) and seen == {name}
     assert not [record for record in caplog.records if record.getMessage().startswith("experts:")]
 
