@@ -21,6 +21,8 @@ OPS = {
     "head_stats": "bench_head_stats",
     "soft_embedding": "bench_soft_embedding",
     "experts": "bench_experts",
+    "feed_forward": "bench_feed_forward",
+    "linears": "bench_linears",
     "samplers": "bench_samplers",
 }
 ALIASES = {"attention": "block_attention"}

@@ -24,7 +24,17 @@ from pathlib import Path
 from . import INCOMPLETE
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
+OPS = (
+    "block_attention",
+    "row_stats",
+    "commit",
+    "head_stats",
+    "soft_embedding",
+    "experts",
+    "feed_forward",
+    "linears",
+    "samplers",
+)
 ALIASES = {"attention": "block_attention", "ops": OPS}
 # Seconds that a part has at least where they are left: importing PyTorch alone takes a few.
 LEAST = 20.0
@@ -98,7 +108,7 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
     pytest = (python, "-m", "pytest", "-m", "gpu", "-q", *with_limits())
-    weights = {"block_attention": 2.0, "commit": 0.5, "samplers": 0.5}
+    weights = {"block_attention": 2.0, "commit": 0.5, "feed_forward": 0.5, "linears": 0.3, "samplers": 0.5}
     parts = [
         # Without nvcc the host part is built and Triton's kernels are measured; doctor then says what is missing.
         Part("build", build, 3.0, (("DGEMMA_ACCEL_CUDA", "auto"), ("DGEMMA_ACCEL_CUDA_ARCHS", architecture))),

@@ -14,7 +14,17 @@ from .measured import device, fastest, find_results, full_runs, newest_cases
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOT_MEASURED = "not yet measured"
-OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts", "samplers")
+OPS = (
+    "block_attention",
+    "row_stats",
+    "commit",
+    "head_stats",
+    "soft_embedding",
+    "experts",
+    "feed_forward",
+    "linears",
+    "samplers",
+)
 # One case of each shape stands in the README; all of them stand in bench/results/README.md.
 HEADLINE = {
     "row_stats": ("half settled",),
@@ -22,6 +32,8 @@ HEADLINE = {
     "soft_embedding": ("half settled",),
     "commit": ("entropy bound, renoise",),
     "experts": ("uniform routing",),
+    "feed_forward": ("bf16 experts",),
+    "linears": ("sliding layer", "global layer"),
     "block_attention": ("",),
     "samplers": ("LLaDA low_confidence", "Fast-dLLM threshold", "Dream entropy"),
 }

@@ -19,6 +19,7 @@ STREAMS = 32
 # By device and the stream whose work they share: what is recorded has companions that nobody else launches on.
 _companions: dict[tuple[torch.device, int], list[torch.cuda.Stream]] = {}
 _taken: set[tuple[torch.device, int]] = set()
+_in_turn = False
 
 
 def fresh_stream(device: torch.device) -> torch.cuda.Stream:
@@ -39,7 +40,7 @@ def beside(tensor: Tensor, count: int = 1) -> Iterator[list[contextlib.AbstractC
     all of it. Tensors that a branch reads or writes have to be allocated outside of it and outlive the block. Without a
     GPU everything runs in turn.
     """
-    if not tensor.is_cuda:
+    if _in_turn or not tensor.is_cuda:
         yield [contextlib.nullcontext() for _ in range(count)]
         return
     current = torch.cuda.current_stream(tensor.device)
@@ -60,6 +61,17 @@ def beside(tensor: Tensor, count: int = 1) -> Iterator[list[contextlib.AbstractC
             _join(current, used)
         raise
     _join(current, used)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Within it there are no branches, in any thread: what they are worth is the difference."""
+    global _in_turn
+    before, _in_turn = _in_turn, True
+    try:
+        yield
+    finally:
+        _in_turn = before
 
 
 def _join(current: torch.cuda.Stream, companions: list[torch.cuda.Stream]) -> None:

@@ -14,7 +14,9 @@ from bench import (
     bench_block_attention,
     bench_commit,
     bench_experts,
+    bench_feed_forward,
     bench_head_stats,
+    bench_linears,
     bench_ops,
     bench_row_stats,
     bench_soft_embedding,
@@ -228,6 +230,34 @@ def test_attention_and_experts_cases_judge_by_their_error():
     assert 0.01 < float(result.std()) < 1
     small.down_scale[:, 0].mul_(1.01)
     assert bench_experts.check(result, small)
+
+
+def test_products_side_by_side_judge_by_their_error():
+    """Their cases are a GPU's; what they make, run and check is not."""
+    for cases in (bench_linears.cases, bench_feed_forward.cases):
+        found, lines = cases(CPU, Sizes())
+        assert not found and len(lines) == 1 and "side by side" in lines[0]
+    found, _ = bench_linears.cases(torch.device("cuda"), Sizes())
+    assert [case.title for case in found] == [
+        "linears [256, 2816] x 4096 + 2048 + 2048 bf16 sliding layer",
+        "linears [256, 2816] x 8192 + 1024 bf16 global layer",
+    ]
+    assert found[0].flops == 2 * 256 * 2816 * 8192
+    inputs = bench_linears.make_inputs(5, (7, 3), torch.float32, CPU, 0)
+    for variant in bench_linears.VARIANTS:
+        results = variant.prepare(inputs)()
+        assert found[0].check(results, inputs) == []
+        assert found[0].check([results[0] * 1.01, results[1]], inputs)
+    for form in bench_feed_forward.FORMS.values():
+        inputs = bench_feed_forward.make_inputs(4, 16, 96, 20, torch.float32, CPU, 0, form)
+        mlp, mixture = bench_feed_forward.variants(["reference"])[0].prepare(inputs)()
+        assert bench_feed_forward.check((mlp, mixture), inputs) == []
+        for wrong in ((mlp * 1.01, mixture), (mlp, mixture * 1.01), (mixture, mlp)):
+            assert bench_feed_forward.check(wrong, inputs)
+    found, _ = bench_feed_forward.cases(torch.device("cuda"), Sizes())
+    assert [case.label for case in found] == list(bench_feed_forward.FORMS)
+    names = [variant.name for variant in bench_feed_forward.variants(["triton"])]
+    assert names == ["triton", "triton in turn"]
 
 
 def test_nvfp4_experts_cases_judge_by_their_error():

@@ -7,6 +7,7 @@ import torch
 
 from dgemma_accel import branches
 from dgemma_accel.ops.linears import linears
+from dgemma_accel.reference.budget import check_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -22,11 +23,11 @@ def make_case(rows, widths, dtype=torch.float32, device="cpu", embedding=40):
 def test_each_is_the_product(device, dtype, rows, widths):
     hidden, weights = make_case(rows, widths, dtype, device)
     results = linears(hidden, weights)
-    assert [tuple(result.shape) for result in results] == [(rows, width) for width in widths]
-    for result, weight in zip(results, weights):
-        expected = torch.nn.functional.linear(hidden, weight)
-        assert result.dtype == dtype and result.is_contiguous()
-        assert torch.allclose(result.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    assert not check_linears(results, hidden, weights)
+    assert all(result.is_contiguous() for result in results)
+    if rows:
+        for wrong in (results[::-1] if len(set(widths)) > 1 else [], [*results[:-1], results[-1] * 1.02]):
+            assert check_linears(wrong, hidden, weights)
 
 
 def test_views_and_what_torch_asks_of_an_op():
@@ -60,9 +61,7 @@ def test_in_a_cuda_graph():
     for graph, results in graphs:
         hidden.normal_()
         graph.replay()
-        for result, weight in zip(results, weights):
-            expected = torch.nn.functional.linear(hidden, weight)
-            assert torch.allclose(result.float(), expected.float(), rtol=0.02, atol=0.05)
+        assert not check_linears(results, hidden, weights)
 
 
 class Stream:
@@ -145,6 +144,14 @@ class TestBranches:
         self.current.wait_stream = broken
         with pytest.raises(ValueError, match="first"), branches.beside(OnDevice, 2):
             raise ValueError("first")
+
+    def test_in_turn(self, log):
+        with branches.in_turn(), branches.in_turn(), branches.beside(OnDevice, 2) as asides:
+            assert len(asides) == 2
+        assert log == []
+        with branches.beside(OnDevice):
+            pass
+        assert log
 
     def test_without_a_gpu(self, log):
         with branches.beside(torch.ones(1), 3) as asides:

@@ -231,6 +231,21 @@ def check_soft_embedding(
 
 
 @without_autocast
+def check_linears(results: list[Tensor], rows: Tensor, weights: list[Tensor]) -> list[str]:
+    """Violations of the budget by the results of `linears`. Plain PyTorch is a product by itself."""
+    shapes = [(*rows.shape[:-1], len(weight)) for weight in weights]
+    found = [tuple(result.shape) for result in results]
+    if found != shapes or any(result.dtype != rows.dtype for result in results):
+        return [f"linears: {found} instead of {shapes} {rows.dtype}"]
+    problems = []
+    for number, (result, weight) in enumerate(zip(results, weights)):
+        truth, plain = rows.double() @ weight.double().T, rows @ weight.T
+        ulp = torch.finfo(rows.dtype).eps * truth.abs() + FP32_EPSILON
+        problems += _within(f"linears {number}", result, truth, plain, ulp)
+    return problems
+
+
+@without_autocast
 def check_commit(result: tuple[Tensor, ...], *arguments) -> list[str]:
     """Violations by the six tensors of `commit`: they have to equal the reference's.
 
