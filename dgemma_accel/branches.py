@@ -16,14 +16,17 @@ from torch import Tensor
 # PyTorch has so many streams of a priority by device, which it hands out in turn, again and again.
 STREAMS = 32
 
-# By device and the stream whose work they share: what is recorded has companions that nobody else launches on.
+# By device and the stream whose work they share, so that nothing else of this package launches on them meanwhile.
 _companions: dict[tuple[torch.device, int], list[torch.cuda.Stream]] = {}
 _taken: set[tuple[torch.device, int]] = set()
 _in_turn = False
 
 
 def fresh_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of `device` that this package has not taken before, while there are such."""
+    """A stream of `device` that this package has not taken before, while there are such.
+
+    PyTorch hands out its streams to everybody, so others may launch on it too.
+    """
     for _ in range(STREAMS):
         stream = torch.cuda.Stream(device)
         if (device, stream.cuda_stream) not in _taken:
@@ -50,9 +53,9 @@ def beside(tensor: Tensor, count: int = 1) -> Iterator[list[contextlib.AbstractC
     while len(companions) < count:
         companions.append(fresh_stream(tensor.device))
     used = companions[:count]
-    for companion in used:
-        companion.wait_stream(current)
     try:
+        for companion in used:
+            companion.wait_stream(current)
         yield [torch.cuda.stream(companion) for companion in used]
     except BaseException:
         # A recording cannot end with a branch that leads nowhere. One that is broken says so here once more, and the

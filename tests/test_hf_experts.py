@@ -147,6 +147,51 @@ class TestSideBySide:
         assert len(made) == len(model.model.decoder.layers) - (kind is not None)
 
 
+class Wrapped(torch.nn.Module):
+    """What stands for a module and has none of its attributes, as an adapter's wrapper does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *arguments):
+        self.calls += 1
+        return self.inner(*arguments)
+
+
+@pytest.mark.parametrize("name", ["mlp", "router", "experts", "mlp.gate_proj", "router.proj"])
+def test_a_module_that_has_another_s_attributes(name, monkeypatch):
+    """Before `accelerate`: the compiled step calls it, whatever the backend."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model, ids = tiny_model().to(DEVICE), prompt(1, 9)[0].to(DEVICE)
+    options = {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
+    expected = generate(model, ids, **options)
+    layer = model.model.decoder.layers[1]
+    wrapped = Wrapped(layer.get_submodule(name))
+    owner, _, attribute = name.rpartition(".")
+    setattr(layer.get_submodule(owner), attribute, wrapped)
+    backend = "auto" if triton_experts.unavailable() is not None else "triton"
+    with dgemma_accel.accelerated(model, backend=backend, graph=True):
+        output = generate(model, ids, **options)
+        assert patches.acceleration_of(model).compiled
+    assert torch.equal(output.sequences, expected.sequences) and wrapped.calls == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["proj", "per_expert_scale"])
+def test_a_router_of_another_size(name):
+    """Of more experts than there are: the model's own code says what it thinks of that."""
+    model = tiny_model().to(DEVICE)
+    router = model.model.decoder.layers[1].router
+    if name == "proj":
+        router.proj.weight = torch.nn.Parameter(router.proj.weight.repeat(2, 1))
+    else:
+        router.per_expert_scale = torch.nn.Parameter(router.per_expert_scale[:-1].clone())
+    with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
+        how = side_by_side(model.model.decoder, "triton")
+    assert [one.experts_backend for one in how] == ["triton", None, "triton"]
+
+
 @needs_kernel
 def test_every_layer_goes_through_the_op_and_restore_undoes_it(model, calls):
     expected = [run_layer(layer.experts) for layer in layers_of(model)]

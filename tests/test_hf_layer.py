@@ -133,3 +133,96 @@ def test_hidden_states_are_collected_as_ever():
         result = collect()
     assert len(result) == len(expected) > 3
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(result, expected))
+
+
+def test_a_model_on_several_devices():
+    """A hook of a layer brings what it is given to the layer's device."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model(torch.bfloat16)
+    language_model = model.model.encoder.language_model
+    for index, layer in enumerate(language_model.layers):
+        device = "meta" if index else "cpu"
+        layer.to(device)
+        hook = hooks.AlignDevicesHook(execution_device=device, io_same_device=False, place_submodules=True)
+        hooks.add_hook_to_module(layer, hook)
+        hooks.attach_execution_device_hook(layer, device)
+    language_model.norm.to("meta")
+    for _ in range(2):
+        with torch.no_grad():
+            assert language_model(input_ids=prompt(1, 6)[0]).last_hidden_state.is_meta
+        dgemma_accel.accelerate(model)
+
+
+def test_a_compiled_forward_of_a_layer_runs(monkeypatch):
+    model, seen = tiny_model(), []
+    layer = model.model.encoder.language_model.layers[1]
+
+    def backend(module, inputs):
+        seen.append(1)
+        return module.forward
+
+    layer.forward = torch.compile(layer.forward, backend=backend)
+    with dgemma_accel.accelerated(model):
+        encode(model)
+    assert seen
+
+
+def test_a_class_that_is_patched_later():
+    model, seen = tiny_model(), []
+    kind = type(model.model.encoder.language_model.layers[1])
+    with dgemma_accel.accelerated(model), pytest.MonkeyPatch.context() as patch:
+        right = kind.forward
+
+        def noted(self, *arguments, **options):
+            seen.append(1)
+            return right(self, *arguments, **options)
+
+        patch.setattr(kind, "forward", noted)
+        encode(model)
+    assert len(seen) == 2 * len(model.model.encoder.language_model.layers)
+
+
+@pytest.mark.parametrize("name", ["forward", "_norm"])
+def test_norms_whose_class_is_patched(name, fused):
+    """As libraries of kernels do it for every model at once."""
+    model, seen = tiny_model(), []
+    kind = type(model.model.decoder.norm)
+    right = getattr(kind, name)
+
+    def noted(self, x):
+        seen.append(1)
+        return right(self, x) * 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, noted)
+        expected, _ = encode(model)
+        count = len(seen)
+        with dgemma_accel.accelerated(model):
+            result, _ = encode(model)
+    assert len(seen) == 2 * count and not fused
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_under_hooks_of_all_modules(fused):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        with dgemma_accel.accelerated(tiny_model()) as model:
+            encode(model)
+    finally:
+        handle.remove()
+    assert seen.count("DiffusionGemmaRMSNorm") > 2 * NORMS and not fused
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_scale_of_a_wider_type_than_the_rows(graph, monkeypatch):
+    """The original multiplies in place."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model, ids = tiny_model(torch.bfloat16), prompt(1, 9)[0]
+    for layer in (*model.model.encoder.language_model.layers, *model.model.decoder.layers):
+        layer.layer_scalar = layer.layer_scalar.float() * 0.75
+    generate(model, ids)
+    with dgemma_accel.accelerated(model, graph=graph):
+        generate(model, ids)

@@ -145,6 +145,19 @@ class TestBranches:
         with pytest.raises(ValueError, match="first"), branches.beside(OnDevice, 2):
             raise ValueError("first")
 
+    def test_a_fork_that_fails_joins_what_was_forked(self, log):
+        with branches.beside(OnDevice, 2):
+            pass
+        log.clear()
+
+        def broken(other):
+            raise RuntimeError("no more")
+
+        branches._companions[OnDevice.device, 0][1].wait_stream = broken
+        with pytest.raises(RuntimeError, match="no more"), branches.beside(OnDevice, 2):
+            raise AssertionError("not reached")
+        assert log == ["1 waits for 0", "0 waits for 1", "0 waits for 2"]
+
     def test_in_turn(self, log):
         with branches.in_turn(), branches.in_turn(), branches.beside(OnDevice, 2) as asides:
             assert len(asides) == 2

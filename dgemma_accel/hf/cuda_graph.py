@@ -44,8 +44,7 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
             self.handle = torch.cuda.graph_pool_handle()
-            self.stream = _streams[device] if device in _streams else fresh_stream(device)
-            _streams[device] = self.stream
+            self.stream = _streams.get(device) or _streams.setdefault(device, fresh_stream(device))
             self.done = torch.cuda.Event()
 
 
@@ -107,6 +106,8 @@ class CudaRecording:
 
     def _clear_away(self, current) -> None:
         """What `torch.cuda.graph` leaves undone where the recording cannot be ended."""
+        # Should it stay in capture, later recordings do not begin on it.
+        _streams.pop(self.device, None)
         torch.cuda.set_stream(current)
         try:
             # From torch 2.14 on a graph leaves the pool itself, at the latest in its destructor, which ends the process

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import FLOAT_DTYPES
 from ..ops.feed_forward import feed_forward
 from .experts import ACTIVATIONS, scales_of
 from .hooks import has_hooks
 from .naming import takes_cache
+from .overrides import is_own
 from .patches import Patch
 from .products import ONE_BY_ONE, SideBySide
 
@@ -45,10 +47,16 @@ def layer_forward(
         **patch.acceleration.as_argument(cache),
         **kwargs,
     }
-    if patch.overridden or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _stays(patch):
         return patch.original()(hidden_states, **arguments)
     attention = patch.owner.self_attn
     return through(patch.owner, hidden_states, lambda rows: attention(hidden_states=rows, **arguments)[0])
+
+
+def _stays(patch: Patch) -> bool:
+    """Whether the forward of a layer is another's, or more than transformers' own: a hook that brings its arguments to
+    the layer's device, or the compiler."""
+    return patch.overridden or patch.had or not is_own(type(patch.owner).forward)
 
 
 def through(
@@ -69,7 +77,8 @@ def through(
         norm(layer.post_feedforward_layernorm_1, dense),
         norm(layer.post_feedforward_layernorm_2, mixed),
     )
-    return (hidden + norm(layer.post_feedforward_layernorm, dense + mixed)) * layer.layer_scalar
+    # In place, as there: the number may be of a wider type than the rows.
+    return (hidden + norm(layer.post_feedforward_layernorm, dense + mixed)).mul_(layer.layer_scalar)
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -85,9 +94,12 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether calling a norm with rows of `dtype` is the arithmetic of transformers' and nothing else."""
     kind = type(module)
-    if kind.__name__ != "DiffusionGemmaRMSNorm" or not kind.__module__.startswith("transformers."):
+    if kind.__name__ != "DiffusionGemmaRMSNorm" or not (is_own(kind.forward) and is_own(kind._norm)):
         return False
-    if "forward" in module.__dict__ or has_hooks(module) or torch._C._is_any_autocast_enabled():
+    if "forward" in module.__dict__ or has_hooks(module) or nn.modules.module._has_any_global_hook():
+        return False
+    # The module computes in fp32 whatever the rows are, the operator not below their own precision.
+    if dtype not in FLOAT_DTYPES or torch._C._is_any_autocast_enabled():
         return False
     return not module.with_scale or module.weight.dtype == dtype
 

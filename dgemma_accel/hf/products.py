@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .experts import ACTIVATIONS, served_by
+from .experts import served_by
 from .overrides import is_overridden
 
 
@@ -38,7 +38,7 @@ def projections(attention: nn.Module) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
-def is_product(module: nn.Module) -> bool:
+def is_product(module: nn.Module | None) -> bool:
     """Whether calling `module` is a product with its weight and nothing else: not quantised, sharded or hooked."""
     if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
         return False
@@ -49,11 +49,16 @@ def is_product(module: nn.Module) -> bool:
 
 def _feed_forward_backend(layer: nn.Module, backend: str) -> str | None:
     mlp, router, experts = layer.mlp, layer.router, layer.experts
-    products = (mlp.gate_proj, mlp.up_proj, mlp.down_proj, router.proj)
-    if is_overridden(mlp) or is_overridden(router) or not all(map(is_product, products)):
+    # In this order: only of transformers' own modules are the parts known.
+    if is_overridden(mlp) or is_overridden(router):
         return None
-    if len({product.weight.dtype for product in products}) > 1:
+    products = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    products.append(getattr(router, "proj", None))
+    if not all(map(is_product, products)) or len({product.weight.dtype for product in products}) > 1:
         return None
-    if ACTIVATIONS.get(type(mlp.act_fn).__name__) != ACTIVATIONS.get(type(experts.act_fn).__name__):
+    served = served_by(experts, backend, products[0].weight)
+    if served is None or type(mlp.act_fn) is not type(experts.act_fn):
         return None
-    return served_by(experts, backend, mlp.down_proj.weight)
+    count = len(experts.down_proj)
+    fits = len(router.proj.weight) == len(router.per_expert_scale) == count >= router.config.top_k_experts
+    return served if fits else None
