@@ -18,20 +18,21 @@ from .experts import FEATURES, activate, experts
 
 __all__ = ["FEATURES", "feed_forward", "unavailable"]
 
-# Columns of a row that a program of `gated_kernel` takes.
+# Numbers that a program of `gated_kernel` takes.
 GATED_BLOCK = 1024
 
 
-@triton.jit
-def gated_kernel(gate, up, output, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """output [R, WIDTH] = act(gate) * up, in fp32 and rounded once."""
-    TILES: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    o = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
-    m = o < WIDTH
-    o_r = (tl.program_id(0) // TILES).to(tl.int64) * WIDTH + o
-    b_gate = tl.load(gate + o_r, mask=m, other=0.0).to(tl.float32)
-    b_up = tl.load(up + o_r, mask=m, other=0.0).to(tl.float32)
-    tl.store(output + o_r, (activate(b_gate, ACTIVATION) * b_up).to(output.dtype.element_ty), mask=m)
+@triton.jit(do_not_specialize=["count"])
+def gated_kernel(
+    gate, up, output, count: tl.int64, VECTOR: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """output = act(gate) * up of `count` numbers that lie together, in fp32 and rounded once; VECTOR divides count."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # All of a vector or nothing, so that the compiler loads it at once.
+    m = o // VECTOR * VECTOR < count
+    b_gate = tl.load(gate + o, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(up + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(output + o, (activate(b_gate, ACTIVATION) * b_up).to(output.dtype.element_ty), mask=m)
 
 
 def feed_forward(
@@ -66,8 +67,9 @@ def feed_forward(
             torch.mm(dense, dense_gate.T, out=gate)
             torch.mm(dense, dense_up.T, out=up)
             if rows:
-                gated_kernel[(rows * triton.cdiv(width, GATED_BLOCK),)](
-                    gate, up, middle, WIDTH=width, ACTIVATION=activation, BLOCK=GATED_BLOCK, **FUSED, num_warps=4,
+                gated_kernel[(triton.cdiv(middle.numel(), GATED_BLOCK),)](
+                    gate, up, middle, middle.numel(), VECTOR=1 if width % 8 else 8, ACTIVATION=activation,
+                    BLOCK=GATED_BLOCK, **FUSED, num_warps=4,
                 )  # fmt: skip
             torch.mm(middle, dense_down.T, out=mlp)
         index, weights = choose(routed @ router.T, expert_scale, top_k)
