@@ -1,4 +1,7 @@
-"""Cases of `linears`: query, key and value of a canvas side by side, in turn, and one product over joined weights."""
+"""Cases of `linears`: query, key and value of a canvas side by side, in turn, and one product over joined weights.
+
+And a layer's other products, which have nothing to run beside: how far one alone is from the roofline.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,15 @@ from dgemma_accel.reference.budget import check_linears
 from . import planted
 from .cases import CANVAS, HIDDEN, Case, Sizes, Variant, weight_dtype
 
-# Rows of query, key and value, where a layer has one.
-WIDTHS = {"sliding layer": (4096, 2048, 2048), "global layer": (8192, 1024)}
+# Columns of the weights, and the rows of each: of query, key and value, where a layer has one.
+SHAPES = {
+    "sliding layer": (HIDDEN, (4096, 2048, 2048)),
+    "global layer": (HIDDEN, (8192, 1024)),
+    "output projection, sliding layer": (4096, (HIDDEN,)),
+    "output projection, global layer": (8192, (HIDDEN,)),
+    "down projection": (2112, (HIDDEN,)),
+    "router": (HIDDEN, (128,)),
+}
 
 
 class Inputs(NamedTuple):
@@ -26,14 +36,14 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(
-    rows: int, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int
+    rows: int, depth: int, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int
 ) -> Inputs:
     noise = planted.generator(device, seed)
 
     def normal(count: int, deviation: float) -> Tensor:
-        return torch.empty(count, HIDDEN, dtype=dtype, device=device).normal_(0.0, deviation, generator=noise)
+        return torch.empty(count, depth, dtype=dtype, device=device).normal_(0.0, deviation, generator=noise)
 
-    return Inputs(normal(rows, 1.0), [normal(width, HIDDEN**-0.5) for width in widths])
+    return Inputs(normal(rows, 1.0), [normal(width, depth**-0.5) for width in widths])
 
 
 def _in_turn(inputs: Inputs) -> list[Tensor]:
@@ -61,15 +71,17 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
         Case(
             op="linears",
             label=label,
-            shape=f"[{rows}, {HIDDEN}] x {' + '.join(map(str, widths))}",
+            shape=f"[{rows}, {depth}] x {' + '.join(map(str, widths))}",
             dtype=dtype,
-            bytes=(rows * (HIDDEN + sum(widths)) + sum(widths) * HIDDEN) * dtype.itemsize,
-            flops=2 * rows * HIDDEN * sum(widths),
+            bytes=(rows * (depth + sum(widths)) + sum(widths) * depth) * dtype.itemsize,
+            flops=2 * rows * depth * sum(widths),
             # Weights once more where they are joined, and the truth in fp64.
-            memory=sum(widths) * HIDDEN * (2 * dtype.itemsize + 8) + 24 * rows * sum(widths),
-            make=lambda device, seed, widths=widths: make_inputs(rows, widths, dtype, device, seed),
-            backends=VARIANTS,
+            memory=sum(widths) * depth * (2 * dtype.itemsize + 8) + 24 * rows * sum(widths),
+            make=lambda device, seed, depth=depth, widths=widths: make_inputs(
+                rows, depth, widths, dtype, device, seed
+            ),
+            backends=VARIANTS if len(widths) > 1 else VARIANTS[:1],
             check=lambda results, inputs: check_linears(results, *inputs),
         )
-        for label, widths in WIDTHS.items()
+        for label, (depth, widths) in SHAPES.items()
     ], []
