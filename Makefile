@@ -43,10 +43,10 @@ budgets: prepare
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(BUDGETS) $(PYTEST_ARGS)
 
 # What the compilers make of the kernels, carried out on the host: Triton's, and nvcc's where there is one.
-PTX_TESTS ?= tests/test_ptx_traffic.py $(filter-out %_compiled.py, $(wildcard tests/test_triton_*.py)) \
+PTX_TESTS ?= tests/test_ptx_traffic.py tests/test_ptx_inductor.py $(filter-out %_compiled.py, $(wildcard tests/test_triton_*.py)) \
 	$(wildcard tests/test_cuda_block_attention*.py) \
 	$(patsubst %, tests/test_%.py, row_stats commit progress block_attention head_stats soft_embedding experts experts_nvfp4 feed_forward)
-PTX_KEYS ?= triton or cuda or traffic
+PTX_KEYS ?= triton or cuda or traffic or inductor
 
 ptx-tests: prepare
 	@echo "== the compiled kernels for $(CAPABILITY), carried out on the host"

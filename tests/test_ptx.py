@@ -302,6 +302,10 @@ def test_conversions():
     assert torch.equal(low.nan_to_num(9999.0), exact.nan_to_num(9999.0))
     whole = of_each("cvt.rzi.s32.f32 {d}, {0}", bits_of([1.9, -1.9, 3e9, -3e9, math.nan]))
     assert [signed(x) for x in whole] == [1, -1, 2**31 - 1, -(2**31), 0]
+    numbers = [1.5, 2.5, -1.5, 1.9, -1.9, 3e9, math.inf]
+    for rounding, of in (("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)):
+        floats = floats_of(of_each(f"cvt.{rounding}.f32.f32 {{d}}, {{0}}", bits_of(numbers)))
+        assert floats.tolist() == [of(x) if math.isfinite(x) else x for x in numbers]
 
 
 @pytest.mark.parametrize("kind, dtype", [("bf16x2", torch.bfloat16), ("f16x2", torch.float16)])
@@ -367,6 +371,36 @@ def test_threads_that_branch_apart_meet_again():
         blocks=2,
     )
     assert out.tolist() == [t ^ 1 for t in range(THREADS)] * 2
+
+
+def test_threads_meet_where_branches_end_whatever_the_order_of_the_text():
+    """The compiler may put the end of branches between them."""
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    run(
+        """
+        mov.b32 %r10, 7;
+        setp.eq.b32 %p1, %r1, 3;
+        @%p1 bra $together;
+        setp.lt.s32 %p2, %r1, 20;
+        @%p2 bra $few;
+        bra.uni $many;
+        $together:
+        shfl.sync.bfly.b32 %r11, %r10, 1, 31, -1;
+        mad.wide.u32 %rd10, %r1, 4, %rd1;
+        st.global.b32 [%rd10], %r11;
+        ret;
+        $many:
+        add.s32 %r10, %r1, 1000;
+        bra.uni $together;
+        $few:
+        add.s32 %r10, %r1, 100;
+        bra.uni $together;
+        """,
+        out,
+    )
+    mine = torch.arange(THREADS)
+    mine = torch.where(mine == 3, 7, torch.where(mine < 20, mine + 100, mine + 1000))
+    assert out.tolist() == mine[torch.arange(THREADS) ^ 1].tolist()
 
 
 @pytest.mark.parametrize(

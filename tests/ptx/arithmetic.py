@@ -22,6 +22,7 @@ DTYPES = {
 }  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 ROUNDINGS = frozenset({"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna"})
+WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 F32_TINY = np.float32(2.0**-126)
 
 
@@ -310,11 +311,11 @@ def convert(target: str, source: str, modifiers: frozenset[str]) -> Callable:
     if target.startswith("f") and "sat" in modifiers:
         return lambda x: np.clip(np.nan_to_num(x, nan=0.0), 0.0, 1.0).astype(to)
     if target.startswith("f"):
-        return lambda x: x.astype(to)
+        # To a float that is a whole number, where the rounding says so.
+        whole = WHOLE.get(next(iter(modifiers & WHOLE.keys()), None), lambda x: x)
+        return lambda x: whole(x).astype(to)
     if source.startswith("f"):
-        rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[
-            next(iter(modifiers & ROUNDINGS))
-        ]
+        rounding = WHOLE[next(iter(modifiers & ROUNDINGS))]
         least, most = np.iinfo(to).min, np.iinfo(to).max
 
         def to_integer(x):

@@ -411,6 +411,12 @@ def _compare_halves(program: Program, instruction: Instruction) -> Callable[[Mac
     return both
 
 
+def _policy(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """createpolicy: what a cache is told to keep changes no value."""
+    target = instruction.operands[0]
+    return lambda machine: machine.write(target, np.uint64(0))
+
+
 def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     result, kinds, function = arithmetic.function(instruction.parts)
     target, *sources = instruction.operands
@@ -464,6 +470,8 @@ def decoded(program: Program, instruction: Instruction) -> Callable[[Machine], N
         make = _barrier
     elif instruction.parts[0] == "setp" and instruction.parts[-1] in ("f16x2", "bf16x2"):
         make = _compare_halves
+    elif name.startswith("createpolicy"):
+        make = _policy
     elif name.startswith("cvta"):
         make = _move
     else:

@@ -20,17 +20,53 @@ THREADS_AT_ONCE = 4096
 ENDED = np.iinfo(np.int64).max
 
 
+def in_flow(program: Program) -> list[int]:
+    """The program's blocks in an order in which what can follow a block comes behind it, but for loops' ways back.
+
+    In the text the end of branches may stand between them: threads that reach it first would not wait for the others.
+    Of two ways the one that is further down in the text comes last: out of a loop, not through it once more.
+    """
+
+    def ways(number: int) -> list[int]:
+        found = set()
+        for instruction in program.blocks[number]:
+            if instruction.parts[0] == "bra":
+                found.add(program.labels[instruction.operands[0]])
+            if instruction.parts[0] in ("bra", "ret", "exit") and instruction.guard is None:
+                return sorted(found)
+        if number + 1 < len(program.blocks):
+            found.add(number + 1)
+        return sorted(found)
+
+    seen, ended, path = {0}, [], [(0, ways(0))]
+    while path:
+        left = path[-1][1]
+        if left:
+            way = left.pop()
+            if way not in seen:
+                seen.add(way)
+                path.append((way, ways(way)))
+        else:
+            ended.append(path.pop()[0])
+    return ended[::-1]
+
+
 class Kernel:
     """A parsed kernel, every instruction decoded once."""
 
     def __init__(self, program: Program):
         self.program = program
+        order = in_flow(program)
+        place = {number: i for i, number in enumerate(order)}
         self.blocks = [
             [(instruction, None if instruction.parts[0] in ("bra", "ret", "exit") else decoded(program, instruction))
-             for instruction in block]
-            for block in program.blocks
+             for instruction in program.blocks[number]]
+            for number in order
         ]  # fmt: skip
-        self.barriers = {i for i, block in enumerate(program.blocks) if block and waits_for_all(block[0])}
+        # Behind each block the one that follows it in the text.
+        self.following = [place.get(number + 1, ENDED) for number in order]
+        self.labels = {name: place[number] for name, number in program.labels.items() if number in place}
+        self.barriers = {i for i, block in enumerate(self.blocks) if block and waits_for_all(block[0][0])}
 
     def arguments(self, values: list[bytes]) -> bytes:
         """The launch's parameters as one string, each where the kernel reads it."""
@@ -74,8 +110,8 @@ class Kernel:
     def next(self, places: np.ndarray, threads: int) -> tuple[int, np.ndarray] | None:
         """(the instructions that run next, by which threads); None where all have ended.
 
-        Who is behind goes first, so that threads meet again where their branches end. At a barrier they wait for the
-        others of their block.
+        Who is behind goes first, so that threads meet again where their branches end (see `in_flow`). At a barrier they
+        wait for the others of their block.
         """
         lowest = int(places.min())
         if lowest >= len(self.blocks):
@@ -90,7 +126,7 @@ class Kernel:
                 here &= here.reshape(-1, threads).all(axis=1).repeat(threads)
             if here.any():
                 return int(number), here
-        text = self.program.blocks[lowest][0].text
+        text = self.blocks[lowest][0][0].text
         raise Diverged(f"{self.program.name}: only a part of a block reaches {text}")
 
     def run_block(self, machine: Machine, block: int, places: np.ndarray) -> None:
@@ -108,18 +144,18 @@ class Kernel:
                     machine.active = np.flatnonzero(holds) if everyone is None else everyone[holds]
             kind = instruction.parts[0]
             if kind == "bra":
-                target = self.program.labels[instruction.operands[0]]
+                target = self.labels[instruction.operands[0]]
             elif kind in ("ret", "exit"):
                 target = ENDED
             else:
                 target = None
             if target is not None:
-                _go(places, everyone, block + 1)
+                _go(places, everyone, self.following[block])
                 _go(places, machine.active, target)
                 return
             if execute is not None:
                 execute(machine)
-        _go(places, everyone, block + 1)
+        _go(places, everyone, self.following[block])
 
 
 def _go(places: np.ndarray, who: np.ndarray | None, where: int) -> None:

@@ -1,0 +1,135 @@
+"""A whole step as PyTorch's compiler writes it for a GPU, carried out on the host: tokens and soft embeddings.
+
+With `make ptx-tests`: inductor's kernels and this package's are compiled for an architecture and what came out is run.
+Products are those of the CPU. In a process of its own no other test finds a PyTorch that was told of a GPU.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PTX
+from hf_models import CANVAS, tiny_model
+
+import dgemma_accel
+from dgemma_accel.hf import graph, products
+
+pytestmark = [
+    pytest.mark.source_tree,
+    pytest.mark.skipif(PTX is None, reason="nothing is carried out here; see `make ptx-tests`"),
+    pytest.mark.skipif(PTX not in ("9.0", "12.0"), reason="for the GPUs that tools/step_launches.py knows"),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="needs a PyTorch that was built without CUDA"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+
+def arguments_of_step(model, dtype):
+    """Of `take_step` behind the model: a canvas behind fourteen slots of a cache."""
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    generator = torch.Generator().manual_seed(4)
+    keys, values, prefixes = [], [], {}
+    for layer in model.model.decoder.layers:
+        attention = layer.self_attn
+        heads = attention.k_proj.out_features // attention.head_dim
+        for buffers in (keys, values):
+            buffers.append(noise(1, heads, 40, attention.head_dim))
+            # Slots that nobody sees.
+            buffers[-1][:, :, :3], buffers[-1][:, :, 17:] = float("nan"), float("nan")
+            torch._dynamo.maybe_mark_dynamic(buffers[-1], 2)
+        angle = noise(1, CANVAS, attention.head_dim).float()
+        bounds = (torch.full((1,), slot, dtype=torch.int32) for slot in (3, 17))
+        prefixes[attention.layer_type] = graph.Prefix(*bounds, angle.cos().to(dtype), angle.sin().to(dtype))
+    vocab = model.config.text_config.vocab_size
+    canvas = torch.randint(8, vocab, (1, CANVAS), generator=generator)
+    state = graph.State(
+        canvas=canvas,
+        draft=canvas.clone(),
+        history=torch.full((1, 1, CANVAS), -1),
+        finished=torch.zeros(1, dtype=torch.bool),
+        soft=noise(1, CANVAS, model.config.text_config.hidden_size),
+        confidence=torch.zeros(1, CANVAS),
+        entropy=torch.zeros(1, CANVAS),
+        steps=torch.zeros(1, dtype=torch.int64),
+    )
+    numbers = graph.Numbers(*map(torch.tensor, (5, 2, 0.7, 0.5, 0.3)))
+    settings = graph.Settings(30.0, vocab, 1, False, ("triton",) * 4)
+    how = products.side_by_side(model.model.decoder, "triton")
+    assert how == [products.SideBySide(True, "triton")] * len(how)
+    return state, graph.InPlace(keys, values, how), prefixes, numbers, None, settings
+
+
+def trace(dtype):
+    """(the step's graph, its inputs, what it returns when its operators run one by one)."""
+    model, seen = tiny_model(dtype).requires_grad_(False), []
+
+    def keep(module, inputs):
+        seen.append((module, inputs))
+        return module.forward
+
+    with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
+        arguments = arguments_of_step(model, dtype)
+        step = torch.compile(graph.take_step, backend=keep, fullgraph=True, dynamic=False)
+        expected = step(model, *arguments)
+    ((module, inputs),) = seen
+    return module, inputs, expected
+
+
+@pytest.fixture
+def carry_out():
+    """From (graph, inputs) to what inductor's code for it returns, and the names of the kernels that ran."""
+    import step_launches
+    from ptx import inductor
+
+    step_launches.load_guard()
+    capability = tuple(int(part) for part in PTX.split("."))
+
+    def run(module, inputs, place=0, change=lambda code: code, **options):
+        code = change(inductor.code_for(module, inputs, capability, **options))
+        return inductor.carried_out(code, inputs, capability, lambda configs: configs[place])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "dtype, place, options",
+    [
+        (torch.float32, 0, {}),
+        (torch.float32, -1, {"combo_kernels": True}),
+        (torch.bfloat16, -1, {}),
+    ],
+    ids=["fp32", "fp32-combo_kernels", "bf16"],
+)
+def test_a_step_is_what_its_operators_make_one_by_one(carry_out, dtype, place, options):
+    """By the first or the last of the tile shapes among which inductor would choose by timing."""
+    module, inputs, expected = trace(dtype)
+    results, ran = carry_out(module, inputs, place, **options)
+    assert len(ran) == (15 if options else 21) and len(results) == len(expected)
+    half = dtype == torch.bfloat16
+    for name, result, wanted in zip(graph.State._fields, results, expected):
+        assert result.dtype == wanted.dtype and result.shape == wanted.shape
+        if not result.is_floating_point():
+            # Rounding between operators, which fused kernels do without, moves bf16 logits.
+            assert half or torch.equal(result, wanted), name
+        else:
+            error = (result.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
+            assert error < (0.05 if half else 1e-4), name
+
+
+def test_a_wrong_kernel_is_seen(carry_out):
+    """Norms with another epsilon."""
+    module, inputs, expected = trace(torch.float32)
+    changed = []
+
+    def change(code):
+        changed.append(code.count("1e-06"))
+        return code.replace("1e-06", "1.0")
+
+    results, _ = carry_out(module, inputs, change=change)
+    soft = results[graph.State._fields.index("soft")]
+    assert changed[0] and (soft - expected.soft).norm() > 0.1 * expected.soft.norm()
