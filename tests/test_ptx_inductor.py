@@ -1,7 +1,7 @@
 """A whole step as PyTorch's compiler writes it for a GPU, carried out on the host: tokens and soft embeddings.
 
 With `make ptx-tests`: inductor's kernels and this package's are compiled for an architecture and what came out is run.
-Products are those of the CPU. In a process of its own no other test finds a PyTorch that was told of a GPU.
+Products are those of the CPU.
 """
 
 import shutil

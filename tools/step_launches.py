@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import operator
@@ -181,7 +182,13 @@ class Record(TorchDispatchMode):
             self.launches = [*outside, Launch("op", name, launches=self.launches)]
 
 
+@functools.cache
 def load_guard() -> None:
+    """Once a process: torch keeps it.
+
+    Raises:
+        CannotRunError: g++ is missing, or cannot build it.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         raise CannotRunError("needs g++ on PATH, to build a device guard that PyTorch without CUDA lacks")
