@@ -87,11 +87,10 @@ def carry_out():
     from ptx import inductor
 
     step_launches.load_guard()
-    capability = tuple(int(part) for part in PTX.split("."))
 
     def run(module, inputs, place=0, change=lambda code: code, **options):
-        code = change(inductor.code_for(module, inputs, capability, **options))
-        return inductor.carried_out(code, inputs, capability, lambda configs: configs[place])
+        code = change(inductor.code_for(module, inputs, PTX, **options))
+        return inductor.carried_out(code, inputs, PTX, lambda configs: configs[place])
 
     return run
 

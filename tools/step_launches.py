@@ -208,16 +208,11 @@ def load_guard() -> None:
 
 
 @contextlib.contextmanager
-def pretended_gpu(name: str, record: Record) -> Iterator[None]:
-    """Inside, torch, inductor and the launchers of this package find a GPU of GPUS as far as they ask for one here.
-
-    Before any of the launchers is imported: they take the names of `common` that are replaced then.
-    """
-    from dgemma_accel.triton_kernels import ahead_of_time, common
+def told_of_gpu(name: str) -> Iterator[None]:
+    """Inside, torch and inductor find a GPU of GPUS as far as they ask for one before code runs on it."""
+    import torch.utils._triton
+    from dgemma_accel.triton_kernels import ahead_of_time
     from torch._dynamo.device_interface import CudaInterface
-    from triton.runtime.jit import JITFunction
-
-    from dgemma_accel.branches import beside as fork
 
     model, multiprocessors = GPUS[name]
     capability = tuple(int(part) for part in name.split("."))
@@ -248,6 +243,35 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
         "_DeviceGuard": lambda index: contextlib.nullcontext(),
         "set_device": lambda device: None,
     }
+    # Whether there is Triton may have been asked before, and noted.
+    noted = [function for function in vars(torch.utils._triton).values() if hasattr(function, "cache_clear")]
+    with contextlib.ExitStack() as stack:
+        for owner, answers in ((CudaInterface, inductor), (torch.cuda, cuda)):
+            for attribute, answer in answers.items():
+                answer = staticmethod(answer) if owner is CudaInterface else answer
+                stack.enter_context(mock.patch.object(owner, attribute, answer))
+        for function in noted:
+            function.cache_clear()
+        try:
+            yield
+        finally:
+            for function in noted:
+                function.cache_clear()
+
+
+@contextlib.contextmanager
+def pretended_gpu(name: str, record: Record) -> Iterator[None]:
+    """`told_of_gpu`, and the launchers of this package are told too.
+
+    Before any of the launchers is imported: they take the names of `common` that are replaced then.
+    """
+    from dgemma_accel.triton_kernels import ahead_of_time, common
+    from triton.runtime.jit import JITFunction
+
+    from dgemma_accel.branches import beside as fork
+
+    multiprocessors = GPUS[name][1]
+    capability = tuple(int(part) for part in name.split("."))
 
     @contextlib.contextmanager
     def beside(tensor: Tensor, count: int = 1) -> Iterator[list[contextlib.AbstractContextManager]]:
@@ -262,11 +286,10 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
         "multiprocessors": lambda tensor: multiprocessors,
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(told_of_gpu(name))
         stack.enter_context(ahead_of_time.recording(capability))
-        for owner, answers in ((CudaInterface, inductor), (torch.cuda, cuda), (common, launchers)):
-            for attribute, answer in answers.items():
-                answer = staticmethod(answer) if owner is CudaInterface else answer
-                stack.enter_context(mock.patch.object(owner, attribute, answer))
+        for attribute, answer in launchers.items():
+            stack.enter_context(mock.patch.object(common, attribute, answer))
         # Some ops came with the package and have taken it already.
         for owner in [module for name, module in sys.modules.items() if name.startswith("dgemma_accel.")]:
             if getattr(owner, "beside", None) is fork:

@@ -10,9 +10,8 @@ import copy
 import importlib.util
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import step_launches
@@ -20,59 +19,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-DEVICE = torch.device("cuda", 0)
 
+def code_for(module: torch.fx.GraphModule, inputs: list, gpu: str, **options) -> str:
+    """The code that inductor writes for a graph that was traced on a CPU, as if its tensors were on a GPU.
 
-@contextlib.contextmanager
-def pretended(capability: tuple[int, int]) -> Iterator[None]:
-    """Inside, inductor finds a GPU of `capability` as far as it asks for one before its code runs."""
-    import torch.utils._triton
-    from dgemma_accel.triton_kernels import ahead_of_time
-    from torch._dynamo.device_interface import CudaInterface
-
-    name, multiprocessors = step_launches.GPUS[".".join(map(str, capability))]
-    properties = SimpleNamespace(
-        name=name,
-        major=capability[0],
-        minor=capability[1],
-        multi_processor_count=multiprocessors,
-        shared_memory_per_block_optin=ahead_of_time.SHARED_LIMIT[capability],
-        max_threads_per_multi_processor=ahead_of_time.THREADS_PER_MULTIPROCESSOR[capability],
-        regs_per_multiprocessor=ahead_of_time.REGISTERS_PER_MULTIPROCESSOR,
-        warp_size=32,
-        gcnArchName="",
-    )
-    answers = {
-        CudaInterface: {
-            "is_available": lambda: True,
-            "get_device_properties": lambda device=None: properties,
-            "is_bf16_supported": lambda including_emulation=True: True,
-        },
-        torch.cuda: {
-            "device_count": lambda: 1,
-            "current_device": lambda: 0,
-            "get_device_properties": lambda device=None: properties,
-            "get_device_capability": lambda device=None: capability,
-            "_DeviceGuard": lambda index: contextlib.nullcontext(),
-            "set_device": lambda device: None,
-        },
-    }
-    # Whether there is Triton may have been asked, and noted, before.
-    noted = [f for f in vars(torch.utils._triton).values() if hasattr(f, "cache_clear")]
-    with contextlib.ExitStack() as stack:
-        for owner, named in answers.items():
-            for attribute, answer in named.items():
-                answer = staticmethod(answer) if owner is CudaInterface else answer
-                stack.enter_context(mock.patch.object(owner, attribute, answer))
-        for function in noted:
-            function.cache_clear()
-        yield
-    for function in noted:
-        function.cache_clear()
-
-
-def code_for(module: torch.fx.GraphModule, inputs: list, capability: tuple[int, int], **options) -> str:
-    """The code that inductor writes for a graph that was traced on a CPU, as if its tensors were on a GPU."""
+    gpu: a key of `step_launches.GPUS`.
+    """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
 
@@ -86,7 +38,7 @@ def code_for(module: torch.fx.GraphModule, inputs: list, capability: tuple[int, 
     # To see whether padding pays, products would be timed.
     options = {"triton.cudagraphs": False, "shape_padding": False} | options
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pretended(capability))
+        stack.enter_context(step_launches.told_of_gpu(gpu))
         stack.enter_context(mock.patch.object(GraphLowering, "save_output_code", stop))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.no_grad())
@@ -103,13 +55,13 @@ def code_for(module: torch.fx.GraphModule, inputs: list, capability: tuple[int, 
 
 
 def _on_gpu(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=step_launches.DEVICE)
 
 
 def carried_out(
     code: str,
     inputs: list,
-    capability: tuple[int, int],
+    gpu: str,
     pick: Callable[[list], object] = lambda configs: configs[0],
 ) -> tuple[list[Tensor], list[str]]:
     """(what the code returns for these tensors, the names of inductor's kernels in the order of their launches).
@@ -148,7 +100,7 @@ def carried_out(
     module: dict = {"__name__": "generated"}
     with (
         tempfile.TemporaryDirectory() as folder,
-        pretended(capability),
+        step_launches.told_of_gpu(gpu),
         mock.patch.object(AsyncCompile, "triton", staticmethod(Kernel)),
         mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
