@@ -10,7 +10,7 @@ from torch import Tensor
 from dgemma_accel.branches import in_turn
 from dgemma_accel.ops.feed_forward import feed_forward
 from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.feed_forward import choose
+from dgemma_accel.reference.feed_forward import FeedForwardCall, choose
 
 from . import bench_experts, planted
 from .bench_experts import EXPERTS, TOP_K, WIDTH
@@ -36,7 +36,8 @@ class Inputs(NamedTuple):
         own = (self.gate, self.up, self.dense_down, self.router, self.expert_scale)
         matrices = (self.experts.gate_up, self.experts.down)
         rows = (self.dense, self.routed, self.experts.hidden)
-        return feed_forward(*rows, *own, *matrices, top_k=TOP_K, **self.experts.scales, backend=backend)
+        call = FeedForwardCall(*rows, *own, *matrices, TOP_K, "gelu_tanh", **self.experts.scales)
+        return feed_forward(call, backend)
 
 
 def make_inputs(

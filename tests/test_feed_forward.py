@@ -1,17 +1,16 @@
 """feed_forward: dense MLP, the router's choice and the experts, each against its own truth."""
 
-import importlib
-
 import pytest
 import torch
 
 from dgemma_accel.ops.feed_forward import feed_forward
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.feed_forward import FeedForwardCall
+from dgemma_accel.reference.feed_forward import choose as choose_by_reference
 from dgemma_accel.reference.quantization import quantize, quantize_nvfp4
 
 OP = "feed_forward"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-choose_by_reference = importlib.import_module("dgemma_accel.reference.feed_forward").choose
 
 
 def make_case(rows, dense_width, count, width, embedding, dtype, device, top_k=2):
@@ -29,6 +28,10 @@ def make_case(rows, dense_width, count, width, embedding, dtype, device, top_k=2
         torch.randn(count, 2 * width, embedding) * embedding**-0.5, torch.randn(count, embedding, width) * width**-0.5,
     )  # fmt: skip
     return tuple(tensor.to(dtype).to(device) for tensor in tensors), top_k
+
+
+def run(case, top_k, backend, activation="gelu_tanh", **scales):
+    return feed_forward(FeedForwardCall(*case, top_k, activation, **scales), backend)
 
 
 def check(results, case, top_k, activation="gelu_tanh", **scales):
@@ -52,17 +55,17 @@ def check(results, case, top_k, activation="gelu_tanh", **scales):
 )
 def test_within_budget(backend, device, dtype, rows, dense_width, count, width, embedding, top_k):
     case, top_k = make_case(rows, dense_width, count, width, embedding, dtype, device, top_k)
-    results = feed_forward(*case, top_k=top_k, backend=backend)
+    results = run(case, top_k, backend)
     assert [r.shape for r in results] == [(rows, embedding)] * 2 and {r.dtype for r in results} == {dtype}
     assert not check(results, case, top_k)
 
 
 def test_silu_and_no_rows(backend, device):
     case, top_k = make_case(9, 24, 4, 16, 32, torch.float32, device)
-    results = feed_forward(*case, top_k=top_k, activation="silu", backend=backend)
+    results = run(case, top_k, backend, "silu")
     assert not check(results, case, top_k, "silu") and len(check(results, case, top_k)) == 2
     none = tuple(tensor[:0] for tensor in case[:3])
-    assert [r.shape for r in feed_forward(*none, *case[3:], top_k=top_k, backend=backend)] == [(0, 32)] * 2
+    assert [r.shape for r in run((*none, *case[3:]), top_k, backend)] == [(0, 32)] * 2
 
 
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
@@ -76,13 +79,13 @@ def test_quantised_experts(backend, device, form):
             numbers, scales[f"{name}_scale"], scales[f"{name}_global_scale"] = quantize_nvfp4(weight)
         matrices.append(numbers)
     case = (*(tensor.bfloat16() for tensor in case[:8]), *matrices)
-    results = feed_forward(*case, top_k=top_k, backend=backend, **scales)
+    results = run(case, top_k, backend, **scales)
     assert not check(results, case, top_k, **scales)
 
 
 def test_budget_fails_what_is_wrong(backend, device):
     case, top_k = make_case(20, 40, 8, 24, 48, torch.float32, device)
-    right = feed_forward(*case, top_k=top_k, backend=backend)
+    right = run(case, top_k, backend)
     assert not check(right, case, top_k)
     for part in range(2):
         wrong = [right[0].clone(), right[1].clone()]
@@ -90,19 +93,19 @@ def test_budget_fails_what_is_wrong(backend, device):
         assert len(check(wrong, case, top_k)) == 1, "a dropped row"
     # Rows of the other's norm, an expert less, a scale that was not applied, gate and up the other way round.
     swapped = (case[2], case[1], case[0], *case[3:])
-    assert len(check(feed_forward(*swapped, top_k=top_k, backend=backend), case, top_k)) == 2
-    assert len(check(feed_forward(*case, top_k=1, backend=backend), case, top_k)) == 1
+    assert len(check(run(swapped, top_k, backend), case, top_k)) == 2
+    assert len(check(run(case, 1, backend), case, top_k)) == 1
     unscaled = (*case[:7], torch.ones_like(case[7]), *case[8:])
-    assert len(check(feed_forward(*unscaled, top_k=top_k, backend=backend), case, top_k)) == 1
+    assert len(check(run(unscaled, top_k, backend), case, top_k)) == 1
     turned = (*case[:3], case[4], case[3], *case[5:])
-    assert len(check(feed_forward(*turned, top_k=top_k, backend=backend), case, top_k)) == 1
+    assert len(check(run(turned, top_k, backend), case, top_k)) == 1
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_choices_that_there_are_not(top_k):
     case, _ = make_case(3, 8, 4, 8, 16, torch.float32, "cpu")
     with pytest.raises(ValueError, match=f"top_k: must be between 1 and the 4 experts, got {top_k}"):
-        feed_forward(*case, top_k=top_k)
+        run(case, top_k, "auto")
 
 
 class TestChoose:

@@ -71,9 +71,9 @@ class TestSideBySide:
         """The rows of each call of `feed_forward`; steps are not compiled."""
         seen, right = [], hf_layer.feed_forward
 
-        def recorded(dense, *args, **kwargs):
-            seen.append((kwargs["backend"], len(dense)))
-            return right(dense, *args, **kwargs)
+        def recorded(call, backend):
+            seen.append((backend, len(call.dense)))
+            return right(call, backend)
 
         monkeypatch.setattr(hf_layer, "feed_forward", recorded)
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)

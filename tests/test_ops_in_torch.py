@@ -12,6 +12,7 @@ from dgemma_accel.ops.feed_forward import feed_forward
 from dgemma_accel.ops.progress import progress
 from dgemma_accel.reference import budget
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.feed_forward import FeedForwardCall
 from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.samplers import (
     CanvasState,
@@ -128,7 +129,7 @@ def run(op, backend, given):
     if op == "block_attention":
         return dgemma_accel.block_attention(*given, return_lse=True, backend=backend)
     if op == "feed_forward":
-        return feed_forward(*given, top_k=2, backend=backend)
+        return feed_forward(FeedForwardCall(*given, 2, "gelu_tanh"), backend)
     return (dgemma_accel.experts(*given, backend=backend),)
 
 

@@ -17,6 +17,7 @@ import itertools, json, pkgutil, importlib, sys
 import torch
 import dgemma_accel.triton_kernels as package
 from dgemma_accel.reference.commit import CommitCall
+from dgemma_accel.reference.feed_forward import FeedForwardCall
 from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
@@ -97,9 +98,9 @@ def mixture():
             *(empty(*shape[:2], shape[2] // 2, dtype=torch.uint8) for shape in shapes), "silu",
             *(empty(*shape[:2], shape[2] // 16, dtype=torch.float8_e4m3fn) for shape in shapes), empty(3), empty(3))
     rows = [empty(4, 32, dtype=torch.bfloat16) for _ in range(3)]
-    feed_forward.feed_forward(*rows, *[empty(24, 32, dtype=torch.bfloat16)] * 2, empty(32, 24, dtype=torch.bfloat16),
-        empty(3, 32, dtype=torch.bfloat16), empty(3), empty(3, 32, 32, dtype=torch.bfloat16),
-        empty(3, 32, 16, dtype=torch.bfloat16), 2)
+    feed_forward.feed_forward(FeedForwardCall(*rows, *[empty(24, 32, dtype=torch.bfloat16)] * 2,
+        empty(32, 24, dtype=torch.bfloat16), empty(3, 32, dtype=torch.bfloat16), empty(3),
+        empty(3, 32, 32, dtype=torch.bfloat16), empty(3, 32, 16, dtype=torch.bfloat16), 2, "silu"))
 
 capability = tuple(int(part) for part in sys.argv[1].split("."))
 kernels = {}

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..branches import beside
+from ..reference.feed_forward import FeedForwardCall
 from .common import FUSED, on_device, unavailable
 from .expert_routing import choose
 from .experts import FEATURES, activate, experts
@@ -35,44 +36,25 @@ def gated_kernel(
     tl.store(output + o, (activate(b_gate, ACTIVATION) * b_up).to(output.dtype.element_ty), mask=m)
 
 
-def feed_forward(
-    dense: Tensor,
-    routed: Tensor,
-    hidden: Tensor,
-    dense_gate: Tensor,
-    dense_up: Tensor,
-    dense_down: Tensor,
-    router: Tensor,
-    expert_scale: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    top_k: int,
-    activation: str = "gelu_tanh",
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    gate_up_global_scale: Tensor | None = None,
-    down_global_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     """Arguments and results: `reference.feed_forward`.
 
     Gate, up and their gated product are rounded to the dtype of `dense`, as the router's scores are to that of
     `routed`; weights of the choices are fp32.
     """
-    rows, width = dense.shape[0], dense_down.shape[1]
+    dense, width = call.dense, call.dense_down.shape[1]
     # Memory of the caller's stream, which outlives the other's work.
-    gate, up, middle = dense.new_empty(3, rows, width)
+    gate, up, middle = dense.new_empty(3, dense.shape[0], width)
     mlp = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    with on_device(hidden), beside(hidden) as (aside,):
+    with on_device(call.hidden), beside(call.hidden) as (aside,):
         with aside:
-            torch.mm(dense, dense_gate.T, out=gate)
-            torch.mm(dense, dense_up.T, out=up)
-            if rows:
+            torch.mm(dense, call.dense_gate.T, out=gate)
+            torch.mm(dense, call.dense_up.T, out=up)
+            if middle.numel():
                 gated_kernel[(triton.cdiv(middle.numel(), GATED_BLOCK),)](
-                    gate, up, middle, middle.numel(), VECTOR=1 if width % 8 else 8, ACTIVATION=activation,
+                    gate, up, middle, middle.numel(), VECTOR=1 if width % 8 else 8, ACTIVATION=call.activation,
                     BLOCK=GATED_BLOCK, **FUSED, num_warps=4,
                 )  # fmt: skip
-            torch.mm(middle, dense_down.T, out=mlp)
-        index, weights = choose(routed @ router.T, expert_scale, top_k)
-        scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
-        mixture = experts(hidden, index, weights, gate_up, down, activation, *scales)
+            torch.mm(middle, call.dense_down.T, out=mlp)
+        mixture = call.mixture(experts, *choose(call.routed @ call.router.T, call.expert_scale, call.top_k))
     return mlp, mixture

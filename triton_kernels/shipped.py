@@ -17,6 +17,7 @@ import torch
 
 from .. import configs
 from ..reference.commit import CommitCall
+from ..reference.feed_forward import FeedForwardCall
 from ..reference.progress import ProgressCall
 from ..reference.quantization import FP8, NVFP4, SCALE_GROUP, scale_shape
 from ..samplers import EntropyBound, Renoise
@@ -231,7 +232,8 @@ def _feed_forward() -> Callable[[], object]:
         rows = [bf16(CANVAS, EMBEDDING) for _ in range(3)]
         dense = *(bf16(dense_width, EMBEDDING) for _ in range(2)), bf16(EMBEDDING, dense_width)
         experts = bf16(count, 2 * width, EMBEDDING), bf16(count, EMBEDDING, width)
-        return feed_forward(*rows, *dense, bf16(count, EMBEDDING), bf16(count), *experts, top_k)
+        router = bf16(count, EMBEDDING), bf16(count)
+        return feed_forward(FeedForwardCall(*rows, *dense, *router, *experts, top_k, "gelu_tanh"))
 
     return launch
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.feed_forward import feed_forward
+from ..reference.feed_forward import FeedForwardCall
 from .experts import ACTIVATIONS, scales_of
 from .hooks import has_hooks
 from .naming import takes_cache
@@ -114,7 +115,7 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         choose = router.forward if torch.compiler.is_compiling() else router
         _, weights, index = choose(rows)
         return mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
-    made = feed_forward(
+    call = FeedForwardCall(
         dense.reshape(rows.shape),
         router.norm(rows) * router.scale * router.scalar_root_size,
         routed,
@@ -128,6 +129,6 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         top_k=router.config.top_k_experts,
         activation=ACTIVATIONS[type(experts.act_fn).__name__],
         **scales_of(experts),
-        backend=how.experts_backend,
     )
+    made = feed_forward(call, how.experts_backend)
     return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)

@@ -6,36 +6,20 @@ other instead of one after the other.
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 from torch import Tensor
 
 from ..backends import pick, requirements
+from ..reference.feed_forward import FeedForwardCall
 from .registration import operator
 
 
-@operator("feed_forward")
-def _feed_forward(
-    dense: Tensor,
-    routed: Tensor,
-    hidden: Tensor,
-    dense_gate: Tensor,
-    dense_up: Tensor,
-    dense_down: Tensor,
-    router: Tensor,
-    expert_scale: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    top_k: int,
-    activation: str,
-    backend: str,
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    gate_up_global_scale: Tensor | None = None,
-    down_global_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    run = pick("feed_forward", backend, requirements(hidden, dtype=hidden.dtype, activation=activation))
-    weights = (dense_gate, dense_up, dense_down, router, expert_scale, gate_up, down)
-    scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
-    return run(dense, routed, hidden, *weights, top_k, activation, *scales)
+@operator("feed_forward", {**get_type_hints(FeedForwardCall), "backend": str})
+def _feed_forward(*arguments) -> tuple[Tensor, Tensor]:
+    call = FeedForwardCall(*arguments[:-1])
+    needs = requirements(call.hidden, dtype=call.hidden.dtype, activation=call.activation)
+    return pick("feed_forward", arguments[-1], needs)(call)
 
 
 @_feed_forward.register_fake
@@ -43,36 +27,15 @@ def _(dense, routed, hidden, *others):
     return dense.new_empty(dense.shape), hidden.new_empty(hidden.shape)
 
 
-def feed_forward(
-    dense: Tensor,
-    routed: Tensor,
-    hidden: Tensor,
-    dense_gate: Tensor,
-    dense_up: Tensor,
-    dense_down: Tensor,
-    router: Tensor,
-    expert_scale: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    *,
-    top_k: int,
-    activation: str = "gelu_tanh",
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    gate_up_global_scale: Tensor | None = None,
-    down_global_scale: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """(MLP [R, E], mixture [R, E]); arguments and arithmetic are those of `reference.feed_forward`.
+def feed_forward(call: FeedForwardCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(MLP [R, E], mixture [R, E]); the arithmetic is `reference.feed_forward`.
 
-    The tensors are those of a layer of a model, so they are not checked again.
+    The tensors of the call are those of a layer of a model, so they are not checked again.
 
     Raises:
         ValueError: more choices than experts, or none.
         backends.BackendError: the backend named cannot run this call.
     """
-    if not 1 <= top_k <= router.shape[0]:
-        raise ValueError(f"top_k: must be between 1 and the {router.shape[0]} experts, got {top_k}")
-    scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
-    weights = (dense_gate, dense_up, dense_down, router, expert_scale, gate_up, down)
-    return _feed_forward(dense, routed, hidden, *weights, top_k, activation, backend, *scales)
+    if not 1 <= call.top_k <= call.router.shape[0]:
+        raise ValueError(f"top_k: must be between 1 and the {call.router.shape[0]} experts, got {call.top_k}")
+    return _feed_forward(*call, backend)

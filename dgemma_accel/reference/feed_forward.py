@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Optional
+
 import torch
 from torch import Tensor
 
 from .experts import activate, experts
 from .row_stats import compute_dtype
+
+
+# The types are those of the op's schema, which knows no `Tensor | None`.
+class FeedForwardCall(NamedTuple):
+    """What the op takes.
+
+    dense, routed, hidden: [R, E], the same rows as the MLP, the router and the experts want them normed.
+    dense_gate, dense_up: [F, E]. dense_down: [E, F].
+    router: [X, E]. expert_scale: [X], what a choice's weight is multiplied with. top_k: K, 1 to X.
+    The others as in `experts`.
+    """
+
+    dense: Tensor
+    routed: Tensor
+    hidden: Tensor
+    dense_gate: Tensor
+    dense_up: Tensor
+    dense_down: Tensor
+    router: Tensor
+    expert_scale: Tensor
+    gate_up: Tensor
+    down: Tensor
+    top_k: int
+    activation: str
+    gate_up_scale: Optional[Tensor] = None  # noqa: UP045
+    down_scale: Optional[Tensor] = None  # noqa: UP045
+    gate_up_global_scale: Optional[Tensor] = None  # noqa: UP045
+    down_global_scale: Optional[Tensor] = None  # noqa: UP045
+
+    def mixture(self, run, index: Tensor, weights: Tensor) -> Tensor:
+        """What an implementation of `experts` makes of the rows and of these choices."""
+        rows = (self.hidden, index, weights, self.gate_up, self.down, self.activation)
+        return run(*rows, *self[self._fields.index("gate_up_scale") :])
 
 
 def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -31,44 +66,19 @@ def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Te
     return index, weights * expert_scale.to(weights.dtype)[index]
 
 
-def feed_forward(
-    dense: Tensor,
-    routed: Tensor,
-    hidden: Tensor,
-    dense_gate: Tensor,
-    dense_up: Tensor,
-    dense_down: Tensor,
-    router: Tensor,
-    expert_scale: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    top_k: int,
-    activation: str = "gelu_tanh",
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    gate_up_global_scale: Tensor | None = None,
-    down_global_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     """The dense MLP of `dense` and the mixture for `hidden` of the experts that a router chooses by `routed`.
 
     Products are in fp32 (fp64 for fp64 rows). The router's scores are rounded to the dtype of `routed`, in which the
     model makes its choice.
-
-    Args:
-        dense, routed, hidden: [R, E], the same rows as each part wants them normalised.
-        dense_gate, dense_up: [F, E]. dense_down: [E, F].
-        router: [X, E]. expert_scale: [X].
-        The others as in `experts`.
 
     Returns:
         ([R, E] of the MLP, [R, E] of the experts), in the dtypes of `dense` and `hidden`.
 
     Source: DiffusionGemmaDecoderTextLayer.forward in transformers' modeling_diffusion_gemma.py, between its norms.
     """
-    compute = compute_dtype(dense)
-    gate, up = (dense.to(compute) @ weight.to(compute).T for weight in (dense_gate, dense_up))
-    mlp = (activate(gate, activation) * up) @ dense_down.to(compute).T
-    scores = (routed.to(compute) @ router.to(compute).T).to(routed.dtype)
-    index, weights = choose(scores, expert_scale, top_k)
-    scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
-    return mlp.to(dense.dtype), experts(hidden, index, weights, gate_up, down, activation, *scales)
+    compute = compute_dtype(call.dense)
+    gate, up = (call.dense.to(compute) @ weight.to(compute).T for weight in (call.dense_gate, call.dense_up))
+    mlp = (activate(gate, call.activation) * up) @ call.dense_down.to(compute).T
+    scores = (call.routed.to(compute) @ call.router.to(compute).T).to(call.routed.dtype)
+    return mlp.to(call.dense.dtype), call.mixture(experts, *choose(scores, call.expert_scale, call.top_k))
