@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from .experts import activate, experts
 from .row_stats import compute_dtype
 
 
-# The types are those of the op's schema, which knows no `Tensor | None`.
 class FeedForwardCall(NamedTuple):
     """What the op takes.
 
@@ -33,10 +32,10 @@ class FeedForwardCall(NamedTuple):
     down: Tensor
     top_k: int
     activation: str
-    gate_up_scale: Optional[Tensor] = None  # noqa: UP045
-    down_scale: Optional[Tensor] = None  # noqa: UP045
-    gate_up_global_scale: Optional[Tensor] = None  # noqa: UP045
-    down_global_scale: Optional[Tensor] = None  # noqa: UP045
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+    gate_up_global_scale: Tensor | None = None
+    down_global_scale: Tensor | None = None
 
     def mixture(self, run, index: Tensor, weights: Tensor) -> Tensor:
         """What an implementation of `experts` makes of the rows and of these choices."""
