@@ -1,7 +1,7 @@
 """A decoder or encoder layer around its attention: what a compiled step traces, and what runs eagerly elsewhere.
 
 Eagerly a layer is hundreds of small operators, and the pass that stores a finished canvas takes as long as the host
-needs to launch them. Two thirds of them are the arithmetic of eleven norms, each of which PyTorch has as one.
+needs to launch them. More than half are the arithmetic of eleven norms, each of which PyTorch has as one.
 """
 
 from __future__ import annotations
