@@ -281,7 +281,7 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
             elif op == "experts":
                 kind = NVFP4 if when.get("format") == "nvfp4" else QUANTISED.get(when["bytes"])
                 yield label, when["bytes"] < 4, _experts(when, kind)
-                if entry is entries[0]:
+                if when == {"bytes": 2, "rows": "few"}:
                     yield "feed_forward", True, _feed_forward()
                 if kind == NVFP4 and when.get("rows") == "many":
                     # Tiles of rows are those of the weights that take the smaller ones.
