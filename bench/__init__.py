@@ -5,3 +5,15 @@
 
 # Exit status of a bench that had no time for all of its cases.
 INCOMPLETE = 3
+# The ops that have cases, in `bench_<op>.py`.
+OPS = (
+    "block_attention",
+    "row_stats",
+    "commit",
+    "head_stats",
+    "soft_embedding",
+    "experts",
+    "feed_forward",
+    "linears",
+    "samplers",
+)

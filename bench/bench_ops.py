@@ -10,21 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, environment, peers, schema, table
+from . import OPS, ceilings, environment, peers, schema, table
 from .cases import BenchError, Case, Sizes
 from .runner import NOT_REACHED, DeviceLost, Runner, exit_status, within
 
-OPS = {
-    "block_attention": "bench_block_attention",
-    "row_stats": "bench_row_stats",
-    "commit": "bench_commit",
-    "head_stats": "bench_head_stats",
-    "soft_embedding": "bench_soft_embedding",
-    "experts": "bench_experts",
-    "feed_forward": "bench_feed_forward",
-    "linears": "bench_linears",
-    "samplers": "bench_samplers",
-}
 ALIASES = {"attention": "block_attention"}
 
 
@@ -72,7 +61,7 @@ def collect(names: list[str], device: torch.device, sizes: Sizes) -> tuple[list[
         if op not in OPS:
             problems.append(f"unknown op {name!r}; known are {', '.join(OPS)}")
             continue
-        module_name = f"{__package__}.{OPS[op]}"
+        module_name = f"{__package__}.bench_{op}"
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:

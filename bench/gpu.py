@@ -21,20 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import INCOMPLETE
+from . import INCOMPLETE, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = (
-    "block_attention",
-    "row_stats",
-    "commit",
-    "head_stats",
-    "soft_embedding",
-    "experts",
-    "feed_forward",
-    "linears",
-    "samplers",
-)
 ALIASES = {"attention": "block_attention", "ops": OPS}
 # Seconds that a part has at least where they are left: importing PyTorch alone takes a few.
 LEAST = 20.0

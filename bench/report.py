@@ -7,24 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from . import table
+from . import OPS, table
 from .cases import BenchError
 from .measured import device, fastest, find_results, full_runs, newest_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOT_MEASURED = "not yet measured"
-OPS = (
-    "block_attention",
-    "row_stats",
-    "commit",
-    "head_stats",
-    "soft_embedding",
-    "experts",
-    "feed_forward",
-    "linears",
-    "samplers",
-)
 # One case of each shape stands in the README; all of them stand in bench/results/README.md.
 HEADLINE = {
     "row_stats": ("half settled",),

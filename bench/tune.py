@@ -20,8 +20,8 @@ import torch
 
 from dgemma_accel import configs
 
-from . import timing
-from .bench_ops import ALIASES, OPS, collect, complain, pick_device
+from . import OPS, timing
+from .bench_ops import ALIASES, collect, complain, pick_device
 from .cases import BenchError, Case, Sizes
 
 FOLDER = Path(configs.__file__).resolve().parent

@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def make_case(rows, dense_width, count, width, embedding, dtype, device, top_k=2):
     """Arguments of the op. The router's scores lie apart by more than any rounding, in another order in every row."""
-    # Row r of `routed` is a permutation's column of the identity, so its scores are a column of the router.
+    # A row of `routed` picks a column of the router, whose numbers are the experts' in an order of their own.
     experts_of = torch.stack([torch.randperm(count) for _ in range(embedding)]).T.float()
     router = (experts_of - count / 2) / 8
     routed = torch.eye(embedding)[torch.randint(embedding, (rows,))]

@@ -106,7 +106,7 @@ class CudaRecording:
 
     def _clear_away(self, current) -> None:
         """What `torch.cuda.graph` leaves undone where the recording cannot be ended."""
-        # Should it stay in capture, later recordings do not begin on it.
+        # Should it stay in capture, what pools made later record does not begin on it.
         _streams.pop(self.device, None)
         torch.cuda.set_stream(current)
         try:

@@ -63,10 +63,11 @@ def _stays(patch: Patch) -> bool:
 def through(
     layer: nn.Module, hidden: Tensor, attend: Callable[[Tensor], Tensor], how: SideBySide = ONE_BY_ONE
 ) -> Tensor:
-    """hidden [B, C, E] through a layer: attention, then a dense MLP and experts side by side.
+    """hidden [B, C, E] through a layer: attention, then what a dense MLP and experts make of the same rows.
 
     Args:
         attend: the layer's attention, projections included, of its normed rows.
+        how: what of it is one op where its modules allow that; eagerly nothing is.
 
     Source: `forward` of DiffusionGemmaDecoderTextLayer and DiffusionGemmaEncoderTextLayer in transformers'
     modeling_diffusion_gemma.py.
