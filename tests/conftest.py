@@ -126,6 +126,20 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
+# PyTorch's first seed is another in each process.
+def pytest_collectstart(collector):
+    """The constants of a module of tests are the same in every run, whatever was imported before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """What several tests share is made before `_seeded` of the first of them, whichever that is."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ from dgemma_accel.samplers import (
 LENGTH = 8
 TOKENS = torch.full((1, LENGTH), MASK)
 LOGITS = torch.randn(1, LENGTH, VOCAB)
+LOGITS[..., MASK] = -9.0  # where the mask is proposed, a position stays open
 
 
 def sampler_of(strategy=None, **options):
