@@ -23,6 +23,7 @@ from dgemma_accel.samplers import (
     SGLangLowConfidence,
     Threshold,
     TopkMargin,
+    recorded,
 )
 
 from . import planted
@@ -99,7 +100,7 @@ def make_inputs(
     )
 
 
-def sampler(inputs: Inputs, backend: str) -> MaskedDiffusionSampler:
+def sampler(inputs: Inputs, backend: str, graph: bool = True) -> MaskedDiffusionSampler:
     return MaskedDiffusionSampler(
         inputs.strategy,
         mask_id=inputs.mask_id,
@@ -112,12 +113,15 @@ def sampler(inputs: Inputs, backend: str) -> MaskedDiffusionSampler:
         schedule="block" if inputs.kind.startswith("SDAR") else "masked",
         confidence=inputs.confidence,
         backend=backend,
+        graph=graph,
     )
 
 
-def variant(backend: str) -> Variant:
+def variant(backend: str, graph: bool = True) -> Variant:
+    """A step as `MaskedDiffusionSampler` takes it; without `graph` also on a GPU launch by launch."""
+
     def prepare(inputs: Inputs):
-        ours = sampler(inputs, backend)
+        ours = sampler(inputs, backend, graph)
         first = ours.start(inputs.tokens, seed=7)
 
         def call():
@@ -127,9 +131,20 @@ def variant(backend: str) -> Variant:
             state.memory = dict(first.memory)
             return ours.step(inputs.logits, inputs.tokens, state)
 
+        if inputs.logits.is_cuda and graph:
+            # From then on it is replayed, where it can be.
+            for _ in range(recorded.PATIENCE + 1):
+                call()
         return call
 
-    return Variant(backend, prepare, capturable=False)
+    return Variant(backend if graph else f"{backend}, launched", prepare, capturable=False)
+
+
+def variants(present: list[str], table: int, device: torch.device) -> tuple[Variant, ...]:
+    names = [name for name in present if name != "reference" or len(present) == 1]
+    # What a recording is worth, where there can be one.
+    both = device.type == "cuda" and table <= recorded.LARGEST
+    return tuple(variant(name, graph) for name in names for graph in ((True, False) if both else (True,)))
 
 
 def check(tokens: Tensor, inputs: Inputs) -> list[str]:
@@ -192,9 +207,7 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
                         make=lambda device, seed, kind=kind, rows=rows, vocab=vocab, dtype=dtype: make_inputs(
                             kind, rows, vocab, dtype, device, seed
                         ),
-                        backends=tuple(
-                            variant(name) for name in present if name != "reference" or len(present) == 1
-                        ),
+                        backends=variants(present, table, device),
                         check=check,
                         expected=expected,
                     )

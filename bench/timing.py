@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dgemma_accel.hf.cuda_graph import CudaRecording
+from dgemma_accel.cuda_graph import CudaRecording
 
 from . import memory
 

@@ -10,9 +10,11 @@ import threading
 import pytest
 import torch
 from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model
+from recordings import Again
 
 import dgemma_accel
-from dgemma_accel.hf import bank, capture, cuda_graph, graph, patches, registry
+from dgemma_accel import cuda_graph
+from dgemma_accel.hf import bank, capture, graph, patches, registry
 
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
 
@@ -47,38 +49,11 @@ class LowRank(torch.nn.Module):
         return result + sum(self.get_submodule(name)(x) * self.scaling[name] for name in self.active)
 
 
-class Again:
-    """Runs the function again; warms up as the CUDA graph does, which leaves its marks in the static tensors."""
-
-    bytes = 1000
-    made: list = []
-
-    def __init__(self, function, device, pool):
-        self.function, self.pool, self.replays, self.runs = function, pool, 0, 0
-        for _ in range(cuda_graph.WARM_UP):
-            function()
-        Again.made.append(self)
-
-    @staticmethod
-    def make_pool(device):
-        return object()
-
-    def begin(self):
-        self.runs += 1
-
-    def replay(self):
-        self.replays += 1
-        self.function()
-
-    def end(self):
-        self.runs -= 1
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     """Steps are recorded on a CPU too, without the compiler's minutes. The list of recordings made."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(capture.RECORDINGS, "cpu", Again)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
     monkeypatch.setattr(Again, "made", [])
     return Again.made
 
@@ -453,7 +428,7 @@ class TestGenerate:
                 function()
                 raise RuntimeError("capture: no\nmore of it")
 
-        monkeypatch.setitem(capture.RECORDINGS, "cpu", Fails)
+        monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Fails)
         ids, _ = prompt(2, 9)
         with caplog.at_level(logging.WARNING, "dgemma_accel"), dgemma_accel.accelerated(model, graph=True):
             results = [generate(model, ids, max_new_tokens=3 * CANVAS) for _ in range(2)]

@@ -9,7 +9,8 @@ import torch
 from hf_models import CANVAS, prompt, tiny_model
 
 import dgemma_accel
-from dgemma_accel.hf import cuda_graph, registry
+from dgemma_accel import cuda_graph
+from dgemma_accel.hf import registry
 
 # Has an index as a CUDA device has, and tensors.
 DEVICE = torch.device("cpu", 0)

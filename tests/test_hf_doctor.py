@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from dgemma_accel import __main__ as program
+from dgemma_accel import cuda_graph
 from dgemma_accel.cli import doctor_step
-from dgemma_accel.hf import capture
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_captured_memory_is_told():
         "step       a small random model on cuda: compiled in 31.2 s with its first run",
         "capture    captured in 2.0 s, 3.0 MiB",
     ]
-    assert "cuda" in capture.RECORDINGS
+    assert "cuda" in cuda_graph.RECORDINGS
 
 
 @pytest.mark.gpu

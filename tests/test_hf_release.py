@@ -6,16 +6,17 @@ import weakref
 import pytest
 import torch
 from hf_models import CANVAS, generate, prompt, tiny_model
-from test_hf_capture import Again
+from recordings import Again
 
 import dgemma_accel
-from dgemma_accel.hf import capture, patches
+from dgemma_accel import cuda_graph
+from dgemma_accel.hf import patches
 
 
 @pytest.fixture
 def without_gc(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(capture.RECORDINGS, "cpu", Again)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
     gc.collect()
     gc.disable()
     yield

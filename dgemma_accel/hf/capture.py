@@ -9,38 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import graph
-from .cuda_graph import CudaRecording
 
 # Temperatures that a capture holds at a time; longer schedules are copied in parts.
 SCHEDULE = 256
-
-
-class Recording(Protocol):
-    """A function without arguments, recorded. Made from (function, device, pool); running it meanwhile is allowed.
-
-    bytes: memory that the recording holds.
-    """
-
-    bytes: int
-
-    @staticmethod
-    def make_pool(device: torch.device) -> object: ...
-
-    def begin(self) -> None: ...
-
-    def replay(self) -> None: ...
-
-    def end(self) -> None: ...
-
-
-# By device type; others run without a recording.
-RECORDINGS: dict[str, type] = {"cuda": CudaRecording}
 
 
 class Inputs(NamedTuple):

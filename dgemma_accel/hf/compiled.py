@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from . import capture, graph
+from ..cuda_graph import RECORDINGS, is_recorded, quiet
+from . import graph
 from .capture import CapturedStep, Inputs
-from .cuda_graph import is_recorded, quiet
 from .lookout import Lookout
 from .patches import Acceleration
 from .products import side_by_side
@@ -142,7 +142,7 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     def in_place() -> graph.InPlace:
         return graph.InPlace(keys, values, side_by_side(denoiser.model.model.decoder, acceleration.backend))
 
-    recording = capture.RECORDINGS.get(device.type)
+    recording = RECORDINGS.get(device.type)
     if recording is None:
         yield Stepwise(step, inputs, in_place(), offset, schedule)
         return

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cuda_graph import quiet
 from ..ops import checks
 from .call import Call, active_call, calling
-from .cuda_graph import quiet
 from .fallback import refusal, why_original
 from .naming import takes_cache
 from .patches import Patch

@@ -26,6 +26,7 @@ from .interfaces import (
 )
 from .numbers import LONGEST, PER_ROW, SpecialTokens, check_field, check_flag, check_number
 from .proposals import Proposal
+from .recorded import kind_of, recorded_step
 from .rules import Rule, Threshold
 from .strategies.base import CONFIDENCES, SCHEDULES, BlockState, Step, Strategy, as_strategy
 from .strategies.dream import Entropy
@@ -72,6 +73,10 @@ class MaskedDiffusionSampler(SpecialTokens):
             `DualCache()`, `BlockCache()`, `BlockCausal()`, `HierarchicalCache()`, `CausalContext()`.
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
+        graph: on a GPU, steps of a kind are recorded in a CUDA graph after the first few, and replayed, where the
+            strategy is `recordable`, the temperature a number, proposals have no filter and the logits take at most 64
+            MiB; tokens are the same. A recording waits for the GPU once, and holds a copy of the logits. False
+            launches every step.
     """
 
     strategy: Strategy | Rule
@@ -90,6 +95,7 @@ class MaskedDiffusionSampler(SpecialTokens):
     interface: Interface = field(default_factory=FullSequence)
     softcap: float | None = None
     backend: str = "auto"
+    graph: bool = True
 
     def __post_init__(self) -> None:
         decider = self.decider
@@ -105,6 +111,7 @@ class MaskedDiffusionSampler(SpecialTokens):
         if self.top_p is not None:
             check_field(self, "top_p", 0.0, 1.0)
         check_flag(self, "top_k_first")
+        check_flag(self, "graph")
         check_field(self, "guidance_scale", 0.0)
         checks.softcap_value(self.softcap)
         backends.requested(self.backend)
@@ -118,7 +125,7 @@ class MaskedDiffusionSampler(SpecialTokens):
                 f"got {type(self.interface).__name__}"
             )
         decider.check(self.block_length, self.steps, self.temperature)
-        decider.check_proposal(self._proposal_at(1.0 if callable(self.temperature) else self.temperature))
+        decider.check_proposal(self.proposal_at(1.0 if callable(self.temperature) else self.temperature))
         object.__setattr__(self, "interface", self.interface.fitted(self.block_length, self.mask_id))
 
     @classmethod
@@ -203,6 +210,11 @@ class MaskedDiffusionSampler(SpecialTokens):
         """The strategy, or the one that a rule stands for."""
         return as_strategy(self.strategy)
 
+    @cached_property
+    def kind(self) -> tuple | None:
+        """What a recorded step depends on besides shapes, None where steps are not recorded."""
+        return kind_of(self)
+
     def start(
         self,
         tokens: Tensor,
@@ -257,13 +269,13 @@ class MaskedDiffusionSampler(SpecialTokens):
             temperature = check_number(
                 "temperature", temperature(number, self._steps(length)), 0.0, tensor=PER_ROW
             )
-        return self._proposal_at(temperature)
+        return self.proposal_at(temperature)
 
     def first_temperature(self, length: int) -> float | Tensor:
         """At which the first token of a block of `length` is drawn, where the model gives it beforehand."""
         return self._proposal(0, length).temperature if self.interface.draws_first_token else 0.0
 
-    def _proposal_at(self, temperature: float | Tensor) -> Proposal:
+    def proposal_at(self, temperature: float | Tensor) -> Proposal:
         return Proposal(
             temperature,
             self.top_k,
@@ -307,6 +319,13 @@ class MaskedDiffusionSampler(SpecialTokens):
             )
         checks.has_shape("state.open", state.open, tuple(tokens.shape), "as tokens")
 
+        recorded = recorded_step(self, logits, tokens, state)
+        if recorded is not None:
+            return recorded.take(logits, tokens, state)
+        return self.take_step(logits, tokens, state, last=state.step + 1 >= state.most_steps)
+
+    def take_step(self, logits: Tensor, tokens: Tensor, state: BlockState, *, last: bool) -> Tensor:
+        """`step` launch by launch, of arguments that were checked; `last`: the block ends with it in any case."""
         decider = self.decider
         owned = state.open & state.active[:, None]
         masked = (tokens == self.mask_id) & owned
@@ -349,7 +368,7 @@ class MaskedDiffusionSampler(SpecialTokens):
                 noise=decider.starts_from_noise,
                 # The same tokens would bring the same proposals again.
                 ends_unchanged=proposal.greedy and decider.repeats and not decider.scheduled,
-                last=state.step >= state.most_steps,
+                last=last,
             ),
             self.backend,
         )

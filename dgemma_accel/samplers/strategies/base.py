@@ -21,7 +21,7 @@ CONFIDENCES = ("untempered", "proposal")
 SCHEDULES = ("masked", "block")
 
 
-def even_count(masked: Tensor, steps: int, step: int) -> Tensor:
+def even_count(masked: Tensor, steps: int, step: int | Tensor) -> Tensor:
     """k_s = floor(n / S) + [s < n mod S]: n positions spread evenly over S steps, the remainder first.
 
     Source: get_num_transfer_tokens of LLaDA's generate.py.
@@ -29,12 +29,13 @@ def even_count(masked: Tensor, steps: int, step: int) -> Tensor:
     Args:
         masked: n, int64 of any shape.
         steps: S >= 1.
-        step: s in [0, S); a later step commits nothing more.
+        step: s in [0, S), an int or a 0-d tensor; a later step commits nothing more.
     """
-    if step >= steps:
+    if not isinstance(step, Tensor) and step >= steps:
         return torch.zeros_like(masked)
     # Adding S - 1 - s carries over to the next multiple of S exactly where s is below the remainder.
-    return (masked + (steps - 1 - step)) // steps
+    count = (masked + (steps - 1 - step)) // steps
+    return torch.where(step < steps, count, 0) if isinstance(step, Tensor) else count
 
 
 @dataclass
@@ -51,6 +52,7 @@ class BlockState:
     committed: [B, C] bool, what the last step committed.
     most_steps: the block ends after this many steps in any case.
     seed, offset: the seed of the draws and the number of the next draw.
+        A step that is recorded has 0-d tensors of its device for `step` and `offset`.
     memory: what the strategy itself remembers.
     tokens: [B, C], what the running step decides over; None before the first.
     """
@@ -63,8 +65,8 @@ class BlockState:
     committed: Tensor
     seed: Tensor
     most_steps: int
-    offset: int = 0
-    step: int = 0
+    offset: int | Tensor = 0
+    step: int | Tensor = 0
     memory: dict[str, Any] = field(default_factory=dict)
     tokens: Tensor | None = None
 
@@ -96,8 +98,8 @@ class Step:
         return self.owned & self.valid
 
     @property
-    def number(self) -> int:
-        """The number of this step in its block, from 0."""
+    def number(self) -> int | Tensor:
+        """The number of this step in its block, from 0; a 0-d tensor where the step is recorded."""
         return self.state.step
 
     def even_count(self) -> Tensor:
@@ -142,6 +144,9 @@ class Strategy:
     shortest_block: a block that is to be shorter is a mistake of the caller, unless it is all that was asked for.
     reads_statistics: False if the decision takes `stats.argmax` and `stats.sample` alone, and nothing else of the
         statistics.
+    recordable: whether a GPU may record a step and replay it for the others (`MaskedDiffusionSampler.graph`): a step
+        does the same whatever its number and the values of its tensors are, waits for none of them, takes `Step.number`
+        as a tensor, and keeps nothing in `memory` that changes. A class says so itself, or it is taken for False.
     """
 
     scheduled: ClassVar[bool] = False
@@ -150,6 +155,7 @@ class Strategy:
     starts_from_noise: ClassVar[bool] = False
     shortest_block: ClassVar[int] = 1
     reads_statistics: ClassVar[bool] = True
+    recordable: ClassVar[bool] = False
 
     def check(self, block_length: int | None, steps: int | None, temperature) -> None:
         """Raise ValueError where the sampler's numbers make no sense for this strategy."""
@@ -197,6 +203,7 @@ class EveryStep(Strategy):
     """A rule as a strategy: the same rule at every step; a missing k comes from the schedule."""
 
     fixed: Rule
+    recordable = True
 
     @property
     def scheduled(self) -> bool:

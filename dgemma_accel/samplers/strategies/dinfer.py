@@ -34,6 +34,7 @@ class DInferThreshold(Strategy):
 
     tau: float = 0.9
     slack: float = 1e-5
+    recordable = True
 
     def __post_init__(self) -> None:
         check_field(self, "tau", 0.0, 1.0)
@@ -55,6 +56,7 @@ class MinimalTopK(Strategy):
 
     m: int = 1
     tau: float = 0.9
+    recordable = True
 
     def __post_init__(self) -> None:
         check_field(self, "m", 1, integer=True)
@@ -193,6 +195,7 @@ class Hierarchy(Strategy):
 
     tau: float = 0.9
     low: float = 0.4
+    recordable = True
 
     def __post_init__(self) -> None:
         check_field(self, "tau", 0.0, 1.0)
@@ -220,6 +223,7 @@ class HierarchyWithRemask(Hierarchy):
 
     rho: float = 0.4
     reopen_given: bool = False
+    recordable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

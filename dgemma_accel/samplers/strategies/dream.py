@@ -23,9 +23,16 @@ def _shares(steps: int, eps: float) -> tuple[float, ...]:
     return (*(1 - times[1:-1] / times[:-2]).tolist(), 1.0)
 
 
-def _share(step: Step, eps: float) -> float:
+def _share(step: Step, eps: float) -> float | Tensor:
     """The share of the masks that this step commits."""
-    return _shares(step.steps, eps)[min(step.number, step.steps - 1)]
+    shares, number = _shares(step.steps, eps), step.number
+    if not isinstance(number, Tensor):
+        return shares[min(number, step.steps - 1)]
+    memory, name = step.state.memory, "shares"
+    if name not in memory:
+        # Kept with the recording that reads it, and made before it, when the step is run to warm up.
+        memory[name] = torch.tensor(shares, dtype=torch.float32, device=number.device)
+    return memory[name].index_select(0, number.clamp_max(step.steps - 1).reshape(1))[0]
 
 
 def _count(step: Step, eps: float, batch_mean: bool) -> Tensor:
@@ -57,6 +64,7 @@ class Origin(Strategy):
 
     eps: float = 1e-3
     scheduled = True
+    recordable = True
     reads_statistics = False
     confidence = "proposal"
 
@@ -103,6 +111,7 @@ class MaskgitPlus(_TimedTopK):
     """
 
     measure = Measure.SAMPLE_PROB
+    recordable = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class TopkMargin(_TimedTopK):
     """
 
     measure = Measure.MARGIN
+    recordable = True
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,10 @@ class Entropy(_TimedTopK):
 
     epsilon: float = 0.0
     measure = Measure.ENTROPY
+
+    @property
+    def recordable(self) -> bool:
+        return not self.epsilon
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ class LowConfidence(Strategy):
     """
 
     scheduled = True
+    recordable = True
 
     def rule(self, step: Step) -> Rule:
         return TopK(step.even_count())
@@ -41,6 +42,7 @@ class LowConfidenceDynamic(Strategy):
 
     tau: float = 0.85
     scheduled = True
+    recordable = True
     confidence = "proposal"
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class SequentialWindow(Strategy):
 
     overwrite: bool = False
     scheduled = True
+    recordable = True
     reads_statistics = False
     confidence = "proposal"
 

@@ -26,6 +26,7 @@ class SGLangLowConfidence(Strategy):
     """
 
     tau: float = 0.95
+    recordable = True
 
     def __post_init__(self) -> None:
         check_field(self, "tau", 0.0, 1.0)

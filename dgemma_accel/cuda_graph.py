@@ -1,4 +1,4 @@
-"""A function recorded in a CUDA graph, and what the recordings of one model on one device share.
+"""A function recorded in a CUDA graph, and what the recordings on one device share.
 
 A recording that fails leaves PyTorch as it was: the stream of the caller, the allocator, the default generator.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from ..branches import fresh_stream
+from .branches import fresh_stream
 
 # Calls on a side stream before the recording: they compile, load kernels and let libraries take their workspaces.
 WARM_UP = 2
@@ -32,6 +33,24 @@ def quiet(device: torch.device) -> threading.RLock:
 def is_recorded(device: torch.device) -> bool:
     """Whether what this thread launches now is recorded instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Recording(Protocol):
+    """A function without arguments, recorded. Made from (function, device, pool); running it meanwhile is allowed.
+
+    bytes: memory that the recording holds.
+    """
+
+    bytes: int
+
+    @staticmethod
+    def make_pool(device: torch.device) -> object: ...
+
+    def begin(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Pool:
@@ -134,6 +153,10 @@ class CudaRecording:
     def end(self) -> None:
         """After the last replay and what reads its results, also where either failed."""
         self.pool.done.record(torch.cuda.current_stream(self.device))
+
+
+# By device type; others run without a recording.
+RECORDINGS: dict[str, type[Recording]] = {"cuda": CudaRecording}
 
 
 def release_generator(device: torch.device, side) -> None:

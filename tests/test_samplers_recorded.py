@@ -1,0 +1,398 @@
+"""Steps of a sampler that are replayed: the same tokens as launched one by one, and what is recorded when.
+
+A recording that runs its function again stands in for the CUDA graph; like one it knows nothing but the tensors that it
+was made with.
+"""
+
+import logging
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from recordings import Again
+from samplers_models import Attention
+from test_samplers import CASES, LENGTH, MASK, MODELS, VOCAB
+
+from dgemma_accel import cuda_graph
+from dgemma_accel.samplers import (
+    CreditThreshold,
+    Entropy,
+    LowConfidence,
+    MaskedDiffusionSampler,
+    MaskgitPlus,
+    Rule,
+    Threshold,
+    TopK,
+    recorded,
+)
+
+# Two have a memory that changes from step to step, and one goes over the rows in parts.
+LAUNCHED = {"credit", "joint_threshold", "entropy_epsilon"}
+# Edits end at temperature 0 only.
+STEPS = [(name, t) for name in CASES for t in (0.0, 0.7) if name != "joint_threshold" or t == 0]
+
+
+@pytest.fixture(autouse=True)
+def no_recordings():
+    recorded.clear()
+    yield
+    recorded.clear()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Steps are recorded on a CPU too, from the second one of a kind on. The list of recordings made."""
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    monkeypatch.setattr(Again, "made", [])
+    monkeypatch.setattr(recorded, "PATIENCE", 1)
+    return Again.made
+
+
+def sampler_of(strategy, **options):
+    return MaskedDiffusionSampler(strategy, MASK, **{"block_length": LENGTH, **options})
+
+
+def given(batch=5, seed=1):
+    """Blocks of masks with given tokens between them."""
+    noise = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, MASK, (batch, LENGTH), generator=noise)
+    return torch.where(torch.rand(tokens.shape, generator=noise) < 0.75, MASK, tokens)
+
+
+def run(sampler, model, tokens, seed=3, steps=40):
+    """What each step of a block leaves."""
+    state, trace = sampler.start(tokens, seed=seed, offset=2), []
+    while bool(state.active.any()) and len(trace) < steps:
+        tokens = sampler.step(model(tokens), tokens, state)
+        trace.append(
+            (tokens, state.active, state.stuck, state.nfe, state.committed, state.step, state.offset)
+        )
+    return trace
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for one, other in zip(a, b)
+        for x, y in zip(one, other)
+    )
+
+
+@pytest.mark.parametrize("name, temperature", STEPS)
+def test_every_step_is_the_one_that_is_launched(name, temperature, made):
+    strategy, _, options = CASES[name]
+    settings = {"temperature": temperature, "schedule": options.get("schedule", "masked"), "steps": 6}
+    for kind in ("flat", "peaky", "proposes_mask"):
+        ours = sampler_of(strategy, **settings)
+        for number in range(4):
+            model, tokens = MODELS[kind](number), given(seed=number)
+            expected = run(replace(ours, graph=False), model, tokens, seed=number)
+            assert same(run(ours, model, tokens, seed=number), expected)
+    assert len(made) == (0 if name in LAUNCHED else 1)
+    if made:
+        assert made[0].replays > 10 and made[0].runs == 0
+
+
+def test_all_other_strategies_are_recorded():
+    launched = {name for name, (strategy, *_) in CASES.items() if sampler_of(strategy).kind is None}
+    assert launched == LAUNCHED
+
+
+def test_two_blocks_take_turns(made):
+    ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
+    expected = [run(replace(ours, graph=False), model, given(seed=n), seed=n) for n in (5, 6)]
+    tokens = [given(seed=n) for n in (5, 6)]
+    states = [ours.start(t, seed=n, offset=2) for t, n in zip(tokens, (5, 6))]
+    for step in range(4):
+        for n, state in enumerate(states):
+            tokens[n] = ours.step(model(tokens[n]), tokens[n], state)
+            assert torch.equal(tokens[n], expected[n][step][0]) and torch.equal(
+                state.nfe, expected[n][step][3]
+            )
+    assert len(made) == 1 and made[0].replays == 7
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("field", ["open", "active", "nfe", "stuck", "masked_at_start"])
+def test_a_state_that_was_written_in_between(field, inference, made):
+    ours, model, tokens = sampler_of(TopK(1)), MODELS["flat"](0), torch.full((2, LENGTH), MASK)
+    if field == "masked_at_start":
+        ours = sampler_of(LowConfidence(), steps=5)
+
+    def written(sampler):
+        state, current = sampler.start(tokens), tokens
+        for step in range(4):
+            if step == 3:
+                getattr(state, field)[0] = 3 if field in ("nfe", "masked_at_start") else field == "stuck"
+            current = sampler.step(model(current), current, state)
+        return current, state
+
+    with torch.inference_mode(inference):
+        expected, theirs = written(replace(ours, graph=False))
+        current, state = written(ours)
+    assert made[0].replays == 3
+    assert torch.equal(current, expected)
+    for name in recorded.LEFT:
+        assert torch.equal(getattr(state, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("field", recorded.READ)
+def test_each_field_that_is_copied_changes_results(field, made, monkeypatch):
+    """So one that recordings forgot would show above."""
+    holds = recorded.RecordedStep._holds
+
+    def forgets(self, name, given):
+        return (name == field and name in self._held) or holds(self, name, given)
+
+    ours, whole = sampler_of(LowConfidence(), temperature=0.7, steps=6), MODELS["proposes_mask"](0)
+
+    def broken(tokens):
+        """The first row is stuck while others go on."""
+        logits = whole(tokens)
+        logits[0] = math.nan
+        return logits
+
+    def same_as_launched():
+        for number in range(6):
+            model, tokens = (whole, broken)[number % 2], given(seed=number)
+            expected = run(replace(ours, graph=False), model, tokens, seed=number)
+            if not same(run(ours, model, tokens, seed=number), expected):
+                return False
+        return True
+
+    assert same_as_launched()
+    monkeypatch.setattr(recorded.RecordedStep, "_holds", forgets)
+    assert not same_as_launched()
+    assert len(made) == 1
+
+
+def test_what_a_step_left_is_not_copied_again(made):
+    ours, model, tokens = sampler_of(LowConfidence()), MODELS["flat"](0), torch.full((2, LENGTH), MASK)
+    state, loads = ours.start(tokens), []
+    for step in range(5):
+        if step > 1:
+            recording = next(iter(recorded._kept.kinds.values()))
+            loads.append([name for name in recorded.READ if not recording._holds(name, getattr(state, name))])
+        tokens = ours.step(model(tokens), tokens, state)
+    assert loads == [[], [], []]
+
+
+def test_what_was_returned_stays(made):
+    """Nothing that a caller got is written by a later replay, nor belongs to the recording."""
+    ours, model = sampler_of(LowConfidence()), MODELS["flat"](0)
+    trace = run(ours, model, given())
+    copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in one] for one in trace]
+    run(ours, model, given(seed=9))
+    assert same(trace, copies) and made[0].replays > 8
+
+
+def test_a_kind_is_recorded_once_it_came_often_enough(made, monkeypatch):
+    monkeypatch.setattr(recorded, "PATIENCE", 5)
+    model = MODELS["flat"](0)
+    # Equal samplers are of one kind.
+    for step in range(7):
+        ours, tokens = sampler_of(LowConfidence()), torch.full((2, LENGTH), MASK)
+        ours.step(model(tokens), tokens, ours.start(tokens))
+        assert [r.replays for r in made] == ([] if step < 5 else [step - 4])
+    tokens = torch.full((3, LENGTH), MASK)
+    for sampler in (ours, sampler_of(LowConfidence(), steps=4), sampler_of(LowConfidence(), temperature=0.5)):
+        for _ in range(6):
+            sampler.step(model(tokens), tokens)
+    assert len(made) == 4
+
+
+def test_the_last_step_of_a_block_is_launched(made):
+    ours, model, tokens = sampler_of(Threshold(0.99), steps=3), MODELS["flat"](0), given(1)
+    for _ in range(2):
+        trace = run(ours, model, tokens)
+        assert len(trace) == 3 and trace[-1][2].all()
+    assert made[0].replays == 3
+
+
+@dataclass(frozen=True)
+class Mine(LowConfidence):
+    """Derived from one that may be recorded, and not to be taken for one."""
+
+    def rule(self, step):
+        return TopK(1 + step.number % 2)
+
+
+@dataclass(frozen=True)
+class MyRule(Rule):
+    def encode(self):
+        return TopK(2).encode()
+
+
+def test_what_is_not_recorded(made, monkeypatch):
+    model, tokens = MODELS["flat"](0), torch.full((2, LENGTH), MASK)
+    plain = sampler_of(LowConfidence(), temperature=0.7)
+    others = [
+        replace(plain, graph=False),
+        replace(plain, top_k=3),
+        replace(plain, top_p=0.9),
+        replace(plain, temperature=torch.tensor(0.7)),
+        replace(plain, temperature=lambda step, steps: 0.7),
+        replace(plain, strategy=Mine()),
+        replace(plain, strategy=MyRule()),
+        replace(plain, strategy=CreditThreshold(), temperature=0.0),
+        replace(plain, strategy=TopK(torch.tensor([1, 2]))),
+        replace(plain, strategy=Threshold(torch.tensor(0.5))),
+        replace(plain, strategy=Entropy(epsilon=1e-10), confidence="proposal"),
+    ]
+    for sampler in others:
+        for _ in range(4):
+            sampler.step(model(tokens), tokens)
+    logits = model(tokens).requires_grad_()
+    for _ in range(4):
+        try:
+            plain.step(logits, tokens)
+        except RuntimeError:
+            pass
+    monkeypatch.setattr(recorded, "LARGEST", logits.nbytes - 1)
+    for _ in range(4):
+        plain.step(model(tokens), tokens)
+    assert made == []
+    monkeypatch.setattr(recorded, "LARGEST", logits.nbytes)
+    # Greedy proposals need no filter for the statistics of the untempered distribution.
+    for sampler in (plain, replace(plain, temperature=0.0, top_k=3)):
+        for _ in range(4):
+            sampler.step(model(tokens), tokens)
+    assert len(made) == 2
+
+
+def test_each_thread_has_its_own(made):
+    ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
+    expected = [run(replace(ours, graph=False), model, given(seed=n), seed=n) for n in range(4)]
+    found = {}
+
+    def work(n):
+        run(ours, model, given(seed=n), seed=n)
+        found[n] = run(ours, model, given(seed=n), seed=n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4 and all(same(found[n], expected[n]) for n in range(4))
+
+
+def test_a_recording_that_fails(made, monkeypatch, caplog):
+    tried = []
+
+    class Fails(Again):
+        def __init__(self, *arguments):
+            tried.append(arguments)
+            super().__init__(*arguments)
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Fails)
+    ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
+    expected = run(replace(ours, graph=False), model, given())
+    with caplog.at_level(logging.WARNING, "dgemma_accel"):
+        assert all(same(run(ours, model, given()), expected) for _ in range(3))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(tried) == 1 and len(lines) == 1
+    assert lines[0].endswith("RuntimeError: operation not permitted when stream is capturing")
+
+
+def test_a_replay_that_fails_leaves_the_state(made, monkeypatch):
+    ours, model, tokens = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0), given()
+    expected = run(replace(ours, graph=False), model, tokens)
+    state, trace = ours.start(tokens, seed=3, offset=2), []
+    while len(trace) < len(expected):
+        if len(trace) == 3:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+                def interrupted(self):
+                    self.function()
+                    raise KeyboardInterrupt
+
+                patch.setattr(Again, "replay", interrupted)
+                ours.step(model(tokens), tokens, state)
+            assert made[0].runs == 0
+        tokens = ours.step(model(tokens), tokens, state)
+        trace.append(
+            (tokens, state.active, state.stuck, state.nfe, state.committed, state.step, state.offset)
+        )
+    assert same(trace, expected)
+
+
+def test_memory_of_recordings_is_bounded(made, monkeypatch):
+    model = MODELS["flat"](0)
+
+    def use(batch):
+        tokens = torch.full((batch, LENGTH), MASK)
+        for _ in range(3):
+            sampler_of(LowConfidence()).step(model(tokens), tokens)
+        return next(reversed(recorded._kept.kinds.values()))
+
+    assert use(2).bytes > Again.bytes + 2 * LENGTH * VOCAB * 4
+    monkeypatch.setattr(recorded, "BUDGET", use(3).bytes + use(4).bytes)
+    recorded.clear()
+    assert [len(recorded._kept.kinds) for batch in (2, 3, 4, 4, 3, 2) if use(batch)] == [1, 2, 2, 2, 2, 2]
+    monkeypatch.setattr(recorded, "BUDGET", 0)
+    assert use(5).bytes and len(recorded._kept.kinds) == 1 and len(made) > 4
+    monkeypatch.setattr(recorded, "KINDS", 3)
+    monkeypatch.setattr(recorded, "PATIENCE", 100)
+    for batch in range(6, 12):
+        use(batch)
+    assert len(recorded._kept.kinds) == 3
+
+
+def test_whole_texts(made):
+    model = Attention()
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    for strategy in (LowConfidence(), Threshold(0.6), MaskgitPlus()):
+        ours = MaskedDiffusionSampler(strategy, 22, block_length=8, temperature=0.4, eos_id=7)
+        forward = lambda tokens, attention_mask=None: model.core(tokens, torch.arange(tokens.shape[1]))[0]  # noqa: E731
+        expected = replace(ours, graph=False).generate(forward, prompts, 24, seed=5)
+        before = sum(recording.replays for recording in made)
+        result = ours.generate(forward, prompts, 24, seed=5)
+        assert torch.equal(result.sequences, expected.sequences)
+        assert torch.equal(result.nfe, expected.nfe) and result.calls == expected.calls
+        assert sum(recording.replays for recording in made) > before + 3
+
+
+@pytest.mark.source_tree
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="needs a PyTorch that was built without CUDA")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_nothing_recorded_waits_for_a_gpu_or_copies_to_it():
+    script = Path(__file__).with_name("recorded_on_fake_gpu.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, temperature", STEPS)
+def test_on_a_gpu(name, temperature, monkeypatch):
+    strategy, _, options = CASES[name]
+    monkeypatch.setattr(recorded, "PATIENCE", 1)
+    settings = {"temperature": temperature, "schedule": options.get("schedule", "masked"), "steps": 6}
+    ours, table = sampler_of(strategy, **settings), MODELS["flat"](0)
+
+    def model(tokens):
+        return table(tokens.cpu()).cuda()
+
+    for number in range(3):
+        tokens = given(seed=number).cuda()
+        expected = run(replace(ours, graph=False), model, tokens, seed=number)
+        assert same(run(ours, model, tokens, seed=number), expected)
+    if name in LAUNCHED:
+        return
+    state, logits = ours.start(tokens, seed=0), model(tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            tokens = ours.step(logits, tokens, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    (recording,) = recorded._kept.kinds.values()
+    assert isinstance(recording, recorded.RecordedStep)
