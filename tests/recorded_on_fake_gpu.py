@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_samplers import CASES, LENGTH, MASK, VOCAB
+from test_samplers_recorded import LENGTH, MASK, STEPS, STRATEGIES, VOCAB, sampler_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_iter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import step_launches
 
-from dgemma_accel.samplers import MaskedDiffusionSampler
 from dgemma_accel.samplers.strategies.base import BlockState
 
 
@@ -44,41 +43,39 @@ class Crossings(TorchDispatchMode):
 def main() -> None:
     step_launches.load_guard()
     counted = 0
-    for name, (strategy, _, options) in CASES.items():
-        for temperature in (0.0, 0.7) if name != "joint_threshold" else (0.0,):
-            schedule = options.get("schedule", "masked")
-            sampler = MaskedDiffusionSampler(
-                strategy, MASK, block_length=LENGTH, temperature=temperature, schedule=schedule
+    for name, temperature in STEPS:
+        strategy, schedule = STRATEGIES[name]
+        sampler = sampler_of(strategy, temperature=temperature, schedule=schedule)
+        if sampler.kind is None:
+            continue
+        counted += 1
+        # Numbers that are kept for later calls are no fake ones.
+        tokens = torch.full((1, LENGTH), MASK)
+        replace(sampler, backend="reference").step(torch.zeros(1, LENGTH, VOCAB), tokens)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+
+            def empty(*shape, dtype=torch.int64):
+                return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+            logits, tokens = empty(2, LENGTH, VOCAB, dtype=torch.bfloat16), empty(2, LENGTH)
+            own = BlockState(
+                open=empty(2, LENGTH, dtype=torch.bool),
+                masked_at_start=empty(2),
+                active=empty(2, dtype=torch.bool),
+                stuck=empty(2, dtype=torch.bool),
+                nfe=empty(2),
+                committed=empty(2, LENGTH, dtype=torch.bool),
+                seed=empty(),
+                most_steps=LENGTH,
+                offset=empty(),
+                step=empty(),
             )
-            if sampler.kind is None:
-                continue
-            counted += 1
-            # Numbers that are kept for later calls are no fake ones.
-            tokens = torch.full((1, LENGTH), MASK)
-            replace(sampler, backend="reference").step(torch.zeros(1, LENGTH, VOCAB), tokens)
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-
-                def empty(*shape, dtype=torch.int64):
-                    return torch.empty(shape, dtype=dtype, device="cuda:0")
-
-                logits, tokens = empty(2, LENGTH, VOCAB, dtype=torch.bfloat16), empty(2, LENGTH)
-                own = BlockState(
-                    open=empty(2, LENGTH, dtype=torch.bool),
-                    masked_at_start=empty(2),
-                    active=empty(2, dtype=torch.bool),
-                    stuck=empty(2, dtype=torch.bool),
-                    nfe=empty(2),
-                    committed=empty(2, LENGTH, dtype=torch.bool),
-                    seed=empty(),
-                    most_steps=LENGTH,
-                    offset=empty(),
-                    step=empty(),
-                )
-                # As a recording is made: it was run before.
+            sampler.decider.start(own, tokens)
+            # As a recording is made: it was run before.
+            sampler.take_step(logits, tokens, copy.copy(own), last=False)
+            with Crossings() as crossings:
                 sampler.take_step(logits, tokens, copy.copy(own), last=False)
-                with Crossings() as crossings:
-                    sampler.take_step(logits, tokens, copy.copy(own), last=False)
-            assert crossings.operations > 20 and not crossings.seen, (name, temperature, crossings.seen)
+        assert crossings.operations > 20 and not crossings.seen, (name, temperature, crossings.seen)
     print(f"{counted} recordable")
 
 

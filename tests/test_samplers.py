@@ -357,7 +357,7 @@ def test_entropy_bound_renoise_is_the_diffusiongemma_step():
         theirs = published.EntropyBoundSampler(config, length, vocab, 48)
         theirs.accept_canvas(tokens, out, logits / 0.7, 1)
         assert torch.equal(state.committed, theirs.accepted_token_mask)
-        assert torch.equal(state.memory["canvas"].draft, logits.argmax(-1))
+        assert torch.equal(state.memory["draft"], logits.argmax(-1))
         assert ((out >= 0) & (out < vocab)).all()
 
 

@@ -23,6 +23,7 @@ from dgemma_accel import cuda_graph
 from dgemma_accel.samplers import (
     CreditThreshold,
     Entropy,
+    EntropyBoundRenoise,
     LowConfidence,
     MaskedDiffusionSampler,
     MaskgitPlus,
@@ -32,10 +33,14 @@ from dgemma_accel.samplers import (
     recorded,
 )
 
-# Two have a memory that changes from step to step, and one goes over the rows in parts.
-LAUNCHED = {"credit", "joint_threshold", "entropy_epsilon"}
+# Name -> (strategy, schedule).
+STRATEGIES = {name: (one, options.get("schedule", "masked")) for name, (one, _, options) in CASES.items()}
+STRATEGIES["renoise"] = (EntropyBoundRenoise(VOCAB, 2.0, stop_confidence=0.6), "masked")
+STRATEGIES["joint_penalty"] = (replace(STRATEGIES["joint_threshold"][0], penalty_lambda=1.5), "masked")
+# One has a memory that grows from step to step, and one goes over the rows in parts.
+LAUNCHED = {"credit", "entropy_epsilon"}
 # Edits end at temperature 0 only.
-STEPS = [(name, t) for name in CASES for t in (0.0, 0.7) if name != "joint_threshold" or t == 0]
+STEPS = [(name, t) for name in STRATEGIES for t in (0.0, 0.7) if "joint" not in name or t == 0]
 
 
 @pytest.fixture(autouse=True)
@@ -65,15 +70,26 @@ def given(batch=5, seed=1):
     return torch.where(torch.rand(tokens.shape, generator=noise) < 0.75, MASK, tokens)
 
 
+def settling(tokens):
+    """Rows of a block come to the same rest one after the other, and the last one at once."""
+    logits = 0.6 * MODELS["peaky"](0)(tokens)
+    logits[..., 1 : LENGTH + 1] += 6 * torch.eye(LENGTH)
+    logits[-1, :, 1 : LENGTH + 1] += 20 * torch.eye(LENGTH)
+    return logits
+
+
 def run(sampler, model, tokens, seed=3, steps=40):
     """What each step of a block leaves."""
-    state, trace = sampler.start(tokens, seed=seed, offset=2), []
+    state, trace = sampler.start(tokens, open=tokens == MASK, seed=seed, offset=2), []
     while bool(state.active.any()) and len(trace) < steps:
         tokens = sampler.step(model(tokens), tokens, state)
-        trace.append(
-            (tokens, state.active, state.stuck, state.nfe, state.committed, state.step, state.offset)
-        )
+        trace.append(left_by(sampler, tokens, state))
     return trace
+
+
+def left_by(sampler, tokens, state):
+    final = sampler.decider.final_tokens(tokens, state)
+    return tokens, final, state.active, state.stuck, state.nfe, state.committed, state.step, state.offset
 
 
 def same(a, b):
@@ -86,12 +102,12 @@ def same(a, b):
 
 @pytest.mark.parametrize("name, temperature", STEPS)
 def test_every_step_is_the_one_that_is_launched(name, temperature, made):
-    strategy, _, options = CASES[name]
-    settings = {"temperature": temperature, "schedule": options.get("schedule", "masked"), "steps": 6}
-    for kind in ("flat", "peaky", "proposes_mask"):
-        ours = sampler_of(strategy, **settings)
+    strategy, schedule = STRATEGIES[name]
+    settings = {"temperature": temperature, "schedule": schedule, "steps": 6}
+    ours = sampler_of(strategy, **settings)
+    for kind in ("flat", "peaky", "proposes_mask", "settling"):
         for number in range(4):
-            model, tokens = MODELS[kind](number), given(seed=number)
+            model, tokens = MODELS[kind](number) if kind in MODELS else settling, given(seed=number)
             expected = run(replace(ours, graph=False), model, tokens, seed=number)
             assert same(run(ours, model, tokens, seed=number), expected)
     assert len(made) == (0 if name in LAUNCHED else 1)
@@ -100,7 +116,7 @@ def test_every_step_is_the_one_that_is_launched(name, temperature, made):
 
 
 def test_all_other_strategies_are_recorded():
-    launched = {name for name, (strategy, *_) in CASES.items() if sampler_of(strategy).kind is None}
+    launched = {name for name, (strategy, _) in STRATEGIES.items() if sampler_of(strategy).kind is None}
     assert launched == LAUNCHED
 
 
@@ -113,7 +129,7 @@ def test_two_blocks_take_turns(made):
         for n, state in enumerate(states):
             tokens[n] = ours.step(model(tokens[n]), tokens[n], state)
             assert torch.equal(tokens[n], expected[n][step][0]) and torch.equal(
-                state.nfe, expected[n][step][3]
+                state.nfe, expected[n][step][4]
             )
     assert len(made) == 1 and made[0].replays == 7
 
@@ -142,7 +158,7 @@ def test_a_state_that_was_written_in_between(field, inference, made):
         assert torch.equal(getattr(state, name), getattr(theirs, name))
 
 
-@pytest.mark.parametrize("field", recorded.READ)
+@pytest.mark.parametrize("field", [*recorded.READ, "edits", "history", "finished"])
 def test_each_field_that_is_copied_changes_results(field, made, monkeypatch):
     """So one that recordings forgot would show above."""
     holds = recorded.RecordedStep._holds
@@ -151,6 +167,11 @@ def test_each_field_that_is_copied_changes_results(field, made, monkeypatch):
         return (name == field and name in self._held) or holds(self, name, given)
 
     ours, whole = sampler_of(LowConfidence(), temperature=0.7, steps=6), MODELS["proposes_mask"](0)
+    if field == "edits":
+        ours = sampler_of(STRATEGIES["joint_threshold"][0])
+    elif field in ("history", "finished"):
+        # All blocks come to the same rest, some rows of them at once.
+        ours, whole = sampler_of(STRATEGIES["renoise"][0], temperature=0.7, steps=20), settling
 
     def broken(tokens):
         """The first row is stuck while others go on."""
@@ -211,7 +232,7 @@ def test_the_last_step_of_a_block_is_launched(made):
     ours, model, tokens = sampler_of(Threshold(0.99), steps=3), MODELS["flat"](0), given(1)
     for _ in range(2):
         trace = run(ours, model, tokens)
-        assert len(trace) == 3 and trace[-1][2].all()
+        assert len(trace) == 3 and trace[-1][3].all()
     assert made[0].replays == 3
 
 
@@ -318,9 +339,7 @@ def test_a_replay_that_fails_leaves_the_state(made, monkeypatch):
                 ours.step(model(tokens), tokens, state)
             assert made[0].runs == 0
         tokens = ours.step(model(tokens), tokens, state)
-        trace.append(
-            (tokens, state.active, state.stuck, state.nfe, state.committed, state.step, state.offset)
-        )
+        trace.append(left_by(ours, tokens, state))
     assert same(trace, expected)
 
 

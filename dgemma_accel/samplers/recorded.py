@@ -30,9 +30,13 @@ LARGEST = 64 << 20
 # Bytes that the recordings of a thread hold, and their number with the kinds that are still waited for.
 BUDGET, KINDS = 128 << 20, 64
 
-# Fields of a `BlockState` that a step reads, and those that it leaves anew.
+# Fields of a `BlockState` that a step reads, and those that it leaves anew, besides the strategy's memory.
 READ = ("open", "masked_at_start", "active", "stuck", "nfe", "seed")
 LEFT = ("active", "stuck", "nfe", "committed")
+
+
+def _tensors(state: BlockState, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: getattr(state, name) for name in names} | state.memory
 
 
 def kind_of(sampler) -> tuple | None:
@@ -88,6 +92,8 @@ def clear() -> None:
 
 def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) -> RecordedStep | None:
     """The recording that takes this step, or None: it is launched as any other."""
+    if torch.compiler.is_compiling():
+        return None
     device = tokens.device
     recording = RECORDINGS.get(device.type)
     if recording is None or sampler.kind is None or logits.device != device:
@@ -95,9 +101,7 @@ def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) ->
     # What ends a block for good is known on the host: the last step that it may have is none of the recorded ones.
     if state.step + 1 >= state.most_steps or not 0 < logits.nbytes <= LARGEST:
         return None
-    if torch.compiler.is_compiling() or is_recorded(device):
-        return None
-    if logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(device) or (logits.requires_grad and torch.is_grad_enabled()):
         return None
     kind = (sampler.kind, backends.requested(sampler.backend), device, logits.shape, logits.dtype)
     known = _kept.kinds.get(kind, 0)
@@ -132,6 +136,7 @@ class RecordedStep:
             self.logits, self.tokens, self.new_tokens = fresh(logits), fresh(tokens), fresh(tokens)
             own = BlockState(
                 **{name: fresh(getattr(state, name)) for name in (*READ, "committed")},
+                memory={name: fresh(tensor) for name, tensor in state.memory.items()},
                 most_steps=state.most_steps,
                 offset=torch.zeros((), dtype=torch.int64, device=device),
                 step=torch.zeros((), dtype=torch.int64, device=device),
@@ -144,23 +149,23 @@ class RecordedStep:
 
         # Names of its own: a function that a recording keeps does not keep this object.
         own_logits, own_tokens, new_tokens = self.logits, self.tokens, self.new_tokens
+        self.left = left = _tensors(own, LEFT)
 
         def advance() -> None:
             after = copy.copy(own)
+            after.memory = dict(own.memory)
             # `step` and `offset` are tensors here, which count themselves.
             new_tokens.copy_(sampler.take_step(own_logits, own_tokens, after, last=False))
-            for name in LEFT:
-                getattr(own, name).copy_(getattr(after, name))
+            # What the strategy made for itself while it was run to warm up stays as long as the recording.
+            own.memory = after.memory | own.memory
+            for name, tensor in _tensors(after, LEFT).items():
+                if name in left and tensor is not left[name]:
+                    left[name].copy_(tensor)
 
         self.recording = recording(advance, device, recording.make_pool(device))
         # It was run to warm up.
         self._held, self._number = {}, None
-        tensors = [
-            self.logits,
-            self.tokens,
-            self.new_tokens,
-            *(getattr(own, name) for name in (*READ, *LEFT)),
-        ]
+        tensors = [self.logits, self.tokens, self.new_tokens, *_tensors(own, (*READ, "committed")).values()]
         self.bytes = self.recording.bytes + sum(tensor.nbytes for tensor in tensors)
 
     def _load(self, logits: Tensor, tokens: Tensor, state: BlockState) -> None:
@@ -168,15 +173,15 @@ class RecordedStep:
         own = self.own
         self.logits.copy_(logits)
         self.tokens.copy_(tokens)
-        for name in READ:
-            given = getattr(state, name)
+        held = _tensors(own, READ)
+        for name, given in _tensors(state, READ).items():
             if self._holds(name, given):
                 continue
             if given.ndim or not given.is_cpu:
-                getattr(own, name).copy_(given, non_blocking=True)
+                held[name].copy_(given, non_blocking=True)
             else:
                 # A number needs no copy from the host's memory, which a GPU would be waited for.
-                getattr(own, name).fill_(given.item())
+                held[name].fill_(given.item())
             self._note(name, given)
         if self._number != (state.step, state.offset):
             own.step.fill_(state.step)
@@ -202,15 +207,18 @@ class RecordedStep:
                 self.recording.replay()
                 # The next replay writes its tensors again.
                 new_tokens = self.new_tokens.clone()
-                left = {name: getattr(self.own, name).clone() for name in LEFT}
+                left = {name: tensor.clone() for name, tensor in self.left.items()}
             except BaseException:
                 self._held, self._number = {}, None
                 raise
             finally:
                 self.recording.end()
         for name, tensor in left.items():
-            setattr(state, name, tensor)
-            if name in READ:
+            if name in state.memory:
+                state.memory[name] = tensor
+            else:
+                setattr(state, name, tensor)
+            if name != "committed":
                 self._note(name, tensor)
         state.tokens, state.step, state.offset = tokens, state.step + 1, state.offset + 1
         self._number = (state.step, state.offset)

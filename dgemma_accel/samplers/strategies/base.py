@@ -146,7 +146,8 @@ class Strategy:
         statistics.
     recordable: whether a GPU may record a step and replay it for the others (`MaskedDiffusionSampler.graph`): a step
         does the same whatever its number and the values of its tensors are, waits for none of them, takes `Step.number`
-        as a tensor, and keeps nothing in `memory` that changes. A class says so itself, or it is taken for False.
+        as a tensor, and has in `memory` after `start` tensors that keep their names and shapes. A class says so itself,
+        or it is taken for False.
     """
 
     scheduled: ClassVar[bool] = False

@@ -39,6 +39,7 @@ class EntropyBoundRenoise(Strategy):
     stability: int = 1
     stop_confidence: float = 0.005
     scheduled = True
+    recordable = True
     confidence = "proposal"
     starts_from_noise = True
 
@@ -58,23 +59,24 @@ class EntropyBoundRenoise(Strategy):
 
     def start(self, state: BlockState, tokens: Tensor) -> None:
         canvas = CanvasState.start(tokens, self._stop())
-        state.memory["canvas"] = CanvasState(canvas.draft, canvas.history, ~state.active)
+        state.memory |= {"draft": canvas.draft, "history": canvas.history, "finished": ~state.active}
 
     def decide(self, step: Step) -> CommitResult:
         draft = torch.where(step.valid, step.stats.argmax, step.mask_id)
         step = replace(step, stats=step.stats._replace(argmax=draft))
+        memory = step.state.memory
         result = step.commit(
             EntropyBound(self.bound),
             write=Renoise(self.vocab_size),
             candidates=step.open,
-            state=step.state.memory["canvas"],
+            state=CanvasState(memory["draft"], memory["history"], memory["finished"]),
             stop=self._stop(),
         )
-        step.state.memory["canvas"] = result.state
+        memory |= vars(result.state)
         return result
 
     def finished(self, step: Step, result: CommitResult) -> Tensor:
         return result.state.finished
 
     def final_tokens(self, tokens: Tensor, state: BlockState) -> Tensor:
-        return torch.where(state.open, state.memory["canvas"].draft, tokens)
+        return torch.where(state.open, state.memory["draft"], tokens)

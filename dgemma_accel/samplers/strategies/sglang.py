@@ -58,6 +58,7 @@ class JointThresholdEdit(Strategy):
     tau_edit: float = 0.0
     edit_budget: int = 16
     penalty_lambda: float = 0.0
+    recordable = True
 
     def __post_init__(self) -> None:
         check_field(self, "tau", 0.0, 1.0)
