@@ -44,7 +44,7 @@ class Recording(Protocol):
     bytes: int
 
     @staticmethod
-    def make_pool(device: torch.device) -> object: ...
+    def make_pool(device: torch.device, *, products: bool = True) -> object: ...
 
     def begin(self) -> None: ...
 
@@ -52,15 +52,20 @@ class Recording(Protocol):
 
     def end(self) -> None: ...
 
+    def wait(self) -> None: ...
+
 
 class Pool:
     """Memory that recordings share, the stream they are recorded on, and an event after the last replay of any.
 
     The allocator gives a block only to the stream that it came from, so without one stream nothing would be shared.
     What is shared is written by each replay, so one has to be over before the next begins.
+
+    products: whether cuBLAS has a part in what is recorded.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, products: bool = True) -> None:
+        self.products = products
         with torch.cuda.device(device):
             self.handle = torch.cuda.graph_pool_handle()
             self.stream = _streams.get(device) or _streams.setdefault(device, fresh_stream(device))
@@ -85,8 +90,8 @@ class CudaRecording:
                 raise
 
     @staticmethod
-    def make_pool(device: torch.device) -> Pool:
-        return Pool(device)
+    def make_pool(device: torch.device, *, products: bool = True) -> Pool:
+        return Pool(device, products=products)
 
     def _record(self, function: Callable[[], None], current) -> int:
         side = self.pool.stream
@@ -97,8 +102,10 @@ class CudaRecording:
         current.wait_stream(side)
         torch.cuda.synchronize(self.device)
         # A workspace that cuBLAS keeps from before would be written by replays while others use it, and one that
-        # it keeps from the recording would be written by others.
-        torch._C._cuda_clearCublasWorkspaces()
+        # it keeps from the recording would be written by others. They are the whole process's, and a graph of somebody
+        # else's may point to them, so where there is no need they stay.
+        if self.pool.products:
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         # The allocations and waits of other threads do not end the recording.
@@ -120,7 +127,8 @@ class CudaRecording:
             raise first from None
         finally:
             first = None
-            torch._C._cuda_clearCublasWorkspaces()
+            if self.pool.products:
+                torch._C._cuda_clearCublasWorkspaces()
         return max(0, torch.cuda.memory_reserved(self.device) - before)
 
     def _clear_away(self, current) -> None:
@@ -153,6 +161,10 @@ class CudaRecording:
     def end(self) -> None:
         """After the last replay and what reads its results, also where either failed."""
         self.pool.done.record(torch.cuda.current_stream(self.device))
+
+    def wait(self) -> None:
+        """Until the last replay of the pool is over."""
+        self.pool.done.synchronize()
 
 
 # By device type; others run without a recording.

@@ -10,13 +10,13 @@ class Again:
     made: list = []
 
     def __init__(self, function, device, pool):
-        self.function, self.pool, self.replays, self.runs = function, pool, 0, 0
+        self.function, self.pool, self.replays, self.runs, self.waits = function, pool, 0, 0, 0
         for _ in range(cuda_graph.WARM_UP):
             function()
         Again.made.append(self)
 
     @staticmethod
-    def make_pool(device):
+    def make_pool(device, *, products=True):
         return object()
 
     def begin(self):
@@ -28,3 +28,7 @@ class Again:
 
     def end(self):
         self.runs -= 1
+
+    def wait(self):
+        assert not self.runs
+        self.waits += 1

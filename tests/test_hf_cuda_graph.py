@@ -158,6 +158,9 @@ class Event:
     def record(self, stream):
         self.played.log.append(f"record {self} on {stream.name}")
 
+    def synchronize(self):
+        self.played.log.append(f"the host waits for {self}")
+
     def __str__(self):
         return "the last replay"
 
@@ -310,12 +313,19 @@ class TestWhatRecordingsShare:
             "replay on another",
         ]
         assert one.pool.done is two.pool.done
+        one.wait()
+        assert played.log[-1] == "the host waits for the last replay"
 
     def test_workspaces_are_cleared_around_the_recording(self, played):
         record(lambda: played.log.append("step"), cuda_graph.Pool(DEVICE))
         at = [n for n, line in enumerate(played.log) if line == "clear workspaces"]
         steps = [n for n, line in enumerate(played.log) if line == "step"]
         assert len(at) == 2 and at[0] > steps[-2] and at[0] < steps[-1] < at[1]
+        # Graphs of others may know them, so where cuBLAS has no part in a recording they are left alone.
+        played.log.clear()
+        pool = cuda_graph.CudaRecording.make_pool(DEVICE, products=False)
+        record(lambda: played.log.append("step"), pool)
+        assert played.log.count("step") == cuda_graph.WARM_UP + 1 and "clear workspaces" not in played.log
 
     def test_without_inference_mode_and_autograd(self, played):
         """Whatever the caller is in: the generator's tensors are made in the first recording and written in all."""

@@ -75,8 +75,9 @@ class MaskedDiffusionSampler(SpecialTokens):
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
         graph: on a GPU, steps of a kind are recorded in a CUDA graph after the first few, and replayed, where the
             strategy is `recordable`, the temperature a number, proposals have no filter and the logits take at most 64
-            MiB; tokens are the same. A recording waits for the GPU once, and holds a copy of the logits. False
-            launches every step.
+            MiB. Tokens are the same (probabilities to the last bit only where rows of logits are whole vectors of 16
+            bytes). Recording waits for the GPU, gives back what PyTorch's allocator keeps, and holds a copy of the
+            logits. False launches every step.
     """
 
     strategy: Strategy | Rule

@@ -23,20 +23,30 @@ from .strategies.base import BlockState, EveryStep, Strategy
 
 logger = logging.getLogger("dgemma_accel")
 
-# Steps of a kind that are launched one by one before one is recorded, which takes as long as some hundred of them.
-PATIENCE = 8
+# Steps of a kind that are launched one by one before one is recorded, and as many as a recording takes the time of:
+# a kind whose recording had to make room, or found no memory, waits for so many more.
+PATIENCE, LONGER = 8, 200
 # Tables above this many bytes are read where they lie: a GPU reads one no faster than the host launches a step.
 LARGEST = 64 << 20
-# Bytes that the recordings of a thread hold, and their number with the kinds that are still waited for.
-BUDGET, KINDS = 128 << 20, 64
+# Bytes that all recordings hold, one of them half of it at most; and kinds of which something is remembered.
+BUDGET, KINDS = 256 << 20, 64
 
 # Fields of a `BlockState` that a step reads, and those that it leaves anew, besides the strategy's memory.
-READ = ("open", "masked_at_start", "active", "stuck", "nfe", "seed")
+READ = ("open", "masked_at_start", "active", "stuck", "nfe", "committed", "seed")
 LEFT = ("active", "stuck", "nfe", "committed")
+MEMORY = "memory."
 
 
 def _tensors(state: BlockState, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: getattr(state, name) for name in names} | state.memory
+    memory = {MEMORY + name: tensor for name, tensor in state.memory.items()}
+    return {name: getattr(state, name) for name in names} | memory
+
+
+def _put(state: BlockState, name: str, tensor: Tensor) -> None:
+    if name.startswith(MEMORY):
+        state.memory[name.removeprefix(MEMORY)] = tensor
+    else:
+        setattr(state, name, tensor)
 
 
 def kind_of(sampler) -> tuple | None:
@@ -48,46 +58,90 @@ def kind_of(sampler) -> tuple | None:
     # Filters ask the device how many rows they have settled; where the proposal is greedy they have nothing to do.
     if proposal.filtered and not (proposal.greedy and proposal.confidence == "untempered"):
         return None
-    return decider, proposal, sampler.mask_id, sampler.steps, sampler.schedule
+    kind = (decider, proposal, sampler.mask_id, sampler.steps, sampler.schedule)
+    try:
+        hash(kind)
+    except TypeError:
+        return None
+    return kind
 
 
 def _is_recordable(decider: Strategy) -> bool:
     # A class derived from one that says so may do anything.
     if "recordable" not in type(decider).__dict__ or not decider.recordable:
         return False
-    parts = [decider]
-    if isinstance(decider, EveryStep):
-        if type(decider.fixed).__module__ != rules.__name__:
-            return False
-        parts.append(decider.fixed)
-    # A tensor on the host would be a number for good, and one that changes its values is another sampler.
-    return not any(isinstance(getattr(part, field.name), Tensor) for part in parts for field in fields(part))
+    if not isinstance(decider, EveryStep):
+        return _says_what_it_is(decider)
+    return type(decider.fixed).__module__ == rules.__name__ and _says_what_it_is(decider.fixed)
 
 
-class _Kept(threading.local):
-    """Of each thread, so that no two write a recording's tensors at a time.
+def _says_what_it_is(part) -> bool:
+    """Whether two that are equal do the same, for good: a tensor may change its values."""
+    return "__dataclass_fields__" in type(part).__dict__ and all(
+        field.compare and not isinstance(getattr(part, field.name), Tensor) for field in fields(part)
+    )
 
-    kinds: kind -> steps that were taken, the recording, or None where it failed; the least recently used first.
+
+class _Kept:
+    """Recordings by kind, of all threads, and how often a kind came that has none; None: it never will.
+
+    Recording is known to other threads as a count that is never reached.
     """
 
     def __init__(self) -> None:
-        self.kinds: OrderedDict[tuple, int | RecordedStep | None] = OrderedDict()
+        self.lock = threading.Lock()
+        self.steps: OrderedDict[tuple, RecordedStep] = OrderedDict()
+        self.counts: OrderedDict[tuple, int | None] = OrderedDict()
 
-    def add(self, kind: tuple, value) -> None:
-        self.kinds[kind] = value
-        self.kinds.move_to_end(kind)
-        held = sum(one.bytes for one in self.kinds.values() if isinstance(one, RecordedStep))
-        while len(self.kinds) > 1 and (len(self.kinds) > KINDS or held > BUDGET):
-            _, oldest = self.kinds.popitem(last=False)
-            held -= oldest.bytes if isinstance(oldest, RecordedStep) else 0
+    def find(self, kind: tuple) -> tuple[RecordedStep | None, bool]:
+        """The recording, or whether it is time to make it."""
+        with self.lock:
+            step = self.steps.get(kind)
+            if step is not None:
+                self.steps.move_to_end(kind)
+                return step, False
+            count = self.counts.get(kind, 0)
+            due = count == PATIENCE
+            if count is not None:
+                self._count(kind, count + 1)
+            return None, due
+
+    def _count(self, kind: tuple, count: int | None) -> None:
+        self.counts[kind] = count
+        self.counts.move_to_end(kind)
+        if len(self.counts) > KINDS:
+            self.counts.popitem(last=False)
+
+    def refuse(self, kind: tuple, *, for_good: bool) -> None:
+        with self.lock:
+            self._count(kind, None if for_good else PATIENCE - LONGER)
+
+    def add(self, kind: tuple, step: RecordedStep) -> None:
+        with self.lock:
+            self.steps[kind] = step
+            self.counts.pop(kind, None)
+            gone = []
+            while len(self.steps) > 1 and sum(one.bytes for one in self.steps.values()) > BUDGET:
+                oldest, evicted = self.steps.popitem(last=False)
+                self._count(oldest, PATIENCE - LONGER)
+                gone.append(evicted)
+        for evicted in gone:
+            evicted.close()
+
+    def clear(self) -> None:
+        with self.lock:
+            gone, self.steps = self.steps, OrderedDict()
+            self.counts.clear()
+        for step in gone.values():
+            step.close()
 
 
 _kept = _Kept()
 
 
 def clear() -> None:
-    """Give up the recordings of this thread, and their memory."""
-    _kept.kinds.clear()
+    """Give up all recordings, and their memory."""
+    _kept.clear()
 
 
 def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) -> RecordedStep | None:
@@ -96,37 +150,55 @@ def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) ->
         return None
     device = tokens.device
     recording = RECORDINGS.get(device.type)
-    if recording is None or sampler.kind is None or logits.device != device:
+    if recording is None or sampler.kind is None or logits.device != device or tokens.dtype != torch.int64:
         return None
     # What ends a block for good is known on the host: the last step that it may have is none of the recorded ones.
     if state.step + 1 >= state.most_steps or not 0 < logits.nbytes <= LARGEST:
         return None
     if is_recorded(device) or (logits.requires_grad and torch.is_grad_enabled()):
         return None
-    kind = (sampler.kind, backends.requested(sampler.backend), device, logits.shape, logits.dtype)
-    known = _kept.kinds.get(kind, 0)
-    if not isinstance(known, int):
-        _kept.kinds.move_to_end(kind)
-        return known
-    made = _record(sampler, logits, tokens, state, recording) if known == PATIENCE else None
-    _kept.add(kind, known + 1 if known < PATIENCE else made)
-    return made
-
-
-def _record(sampler, logits: Tensor, tokens: Tensor, state: BlockState, recording) -> RecordedStep | None:
-    try:
-        return RecordedStep(sampler, logits, tokens, state, recording)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        logger.warning("samplers: steps are launched one by one, since none could be recorded: %s", reason)
+    backend = backends.requested(sampler.backend)
+    # The specification is written for reading: it asks its device for values.
+    if device.type != "cpu" and backend == "reference":
         return None
+    layout = ()
+    if state.memory:
+        if not all(isinstance(one, Tensor) and one.device == device for one in state.memory.values()):
+            return None
+        layout = tuple((name, one.shape, one.dtype) for name, one in state.memory.items())
+    kind = (sampler.kind, backend, device, logits.shape, logits.dtype, layout)
+    step, due = _kept.find(kind)
+    return _record(kind, sampler, logits, tokens, state, recording) if due else step
+
+
+def _record(kind: tuple, sampler, logits, tokens, state, recording) -> RecordedStep | None:
+    try:
+        step = RecordedStep(sampler, logits, tokens, state, recording)
+    except Exception as error:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        _kept.refuse(kind, for_good=not memory)
+        if not memory:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            logger.warning(
+                "samplers: steps are launched one by one, since none could be recorded: %s", reason
+            )
+        return None
+    if step.bytes > BUDGET // 2:
+        _kept.refuse(kind, for_good=True)
+        return None
+    _kept.add(kind, step)
+    return step
 
 
 class RecordedStep:
-    """A step of one sampler over tensors of its own, for any block of one shape."""
+    """A step of one sampler over tensors of its own, for any block of one shape.
+
+    bytes: memory that it holds.
+    """
 
     def __init__(self, sampler, logits: Tensor, tokens: Tensor, state: BlockState, recording) -> None:
         device = tokens.device
+        self.lock = threading.Lock()
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
 
@@ -134,22 +206,20 @@ class RecordedStep:
                 return torch.empty(like.shape, dtype=like.dtype, device=device)
 
             self.logits, self.tokens, self.new_tokens = fresh(logits), fresh(tokens), fresh(tokens)
-            own = BlockState(
-                **{name: fresh(getattr(state, name)) for name in (*READ, "committed")},
+            self.own = own = BlockState(
+                **{name: fresh(getattr(state, name)) for name in READ},
                 memory={name: fresh(tensor) for name, tensor in state.memory.items()},
                 most_steps=state.most_steps,
                 offset=torch.zeros((), dtype=torch.int64, device=device),
                 step=torch.zeros((), dtype=torch.int64, device=device),
             )
-            self.own = own
-            # (tensor of a caller's, its version) whose values `own` holds, by field.
-            self._held: dict[str, tuple[Tensor, int]] = {}
-            self._number: tuple[int, int] | None = None
+            self.held, self.left = _tensors(own, READ), _tensors(own, LEFT)
+            self._forget()
             self._load(logits, tokens, state)
 
         # Names of its own: a function that a recording keeps does not keep this object.
-        own_logits, own_tokens, new_tokens = self.logits, self.tokens, self.new_tokens
-        self.left = left = _tensors(own, LEFT)
+        own_logits, own_tokens, new_tokens, left = self.logits, self.tokens, self.new_tokens, self.left
+        memories = {tensor.untyped_storage()._cdata for tensor in self.held.values()}
 
         def advance() -> None:
             after = copy.copy(own)
@@ -158,49 +228,61 @@ class RecordedStep:
             new_tokens.copy_(sampler.take_step(own_logits, own_tokens, after, last=False))
             # What the strategy made for itself while it was run to warm up stays as long as the recording.
             own.memory = after.memory | own.memory
-            for name, tensor in _tensors(after, LEFT).items():
-                if name in left and tensor is not left[name]:
+            found = {name: tensor for name, tensor in _tensors(after, LEFT).items() if name in left}
+            for name, tensor in found.items():
+                # One that only moved to another name would be overwritten before it is copied.
+                if tensor is not left[name] and tensor.untyped_storage()._cdata in memories:
+                    found[name] = tensor.clone()
+            for name, tensor in found.items():
+                if tensor is not left[name]:
                     left[name].copy_(tensor)
 
-        self.recording = recording(advance, device, recording.make_pool(device))
+        self.recording = recording(advance, device, recording.make_pool(device, products=False))
         # It was run to warm up.
-        self._held, self._number = {}, None
-        tensors = [self.logits, self.tokens, self.new_tokens, *_tensors(own, (*READ, "committed")).values()]
+        self._forget()
+        tensors = [self.logits, self.tokens, self.new_tokens, *self.held.values()]
         self.bytes = self.recording.bytes + sum(tensor.nbytes for tensor in tensors)
+
+    def _forget(self) -> None:
+        # (tensor of a caller's, its version) whose values are held, by field; and numbers.
+        self._known: dict[str, tuple[Tensor, int]] = {}
+        self._number: tuple[int, int] | None = None
+        self._seed: int | None = None
 
     def _load(self, logits: Tensor, tokens: Tensor, state: BlockState) -> None:
         """Everything that the step reads; what the last one left is not copied again."""
         own = self.own
         self.logits.copy_(logits)
         self.tokens.copy_(tokens)
-        held = _tensors(own, READ)
         for name, given in _tensors(state, READ).items():
-            if self._holds(name, given):
+            if name == "seed" or self._knows(name, given):
                 continue
-            if given.ndim or not given.is_cpu:
-                held[name].copy_(given, non_blocking=True)
-            else:
-                # A number needs no copy from the host's memory, which a GPU would be waited for.
-                held[name].fill_(given.item())
+            self.held[name].copy_(given)
             self._note(name, given)
+        # The caller's own tensor, which may be written by whatever tells its version nothing.
+        if not state.seed.is_cpu:
+            own.seed.copy_(state.seed)
+        elif self._seed != (seed := state.seed.item()):
+            own.seed.fill_(seed)
+            self._seed = seed
         if self._number != (state.step, state.offset):
             own.step.fill_(state.step)
             own.offset.fill_(state.offset)
 
-    def _holds(self, name: str, given: Tensor) -> bool:
-        tensor, version = self._held.get(name, (None, 0))
+    def _knows(self, name: str, given: Tensor) -> bool:
+        tensor, version = self._known.get(name, (None, 0))
         return given is tensor and given._version == version
 
     def _note(self, name: str, given: Tensor) -> None:
         # Tensors of inference mode do not say when they are written.
         if given.is_inference():
-            self._held.pop(name, None)
+            self._known.pop(name, None)
         else:
-            self._held[name] = (given, given._version)
+            self._known[name] = (given, given._version)
 
     def take(self, logits: Tensor, tokens: Tensor, state: BlockState) -> Tensor:
         """`MaskedDiffusionSampler.take_step` of a step that is not the last one of its block."""
-        with torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             self.recording.begin()
             try:
                 self._load(logits, tokens, state)
@@ -209,17 +291,18 @@ class RecordedStep:
                 new_tokens = self.new_tokens.clone()
                 left = {name: tensor.clone() for name, tensor in self.left.items()}
             except BaseException:
-                self._held, self._number = {}, None
+                self._forget()
                 raise
             finally:
                 self.recording.end()
-        for name, tensor in left.items():
-            if name in state.memory:
-                state.memory[name] = tensor
-            else:
-                setattr(state, name, tensor)
-            if name != "committed":
+            for name, tensor in left.items():
+                _put(state, name, tensor)
                 self._note(name, tensor)
-        state.tokens, state.step, state.offset = tokens, state.step + 1, state.offset + 1
-        self._number = (state.step, state.offset)
+            state.tokens, state.step, state.offset = tokens, state.step + 1, state.offset + 1
+            self._number = (state.step, state.offset)
         return new_tokens
+
+    def close(self) -> None:
+        """Nobody replays it from now on; its memory may go to whoever asks."""
+        with self.lock:
+            self.recording.wait()

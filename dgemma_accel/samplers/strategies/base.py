@@ -145,9 +145,10 @@ class Strategy:
     reads_statistics: False if the decision takes `stats.argmax` and `stats.sample` alone, and nothing else of the
         statistics.
     recordable: whether a GPU may record a step and replay it for the others (`MaskedDiffusionSampler.graph`): a step
-        does the same whatever its number and the values of its tensors are, waits for none of them, takes `Step.number`
-        as a tensor, and has in `memory` after `start` tensors that keep their names and shapes. A class says so itself,
-        or it is taken for False.
+        does the same whatever its number and the values of its tensors are, waits for none of them, and takes
+        `Step.number` as a tensor; it writes nothing of its state but `memory`, which holds tensors that keep the names,
+        shapes and dtypes of `start`; and strategies that are equal do the same. A class says so itself, or it is taken
+        for False.
     """
 
     scheduled: ClassVar[bool] = False
