@@ -36,8 +36,8 @@ class TopTiles:
     A tile is every n-th token of the row, so that its maximum is taken over whole vectors. The tokens behind the
     last whole tile are always among the candidates.
 
-    tokens: [R, N] int64, rising along the row. values: [R, N]. bound: [R], the least maximum of the tiles: no other
-    token of the row exceeds it.
+    tokens: [..., N] int64, rising along the row. values: [..., N]. bound: [...], the least maximum of the tiles: no
+    other token of the row exceeds it.
     """
 
     tokens: Tensor
@@ -46,18 +46,19 @@ class TopTiles:
 
     @staticmethod
     def of(x: Tensor, width: int, count: int) -> TopTiles:
-        """The `count` tiles of `width` tokens; x [R, V]."""
-        rows, vocab = x.shape
+        """The `count` tiles of `width` tokens; x [..., V]."""
+        rows, vocab = x.shape[:-1], x.shape[-1]
         whole = vocab - vocab % width
-        tiles = x[:, :whole].reshape(rows, width, -1)
-        top, index = tiles.amax(1).topk(min(count, tiles.shape[2]), dim=-1)
-        index = index.sort(-1).values[:, None].expand(-1, width, -1)
-        first = torch.arange(0, whole, tiles.shape[2], device=x.device)[:, None]
-        rest = torch.arange(whole, vocab, device=x.device).expand(rows, -1)
+        # No copy, whatever the strides.
+        tiles = x[..., :whole].unflatten(-1, (width, -1))
+        top, index = tiles.amax(-2).topk(min(count, tiles.shape[-1]), dim=-1)
+        index = index.sort(-1).values.unsqueeze(-2).expand(*rows, width, -1)
+        first = torch.arange(0, whole, tiles.shape[-1], device=x.device)[:, None]
+        rest = torch.arange(whole, vocab, device=x.device).expand(*rows, -1)
         return TopTiles(
-            torch.cat([(index + first).flatten(1), rest], -1),
-            torch.cat([tiles.gather(2, index).flatten(1), x[:, whole:]], -1),
-            top[:, -1],
+            torch.cat([(index + first).flatten(-2), rest], -1),
+            torch.cat([tiles.gather(-1, index).flatten(-2), x[..., whole:]], -1),
+            top[..., -1],
         )
 
 
@@ -132,15 +133,15 @@ def _by_bins(x: Tensor, mass: Tensor) -> Tensor:
 
 
 def _by_order(x: Tensor, mass: Tensor) -> Tensor:
-    """`top_p_threshold` of a few candidates [R, N] by putting them in order."""
+    """`top_p_threshold` of a few candidates [..., N] by putting them in order; mass, and the result: [..., 1]."""
     values = x.sort(-1, descending=True).values
     cumulated = values.exp().cumsum(-1, dtype=torch.float64)
-    before = torch.cat([torch.zeros_like(cumulated[:, :1]), cumulated[:, :-1]], -1)
+    before = torch.cat([torch.zeros_like(cumulated[..., :1]), cumulated[..., :-1]], -1)
     first = torch.ones_like(values, dtype=torch.bool)
-    first[:, 1:] = values[:, 1:] < values[:, :-1]
+    first[..., 1:] = values[..., 1:] < values[..., :-1]
     # Every member of a tie takes the sum before its first member; the sums rise along the row.
     exclusive = torch.where(first, before, 0.0).cummax(-1).values
-    return torch.where(exclusive <= mass[:, None], values, float("inf")).amin(-1)
+    return torch.where(exclusive <= mass, values, float("inf")).amin(-1, keepdim=True)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -247,18 +248,19 @@ class Proposal:
         entropy = torch.where(invalid, math.inf, stats.entropy)
         return stats._replace(sample=drawn.sample, sample_prob=probability, entropy=entropy)
 
-    def _tempered(self, x: Tensor, temperature, part: Tensor) -> Tensor:
-        """x [r, N] fp32 as the filters see it; not divided where T = 0. `part` are its rows among all."""
+    def _tempered(self, x: Tensor, temperature) -> Tensor:
+        """x fp32 as the filters see it; not divided where T = 0. temperature: a number, or one by row, [..., 1]."""
         x = apply_softcap(x, self.softcap)
         if isinstance(temperature, Tensor):
-            t = temperature[part, None]
-            return x / torch.where(t == 0, 1.0, t)
+            return x / torch.where(temperature == 0, 1.0, temperature)
         return x / temperature if temperature > 0 else x
 
-    def _flat_temperature(self, logits: Tensor):
+    def _by_row(self, logits: Tensor):
+        """The temperature as `_tempered` takes it: a number, or [B, C, 1] on the logits' device."""
         temperature = self._temperature(logits)
         if isinstance(temperature, Tensor):
-            return temperature.expand(logits.shape[:-1]).reshape(-1).to(logits.device, torch.float32)
+            temperature = temperature.to(logits.device, torch.float32)
+            return temperature.expand(logits.shape[:-1])[..., None]
         return temperature
 
     def filtered_chunks(self, logits: Tensor, rows: Tensor | None = None):
@@ -269,13 +271,15 @@ class Proposal:
         vocab = logits.shape[-1]
         blocks = logits.reshape(-1, *logits.shape[-2:])
         length = blocks.shape[1]
-        temperature = self._flat_temperature(logits)
+        temperature = self._by_row(logits)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.reshape(-1, 1)
         if rows is None:
             rows = torch.arange(blocks.shape[0] * length, device=logits.device)
         for part in rows.split(max(1, CHUNK_ELEMENTS // vocab)):
             # Gathered by index: a copy of a few rows, never of the whole sequence that a block is a slice of.
-            x = self._tempered(blocks[part // length, part % length], temperature, part)
-            yield part, self._filter_(x)
+            own = temperature[part] if isinstance(temperature, Tensor) else temperature
+            yield part, self._filter_(self._tempered(blocks[part // length, part % length], own))
 
     def _filter_(self, x: Tensor) -> Tensor:
         """-inf in x [r, V] wherever a filter drops a token; in place."""
@@ -296,73 +300,82 @@ class Proposal:
             x.masked_fill_(x < threshold, float("-inf"))
         return x
 
-    def _filtered_stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
+    def _filtered_stats(self, logits: Tensor, seed: Tensor, offset: int | Tensor) -> RowStats:
         shape, vocab = logits.shape[:-1], logits.shape[-1]
-        rows = torch.arange(shape.numel(), device=logits.device)
-        number = torch.as_tensor(offset, device="cpu")
-        uniform = row_uniform(None, seed, number, shape.numel(), logits.device)
-        temperature = self._flat_temperature(logits)
-        stats = RowStats(
-            *(torch.empty(len(rows), dtype=torch.int64, device=logits.device) for _ in range(2)),
-            *(torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(5)),
-        )
-
-        def keep(part: Tensor, x: Tensor, tokens: Tensor | None = None) -> None:
-            # x is tempered already: what is left to say is which rows are greedy.
-            greedy = temperature[part] == 0 if isinstance(temperature, Tensor) else temperature == 0
-            t = 1.0 - greedy.float() if isinstance(greedy, Tensor) else 1.0 - greedy
-            found = row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend)
-            if tokens is not None:
-                argmax, sample = (tokens.gather(1, index[:, None])[:, 0] for index in found[:2])
-                found = found._replace(argmax=argmax, sample=sample)
-            for field, values in zip(stats, found):
-                field[part] = values
-
-        left = rows
+        temperature = self._by_row(logits)
+        # What is drawn from is tempered already: what is left to say is which rows are greedy.
+        if isinstance(temperature, Tensor):
+            left = 1.0 - (temperature == 0).float()
+        else:
+            left = 1.0 - (temperature == 0)
+        of_rows = left[..., 0] if isinstance(left, Tensor) else left
         tiles = max(TOP_TILES, 2 * (self.top_k or 0))
         if vocab > 2 * TILE * tiles:
-            unsettled = [
-                self._settle(block, rows[number * shape[-1] :][: shape[-1]], temperature, tiles, keep)
-                for number, block in enumerate(logits.reshape(-1, *logits.shape[-2:]))
-            ]
-            left = torch.cat(unsettled)
-        for part, x in self.filtered_chunks(logits, left) if len(left) else ():
-            keep(part, x)
-        return RowStats(*(field.reshape(shape) for field in stats))
+            cut, tokens, settled = self._settle(logits, temperature, tiles, seed)
+            found = row_stats(cut, temperature=of_rows, seed=seed, offset=offset, backend=self.backend)
+            argmax, sample = (tokens.gather(-1, index[..., None])[..., 0] for index in found[:2])
+            found = found._replace(argmax=argmax, sample=sample)
+            if bool(settled.all()):
+                return found
+            rows = (~settled).reshape(-1).nonzero()[:, 0]
+        elif shape.numel() * vocab <= CHUNK_ELEMENTS:
+            ((_, x),) = self.filtered_chunks(logits)
+            x = x.reshape(logits.shape)
+            return row_stats(x, temperature=of_rows, seed=seed, offset=offset, backend=self.backend)
+        else:
+            integers = (torch.empty(shape, dtype=torch.int64, device=logits.device) for _ in range(2))
+            floats = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(5))
+            found, rows = RowStats(*integers, *floats), torch.arange(shape.numel(), device=logits.device)
 
-    def _settle(self, block: Tensor, rows: Tensor, temperature, tiles: int, keep) -> Tensor:
-        """`keep` the rows of a block [C, V] whose top tiles hold all that is kept; the others' numbers are returned."""
-        top = TopTiles.of(block, TILE, tiles)
-        x = self._tempered(top.values, temperature, rows)
-        bound = self._tempered(top.bound[:, None], temperature, rows)
-        threshold = x.new_full((len(rows), 1), float("-inf"))
+        number = offset if isinstance(offset, Tensor) else torch.tensor(offset, device="cpu")
+        uniform = row_uniform(None, seed, number, shape.numel(), logits.device)
+        flat = RowStats(*(field.reshape(-1) for field in found))
+        for part, x in self.filtered_chunks(logits, rows):
+            t = left.reshape(-1)[part] if isinstance(left, Tensor) else left
+            more = row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend)
+            for field, values in zip(flat, more):
+                field[part] = values
+        return RowStats(*(field.reshape(shape) for field in flat))
+
+    def _settle(self, logits: Tensor, temperature, tiles: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates of each row, -inf where a filter drops them, their tokens, both [B, C, N], and for which rows
+        they hold all that is kept [B, C]."""
+        top = TopTiles.of(logits, TILE, tiles)
+        x = self._tempered(top.values, temperature)
+        bound = self._tempered(top.bound[..., None], temperature)
+        highest = x.amax(-1, keepdim=True)
+        threshold = torch.full_like(highest, float("-inf"))
         if self.top_k:
-            threshold = x.topk(self.top_k, dim=-1).values[:, -1:]
+            threshold = x.topk(self.top_k, dim=-1).values[..., -1:]
         if self.top_p is not None and self.top_p < 1:
-            highest = x.amax(-1, keepdim=True)
             shifted = x - torch.where(highest.isfinite(), highest, 0.0)
             if self.top_k and self.top_k_first:
-                total = torch.where(x >= threshold, shifted.exp(), 0.0).sum(-1, dtype=torch.float64)
+                total = torch.where(x >= threshold, shifted.exp(), 0.0).sum(
+                    -1, keepdim=True, dtype=torch.float64
+                )
             else:
-                total = self._total_mass(block, rows, temperature, highest[:, 0])
-            least = _by_order(shifted, self.top_p * total)[:, None]
-            low = torch.where(shifted >= least, x, float("inf")).amin(-1, keepdim=True)
-            threshold = torch.maximum(threshold, low)
+                total = self._total_mass(logits, temperature, highest, seed)
+            least = _by_order(shifted, self.top_p * total)
+            threshold = torch.maximum(
+                threshold, torch.where(shifted >= least, x, float("inf")).amin(-1, keepdim=True)
+            )
         # Not so for a row that is not finite: it is left to the whole filter.
-        settled = (threshold > bound)[:, 0] & x.amax(-1).isfinite()
-        if bool(settled.any()):
-            cut = x.masked_fill(x < threshold, float("-inf"))
-            keep(rows[settled], cut[settled], top.tokens[settled])
-        return rows[~settled]
+        settled = (threshold > bound) & highest.isfinite()
+        return x.masked_fill(x < threshold, float("-inf")), top.tokens, settled[..., 0]
 
-    def _total_mass(self, block: Tensor, rows: Tensor, temperature, highest: Tensor) -> Tensor:
-        """Sum of exp(x - highest) over the vocabulary, [C] fp64."""
-        t = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    def _total_mass(self, logits: Tensor, temperature, highest: Tensor, seed: Tensor) -> Tensor:
+        """Sum of exp(x - highest) over the vocabulary, [B, C, 1] fp64."""
+        if isinstance(temperature, Tensor):
+            temperature = torch.where(temperature == 0, 1.0, temperature)[..., 0]
+        elif temperature == 0:
+            temperature = 1.0
         stats = row_stats(
-            block,
-            temperature=t,
+            logits,
+            temperature=0.0,
+            stats_temperature=temperature,
             softcap=self.softcap,
-            uniform=torch.zeros(len(rows), dtype=torch.float32, device=block.device),
+            # Nothing is drawn, and without one torch's generator would be asked.
+            seed=seed,
             backend=self.backend,
         )
-        return torch.exp((stats.logsumexp - highest).double())
+        return torch.exp((stats.logsumexp[..., None] - highest).double())
