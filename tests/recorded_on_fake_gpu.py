@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_samplers_recorded import LENGTH, MASK, STEPS, STRATEGIES, VOCAB, sampler_of
+from test_samplers_recorded import FILTERS, LENGTH, MASK, STEPS, STRATEGIES, VOCAB, WIDE, sampler_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -57,21 +57,27 @@ class Watched:
 def main() -> None:
     step_launches.load_guard()
     counted = 0
-    for name, temperature in STEPS:
-        strategy, schedule = STRATEGIES[name]
-        sampler = sampler_of(strategy, temperature=temperature, schedule=schedule)
+    samplers = {
+        (name, temperature): sampler_of(
+            STRATEGIES[name][0], temperature=temperature, schedule=STRATEGIES[name][1]
+        )
+        for name, temperature in STEPS
+    }
+    samplers |= {name: sampler_of(strategy, **options) for name, (strategy, options) in FILTERS.items()}
+    for name, sampler in samplers.items():
         if sampler.kind is None:
             continue
+        vocab = WIDE if name in FILTERS else VOCAB
         counted += 1
         # Numbers that are kept for later calls are no fake ones.
         tokens = torch.full((1, LENGTH), MASK)
-        replace(sampler, backend="reference").step(torch.zeros(1, LENGTH, VOCAB), tokens)
+        replace(sampler, backend="reference").step(torch.zeros(1, LENGTH, vocab), tokens)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
 
             def empty(*shape, dtype=torch.int64):
                 return torch.empty(shape, dtype=dtype, device="cuda:0")
 
-            logits, tokens = empty(2, LENGTH, VOCAB, dtype=torch.bfloat16), empty(2, LENGTH)
+            logits, tokens = empty(2, LENGTH, vocab, dtype=torch.bfloat16), empty(2, LENGTH)
             state = BlockState(
                 open=empty(2, LENGTH, dtype=torch.bool),
                 masked_at_start=empty(2),
@@ -84,7 +90,7 @@ def main() -> None:
             )
             sampler.decider.start(state, tokens)
             crossings = RecordedStep(sampler, logits, tokens, state, Watched).recording.crossings
-        assert crossings.operations > 20 and not crossings.seen, (name, temperature, crossings.seen)
+        assert crossings.operations > 20 and not crossings.seen, (name, crossings.seen)
     print(f"{counted} recordable")
 
 

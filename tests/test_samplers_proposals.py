@@ -1,6 +1,7 @@
 """Top-k and top-p proposals: thresholds against a sort, draws against fp64, and no sort of the vocabulary."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import samplers_literal as literal
@@ -213,6 +214,40 @@ def test_the_vocabulary_is_never_sorted(kind):
         except BackendError as error:
             pytest.skip(f"the host kernels are not built: {error}")
     assert 0 < sorts.longest < vocab / 10
+
+
+class Counts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.operators += 1
+        # A number on the host is read without waiting.
+        self.waits += name in ("nonzero", "_local_scalar_dense") and args[0].dtype == torch.bool
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options, most", [({"top_p": 0.9}, 90), ({"top_k": 20}, 50), ({"top_k": 20, "top_p": 0.9}, 100)], ids=str
+)
+def test_few_operators_and_one_wait(options, most):
+    """On a GPU each costs the host more than the kernel takes."""
+    logits = rows_of(20_011, "peaky", rows=8).reshape(2, 4, -1)
+    proposal = Proposal(0.2, **options, confidence="proposal")
+    before = torch.get_rng_state()
+    expected = proposal.stats(logits, SEED, 1)
+    with Counts() as counts:
+        proposal.stats(logits, SEED, 1)
+    assert 20 < counts.operators <= most and counts.waits == 1
+    # Told instead of asked.
+    unsettled = torch.tensor(True)
+    with Counts() as counts:
+        told = replace(proposal, unsettled=unsettled).stats(logits, SEED, 1)
+    assert counts.waits == 0 and not unsettled
+    assert all(torch.equal(a, b) for a, b in zip(told, expected))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bf16_logits_are_read_as_they_are():

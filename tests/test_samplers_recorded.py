@@ -25,6 +25,7 @@ from dgemma_accel.samplers import (
     Entropy,
     EntropyBoundRenoise,
     LowConfidence,
+    LowConfidenceDynamic,
     MaskedDiffusionSampler,
     MaskgitPlus,
     Rule,
@@ -125,6 +126,52 @@ def test_every_step_is_the_one_that_is_launched(name, temperature, made):
 def test_all_other_strategies_are_recorded():
     launched = {name for name, (strategy, _) in STRATEGIES.items() if sampler_of(strategy).kind is None}
     assert launched == LAUNCHED
+
+
+WIDE = 6000
+FILTERS = {
+    "Dream": (Entropy(), {"temperature": 0.2, "top_p": 0.95}),
+    "SDAR": (
+        LowConfidenceDynamic(),
+        {"temperature": 1.0, "top_k": 20, "top_k_first": True, "schedule": "block", "steps": 6},
+    ),
+    "both": (Threshold(0.5), {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "confidence": "untempered"}),
+    "greedy": (MaskgitPlus(), {"top_k": 7}),
+}
+
+
+def wide(tokens, flat=True):
+    """Logits over a vocabulary whose rows have tiles; some rows keep more of it than their tiles hold."""
+    noise = torch.Generator().manual_seed(int(tokens.sum()))
+    logits = torch.randn(*tokens.shape, WIDE, generator=noise) * 3
+    logits[..., :50] += 12
+    logits[..., MASK] = -30
+    if flat and int(tokens.sum()) % 3 == 0:
+        logits[0, 0] = torch.randn(WIDE, generator=noise) * 0.01
+    return logits
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters(name, made, monkeypatch):
+    """Replayed where the candidates of each row hold all that is kept, and else launched after all."""
+    strategy, options = FILTERS[name]
+    ours, launched = sampler_of(strategy, **options), []
+    take_step = MaskedDiffusionSampler.take_step
+
+    def noted(self, logits, tokens, state, *, last, unsettled=None):
+        if unsettled is None and self.graph and not last:
+            launched.append(bool((logits[0, 0].abs() < 1).all()))
+        return take_step(self, logits, tokens, state, last=last, unsettled=unsettled)
+
+    monkeypatch.setattr(MaskedDiffusionSampler, "take_step", noted)
+    for number in range(6):
+        tokens = given(seed=number)
+        expected = run(replace(ours, graph=False), wide, tokens, seed=number)
+        assert same(run(ours, wide, tokens, seed=number), expected)
+    # The first of all is launched as ever. Top-k alone keeps no more than the candidates.
+    again = launched[1:]
+    assert len(made) == 1 and made[0].replays > len(again) + 10
+    assert all(again) and (len(again) > 2) == (name == "Dream")
 
 
 def test_two_blocks_take_turns(made):
@@ -577,4 +624,21 @@ def test_on_a_gpu(name, temperature, monkeypatch):
             tokens = ours.step(logits, tokens, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(recorded._kept.steps) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_on_a_gpu(name, monkeypatch):
+    strategy, options = FILTERS[name]
+    monkeypatch.setattr(recorded, "PATIENCE", 1)
+    ours = sampler_of(strategy, **options)
+
+    def model(tokens):
+        return wide(tokens.cpu()).cuda()
+
+    for number in range(4):
+        tokens = given(seed=number).cuda()
+        expected = run(replace(ours, graph=False), model, tokens, seed=number)
+        assert same(run(ours, model, tokens, seed=number), expected)
     assert len(recorded._kept.steps) == 1

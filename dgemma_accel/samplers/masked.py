@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -74,10 +74,10 @@ class MaskedDiffusionSampler(SpecialTokens):
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
         graph: on a GPU, steps of a kind are recorded in a CUDA graph after the first few, and replayed, where the
-            strategy is `recordable`, the temperature a number, proposals have no filter and the logits take at most 64
-            MiB. Tokens are the same (probabilities to the last bit only where rows of logits are whole vectors of 16
-            bytes). Recording waits for the GPU, gives back what PyTorch's allocator keeps, and holds a copy of the
-            logits. False launches every step.
+            strategy is `recordable`, the temperature a number and the logits take at most 64 MiB. Tokens are the same
+            (probabilities to the last bit only where rows of logits are whole vectors of 16 bytes). Recording waits
+            for the GPU, gives back what PyTorch's allocator keeps, and holds a copy of the logits. False launches
+            every step.
     """
 
     strategy: Strategy | Rule
@@ -325,12 +325,25 @@ class MaskedDiffusionSampler(SpecialTokens):
             return recorded.take(logits, tokens, state)
         return self.take_step(logits, tokens, state, last=state.step + 1 >= state.most_steps)
 
-    def take_step(self, logits: Tensor, tokens: Tensor, state: BlockState, *, last: bool) -> Tensor:
-        """`step` launch by launch, of arguments that were checked; `last`: the block ends with it in any case."""
+    def take_step(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        state: BlockState,
+        *,
+        last: bool,
+        unsettled: Tensor | None = None,
+    ) -> Tensor:
+        """`step` launch by launch, of arguments that were checked.
+
+        last: the block ends with it in any case. unsettled: as in `Proposal`.
+        """
         decider = self.decider
         owned = state.open & state.active[:, None]
         masked = (tokens == self.mask_id) & owned
         proposal = self._proposal(state.step, tokens.shape[1])
+        if unsettled is not None:
+            proposal = replace(proposal, unsettled=unsettled)
         state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
         # Where there is no distribution, and only there, `row_stats` says +inf, also when it leaves statistics out.

@@ -10,7 +10,7 @@ filtered whole, a few rows at a time. The vocabulary is never sorted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -188,6 +188,8 @@ class Proposal:
         "proposal": statistics of the distribution that is sampled.
     softcap: c > 0, or None.
     statistics: False where the strategy reads the proposals alone; as in `row_stats`.
+    unsettled: a 0-d bool tensor on the logits' device that is told whether some row has to be filtered whole, which is
+        not done then: so nothing waits for the device. Who gives it asks it, and takes nothing else of such a call.
     """
 
     temperature: float | Tensor = 0.0
@@ -198,6 +200,7 @@ class Proposal:
     softcap: float | None = None
     backend: str = "auto"
     statistics: bool = True
+    unsettled: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def greedy(self) -> bool:
@@ -206,6 +209,20 @@ class Proposal:
     @property
     def filtered(self) -> bool:
         return bool(self.top_k) or (self.top_p is not None and self.top_p < 1)
+
+    @property
+    def filters(self) -> bool:
+        """Whether a filter changes anything: a greedy proposal needs none for untempered statistics."""
+        return self.filtered and not (self.greedy and self.confidence == "untempered")
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles of a row are looked into, before it is filtered whole."""
+        return max(TOP_TILES, 2 * (self.top_k or 0))
+
+    def has_tiles(self, vocab: int) -> bool:
+        """Whether rows are so long that their tiles are looked into."""
+        return vocab > 2 * TILE * self.tiles
 
     def _temperature(self, logits: Tensor):
         """A number, or one value per row of logits [B, C, V]."""
@@ -221,7 +238,7 @@ class Proposal:
         """Proposals and statistics of logits [B, C, V], fields [B, C]."""
         temperature = self._temperature(logits)
         untempered = self.confidence == "untempered"
-        if not self.filtered or (self.greedy and untempered):
+        if not self.filters:
             return row_stats(
                 logits,
                 temperature=temperature,
@@ -309,12 +326,14 @@ class Proposal:
         else:
             left = 1.0 - (temperature == 0)
         of_rows = left[..., 0] if isinstance(left, Tensor) else left
-        tiles = max(TOP_TILES, 2 * (self.top_k or 0))
-        if vocab > 2 * TILE * tiles:
-            cut, tokens, settled = self._settle(logits, temperature, tiles, seed)
+        if self.has_tiles(vocab):
+            cut, tokens, settled = self._settle(logits, temperature, seed)
             found = row_stats(cut, temperature=of_rows, seed=seed, offset=offset, backend=self.backend)
             argmax, sample = (tokens.gather(-1, index[..., None])[..., 0] for index in found[:2])
             found = found._replace(argmax=argmax, sample=sample)
+            if self.unsettled is not None:
+                self.unsettled.copy_(~settled.all())
+                return found
             if bool(settled.all()):
                 return found
             rows = (~settled).reshape(-1).nonzero()[:, 0]
@@ -333,14 +352,14 @@ class Proposal:
         for part, x in self.filtered_chunks(logits, rows):
             t = left.reshape(-1)[part] if isinstance(left, Tensor) else left
             more = row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend)
-            for field, values in zip(flat, more):
-                field[part] = values
-        return RowStats(*(field.reshape(shape) for field in flat))
+            for whole, values in zip(flat, more):
+                whole[part] = values
+        return RowStats(*(one.reshape(shape) for one in flat))
 
-    def _settle(self, logits: Tensor, temperature, tiles: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _settle(self, logits: Tensor, temperature, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates of each row, -inf where a filter drops them, their tokens, both [B, C, N], and for which rows
         they hold all that is kept [B, C]."""
-        top = TopTiles.of(logits, TILE, tiles)
+        top = TopTiles.of(logits, TILE, self.tiles)
         x = self._tempered(top.values, temperature)
         bound = self._tempered(top.bound[..., None], temperature)
         highest = x.amax(-1, keepdim=True)

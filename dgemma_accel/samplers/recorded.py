@@ -54,11 +54,13 @@ def kind_of(sampler) -> tuple | None:
     decider = sampler.decider
     if not sampler.graph or not _is_recordable(decider) or not isinstance(sampler.temperature, (int, float)):
         return None
-    proposal = sampler.proposal_at(sampler.temperature)
-    # Filters ask the device how many rows they have settled; where the proposal is greedy they have nothing to do.
-    if proposal.filtered and not (proposal.greedy and proposal.confidence == "untempered"):
-        return None
-    kind = (decider, proposal, sampler.mask_id, sampler.steps, sampler.schedule)
+    kind = (
+        decider,
+        sampler.proposal_at(sampler.temperature),
+        sampler.mask_id,
+        sampler.steps,
+        sampler.schedule,
+    )
     try:
         hash(kind)
     except TypeError:
@@ -155,6 +157,10 @@ def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) ->
     # What ends a block for good is known on the host: the last step that it may have is none of the recorded ones.
     if state.step + 1 >= state.most_steps or not 0 < logits.nbytes <= LARGEST:
         return None
+    proposal = sampler.kind[1]
+    if proposal.filters and not proposal.has_tiles(logits.shape[-1]):
+        # Filtered whole, which asks the device as often as it takes.
+        return None
     if is_recorded(device) or (logits.requires_grad and torch.is_grad_enabled()):
         return None
     backend = backends.requested(sampler.backend)
@@ -198,7 +204,7 @@ class RecordedStep:
 
     def __init__(self, sampler, logits: Tensor, tokens: Tensor, state: BlockState, recording) -> None:
         device = tokens.device
-        self.lock = threading.Lock()
+        self.sampler, self.lock = sampler, threading.Lock()
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
 
@@ -213,19 +219,24 @@ class RecordedStep:
                 offset=torch.zeros((), dtype=torch.int64, device=device),
                 step=torch.zeros((), dtype=torch.int64, device=device),
             )
+            self.unsettled = None
+            if sampler.kind[1].filters:
+                self.unsettled = torch.zeros((), dtype=torch.bool, device=device)
             self.held, self.left = _tensors(own, READ), _tensors(own, LEFT)
             self._forget()
             self._load(logits, tokens, state)
 
         # Names of its own: a function that a recording keeps does not keep this object.
         own_logits, own_tokens, new_tokens, left = self.logits, self.tokens, self.new_tokens, self.left
+        unsettled = self.unsettled
         memories = {tensor.untyped_storage()._cdata for tensor in self.held.values()}
 
         def advance() -> None:
             after = copy.copy(own)
             after.memory = dict(own.memory)
             # `step` and `offset` are tensors here, which count themselves.
-            new_tokens.copy_(sampler.take_step(own_logits, own_tokens, after, last=False))
+            tokens = sampler.take_step(own_logits, own_tokens, after, last=False, unsettled=unsettled)
+            new_tokens.copy_(tokens)
             # What the strategy made for itself while it was run to warm up stays as long as the recording.
             own.memory = after.memory | own.memory
             found = {name: tensor for name, tensor in _tensors(after, LEFT).items() if name in left}
@@ -287,6 +298,10 @@ class RecordedStep:
             try:
                 self._load(logits, tokens, state)
                 self.recording.replay()
+                if self.unsettled is not None and bool(self.unsettled):
+                    # What follows from it is for nothing, and written nowhere but here.
+                    self._forget()
+                    return self.sampler.take_step(logits, tokens, state, last=False)
                 # The next replay writes its tensors again.
                 new_tokens = self.new_tokens.clone()
                 left = {name: tensor.clone() for name, tensor in self.left.items()}
