@@ -74,7 +74,7 @@ class MaskedDiffusionSampler(SpecialTokens):
         softcap: c > 0 for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
         graph: on a GPU, steps of a kind are recorded in a CUDA graph after the first few, and replayed, where the
-            strategy is `recordable`, the temperature a number and the logits take at most 64 MiB. Tokens are the same
+            strategy is `recordable`, the temperature a number and the logits take at most 96 MiB. Tokens are the same
             (probabilities to the last bit only where rows of logits are whole vectors of 16 bytes). Recording waits
             for the GPU, gives back what PyTorch's allocator keeps, and holds a copy of the logits. False launches
             every step.
