@@ -363,6 +363,49 @@ def test_threads_share_recordings(made):
     assert len(made) == 1 and made[0].replays > 6 * 3 * 4
 
 
+class OnDevice(torch.Tensor):
+    """Not known to be on the host."""
+
+    is_cpu = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_seeds_of_host_and_device(made):
+    ours, model, tokens = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0), given()
+    run(ours, model, tokens)
+    for number in (5, 9, 5):
+        seed = torch.tensor(number)
+        if number == 9:
+            seed = seed.as_subclass(OnDevice)
+        found = []
+        for sampler in (ours, replace(ours, graph=False)):
+            state = sampler.start(tokens, seed=number)
+            state.seed = seed
+            found.append(sampler.step(model(tokens), tokens, state))
+        assert torch.equal(*found)
+    assert made[0].replays > 3
+
+
+def test_open_positions_that_are_written_behind_torch_s_back(made):
+    ours, model, tokens = sampler_of(TopK(LENGTH)), MODELS["flat"](0), torch.full((2, LENGTH), MASK)
+    open = torch.ones_like(tokens, dtype=torch.bool)
+    for number in range(4):
+        open.data[:] = True
+        open.data[:, number] = False
+        found = [
+            sampler.step(model(tokens), tokens, sampler.start(tokens, open=open, seed=1))
+            for sampler in (ours, replace(ours, graph=False))
+        ]
+        assert torch.equal(*found) and (found[0] == MASK).sum() == 2
+    state = ours.start(tokens, open=open)
+    open.zero_()
+    assert state.open.any()
+
+
 def test_a_seed_that_is_written_behind_torch_s_back(made):
     ours, model, tokens = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0), given()
 
@@ -542,6 +585,124 @@ def test_a_replay_that_fails_leaves_the_state(made, monkeypatch):
     assert same(trace, expected)
 
 
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where", ["replay", "end", "note"])
+def test_an_interrupt_leaves_a_state_that_can_be_taken_up(where, made, monkeypatch):
+    ours, model, tokens = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0), given()
+    expected = run(replace(ours, graph=False), model, tokens)
+    run(ours, model, tokens)
+    state = ours.start(tokens, open=tokens == MASK, seed=3, offset=2)
+    for _ in range(2):
+        tokens = ours.step(model(tokens), tokens, state)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+
+        def stopped(self, *arguments):
+            if where == "replay":
+                self.function()
+            raise Stopped
+
+        if where == "note":
+            patch.setattr(recorded, "_put", stopped)
+        else:
+            patch.setattr(Again, where, stopped)
+        ours.step(model(tokens), tokens, state)
+    made[0].runs = 0
+    tokens = ours.step(model(tokens), tokens, state)
+    assert same([left_by(ours, tokens, state)], expected[2:3])
+
+
+def test_a_recording_that_is_interrupted_is_tried_again(made, monkeypatch):
+    tried = []
+
+    class Interrupted(Again):
+        def __init__(self, *arguments):
+            tried.append(arguments)
+            raise Stopped
+
+    monkeypatch.setattr(recorded, "LONGER", 5)
+    ours, model, tokens = sampler_of(LowConfidence()), MODELS["flat"](0), torch.full((2, LENGTH), MASK)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setitem(cuda_graph.RECORDINGS, "cpu", Interrupted)
+        for _ in range(3):
+            ours.step(model(tokens), tokens)
+    for _ in range(10):
+        ours.step(model(tokens), tokens)
+    assert len(tried) == 1 and len(made) == 1
+
+
+def test_a_recording_that_made_room_is_replayed_no_more(made):
+    ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
+    expected = run(replace(ours, graph=False), model, given())
+    run(ours, model, given())
+    (step,) = recorded._kept.steps.values()
+    replays = made[0].replays
+    recorded.clear()
+    assert made[0].waits == 1
+    # Another thread had found it before.
+    state, tokens = ours.start(given(), open=given() == MASK, seed=3, offset=2), given()
+    tokens = step.take(model(tokens), tokens, state)
+    assert same([left_by(ours, tokens, state)], expected[:1]) and made[0].replays == replays
+
+
+def test_what_is_cleared_meanwhile_is_not_kept(made, monkeypatch):
+    class Slow(Again):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            recorded.clear()
+
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Slow)
+    ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
+    expected = run(replace(ours, graph=False), model, given())
+    assert all(same(run(ours, model, given()), expected) for _ in range(3))
+    assert not recorded._kept.steps and len(made) > 3 and all(one.waits == 1 for one in made)
+
+
+@dataclass(frozen=True)
+class AsksTwice(Strategy):
+    """Whether the first proposals were settled counts, too."""
+
+    recordable = True
+    confidence = "proposal"
+
+    def propose(self, step_logits, state, masked, proposal):
+        stats = proposal.stats(step_logits, state.seed, state.offset)
+        proposal.stats(step_logits.roll(1, -1) * 10, state.seed, state.offset)
+        return stats
+
+    def rule(self, step):
+        return TopK(1)
+
+
+def test_filters_in_inference_mode_and_twice_a_step(made):
+    options = {"temperature": 0.3, "top_p": 0.9, "confidence": "proposal"}
+    edits = {"top_p": 0.9, "confidence": "proposal"}
+    for ours in (sampler_of(AsksTwice(), **options), sampler_of(STRATEGIES["joint_threshold"][0], **edits)):
+        before = len(made)
+        with torch.inference_mode():
+            for number in range(6):
+                tokens = given(seed=number)
+                expected = run(replace(ours, graph=False), wide, tokens, seed=number)
+                assert same(run(ours, wide, tokens, seed=number), expected)
+        assert len(made) == before + 1
+
+
+@dataclass(frozen=True)
+class MySampler(MaskedDiffusionSampler):
+    def take_step(self, logits, tokens, state, **options):
+        return super().take_step(logits.roll(1, -1), tokens, state, **options)
+
+
+def test_a_derived_sampler_is_asked_itself(made):
+    ours, model, tokens = sampler_of(LowConfidence()), MODELS["flat"](0), given()
+    theirs = MySampler(LowConfidence(), MASK, block_length=LENGTH)
+    run(ours, model, tokens)
+    assert same(run(theirs, model, tokens), run(replace(theirs, graph=False), model, tokens))
+    assert theirs.kind is None and len(made) == 1
+
+
 def test_memory_of_recordings_is_bounded(made, monkeypatch):
     model = MODELS["flat"](0)
 
@@ -567,7 +728,7 @@ def test_memory_of_recordings_is_bounded(made, monkeypatch):
     for _ in range(4):
         kept = use_all(3)
     assert kept == [1, 3] and len(made) == 5
-    # One alone may hold half of it, and is not tried again where it would hold more.
+    # One alone may hold half of it, and is not tried again soon where it would hold more.
     assert use_all(5) == use_all(5) == [1, 3] and len(made) == 6
     monkeypatch.setattr(recorded, "KINDS", 3)
     monkeypatch.setattr(recorded, "PATIENCE", 100)

@@ -214,7 +214,8 @@ class MaskedDiffusionSampler(SpecialTokens):
     @cached_property
     def kind(self) -> tuple | None:
         """What a recorded step depends on besides shapes, None where steps are not recorded."""
-        return kind_of(self)
+        # A derived sampler may do anything.
+        return kind_of(self) if type(self) is MaskedDiffusionSampler else None
 
     def start(
         self,
@@ -241,6 +242,8 @@ class MaskedDiffusionSampler(SpecialTokens):
         else:
             checks.has_dtype("open", checks.is_tensor("open", open), (torch.bool,))
             checks.has_shape("open", open, tuple(tokens.shape), "as tokens")
+            # The caller's may be written later.
+            open = open.clone()
         masked_at_start = (masked & open).sum(-1)
         noise = self.decider.starts_from_noise
         most = self._steps(tokens.shape[1])

@@ -173,6 +173,11 @@ def _bisect(x: Tensor, mass: Tensor) -> Tensor:
     return torch.where(x >= _from_ordered(high)[:, None], x, float("inf")).amin(-1)
 
 
+def _uniform(seed: Tensor, offset: int | Tensor, rows: int, device) -> Tensor:
+    number = offset if isinstance(offset, Tensor) else torch.tensor(offset, device="cpu")
+    return row_uniform(None, seed, number, rows, device)
+
+
 @dataclass(frozen=True)
 class Proposal:
     """How proposals are drawn and where their statistics come from.
@@ -238,7 +243,7 @@ class Proposal:
         """Proposals and statistics of logits [B, C, V], fields [B, C]."""
         temperature = self._temperature(logits)
         untempered = self.confidence == "untempered"
-        if not self.filters:
+        if not self.filters or not logits.shape[:-1].numel():
             return row_stats(
                 logits,
                 temperature=temperature,
@@ -327,12 +332,9 @@ class Proposal:
             left = 1.0 - (temperature == 0)
         of_rows = left[..., 0] if isinstance(left, Tensor) else left
         if self.has_tiles(vocab):
-            cut, tokens, settled = self._settle(logits, temperature, seed)
-            found = row_stats(cut, temperature=of_rows, seed=seed, offset=offset, backend=self.backend)
-            argmax, sample = (tokens.gather(-1, index[..., None])[..., 0] for index in found[:2])
-            found = found._replace(argmax=argmax, sample=sample)
+            found, settled = self._settled_stats(logits, temperature, of_rows, seed, offset)
             if self.unsettled is not None:
-                self.unsettled.copy_(~settled.all())
+                self.unsettled.logical_or_(~settled.all())
                 return found
             if bool(settled.all()):
                 return found
@@ -346,8 +348,7 @@ class Proposal:
             floats = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(5))
             found, rows = RowStats(*integers, *floats), torch.arange(shape.numel(), device=logits.device)
 
-        number = offset if isinstance(offset, Tensor) else torch.tensor(offset, device="cpu")
-        uniform = row_uniform(None, seed, number, shape.numel(), logits.device)
+        uniform = _uniform(seed, offset, shape.numel(), logits.device)
         flat = RowStats(*(field.reshape(-1) for field in found))
         for part, x in self.filtered_chunks(logits, rows):
             t = left.reshape(-1)[part] if isinstance(left, Tensor) else left
@@ -355,6 +356,36 @@ class Proposal:
             for whole, values in zip(flat, more):
                 whole[part] = values
         return RowStats(*(one.reshape(shape) for one in flat))
+
+    def _settled_stats(
+        self, logits: Tensor, temperature, of_rows, seed: Tensor, offset: int | Tensor
+    ) -> tuple[RowStats, Tensor]:
+        """The statistics of all rows from their candidates, and for which rows [B, C] they are those of the filters."""
+        shape, vocab = logits.shape[:-1], logits.shape[-1]
+        logits = logits.reshape(-1, *logits.shape[-2:])
+        batch, length = logits.shape[:2]
+        if isinstance(temperature, Tensor):
+            temperature, of_rows = temperature.reshape(batch, length, 1), of_rows.reshape(batch, length)
+        # As many candidates at a time as filtered_chunks has logits.
+        rows = max(1, CHUNK_ELEMENTS // (self.tiles * TILE + vocab % TILE))
+        blocks, columns = max(1, rows // length), min(rows, length)
+        whole = blocks >= batch and columns == length
+        # Drawn by the op itself, which numbers the rows that it is given.
+        uniform = None if whole else _uniform(seed, offset, batch * length, logits.device).view(batch, length)
+        parts = []
+        for block in range(0, batch, blocks):
+            for column in range(0, length, columns):
+                at = slice(block, block + blocks), slice(column, column + columns)
+                t, own = (v[at] if isinstance(v, Tensor) else v for v in (temperature, of_rows))
+                cut, tokens, settled = self._settle(logits[at], t, seed)
+                draws = {"seed": seed, "offset": offset} if whole else {"uniform": uniform[at]}
+                found = row_stats(cut, temperature=own, backend=self.backend, **draws)
+                argmax, sample = (tokens.gather(-1, index[..., None])[..., 0] for index in found[:2])
+                parts.append((*found._replace(argmax=argmax, sample=sample), settled))
+        # The parts follow each other as their rows do.
+        parts = [part[0] if whole else torch.cat([one.flatten() for one in part]) for part in zip(*parts)]
+        *found, settled = (part.view(shape) for part in parts)
+        return RowStats(*found), settled
 
     def _settle(self, logits: Tensor, temperature, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates of each row, -inf where a filter drops them, their tokens, both [B, C, N], and for which rows
@@ -386,8 +417,9 @@ class Proposal:
         """Sum of exp(x - highest) over the vocabulary, [B, C, 1] fp64."""
         if isinstance(temperature, Tensor):
             temperature = torch.where(temperature == 0, 1.0, temperature)[..., 0]
-        elif temperature == 0:
-            temperature = 1.0
+        else:
+            # The least that is no zero in fp32: rows so tempered are filtered whole.
+            temperature = max(temperature, 1.5e-45) if temperature else 1.0
         stats = row_stats(
             logits,
             temperature=0.0,

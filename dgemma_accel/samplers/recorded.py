@@ -24,8 +24,9 @@ from .strategies.base import BlockState, EveryStep, Strategy
 logger = logging.getLogger("dgemma_accel")
 
 # Steps of a kind that are launched one by one before one is recorded, and as many as a recording takes the time of:
-# a kind whose recording had to make room, or found no memory, waits for so many more.
-PATIENCE, LONGER = 8, 200
+# a kind whose recording had to make room, or found no memory, waits for so many more, and one that seemed to need too
+# much, which may have been another thread's, for many times more.
+PATIENCE, LONGER, LONGEST = 8, 200, 5000
 # Tables above this many bytes are read where they lie: at 1.8 TB/s a copy of one takes 0.11 ms.
 LARGEST = 96 << 20
 # Bytes that all recordings hold, one of them half of it at most; and kinds of which something is remembered.
@@ -91,7 +92,7 @@ class _Kept:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock, self.cleared = threading.Lock(), 0
         self.steps: OrderedDict[tuple, RecordedStep] = OrderedDict()
         self.counts: OrderedDict[tuple, int | None] = OrderedDict()
 
@@ -114,15 +115,20 @@ class _Kept:
         if len(self.counts) > KINDS:
             self.counts.popitem(last=False)
 
-    def refuse(self, kind: tuple, *, for_good: bool) -> None:
+    def refuse(self, kind: tuple, steps: int | None) -> None:
+        """Nothing is recorded for so many steps; None: ever."""
         with self.lock:
-            self._count(kind, None if for_good else PATIENCE - LONGER)
+            self._count(kind, None if steps is None else PATIENCE - steps)
 
-    def add(self, kind: tuple, step: RecordedStep) -> None:
+    def add(self, kind: tuple, step: RecordedStep, cleared: int) -> None:
+        """cleared: how often that had been done when the recording began."""
         with self.lock:
-            self.steps[kind] = step
-            self.counts.pop(kind, None)
-            gone = []
+            gone = [self.steps.pop(kind)] if kind in self.steps else []
+            if cleared == self.cleared:
+                self.steps[kind] = step
+                self.counts.pop(kind, None)
+            else:
+                gone.append(step)
             while len(self.steps) > 1 and sum(one.bytes for one in self.steps.values()) > BUDGET:
                 oldest, evicted = self.steps.popitem(last=False)
                 self._count(oldest, PATIENCE - LONGER)
@@ -132,6 +138,7 @@ class _Kept:
 
     def clear(self) -> None:
         with self.lock:
+            self.cleared += 1
             gone, self.steps = self.steps, OrderedDict()
             self.counts.clear()
         for step in gone.values():
@@ -178,21 +185,24 @@ def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) ->
 
 
 def _record(kind: tuple, sampler, logits, tokens, state, recording) -> RecordedStep | None:
+    cleared = _kept.cleared
     try:
         step = RecordedStep(sampler, logits, tokens, state, recording)
+    except torch.OutOfMemoryError:
+        _kept.refuse(kind, LONGER)
+        return None
     except Exception as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        _kept.refuse(kind, for_good=not memory)
-        if not memory:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            logger.warning(
-                "samplers: steps are launched one by one, since none could be recorded: %s", reason
-            )
+        _kept.refuse(kind, None)
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        logger.warning("samplers: steps are launched one by one, since none could be recorded: %s", reason)
         return None
+    except BaseException:
+        _kept.refuse(kind, LONGER)
+        raise
     if step.bytes > BUDGET // 2:
-        _kept.refuse(kind, for_good=True)
+        _kept.refuse(kind, LONGEST)
         return None
-    _kept.add(kind, step)
+    _kept.add(kind, step, cleared)
     return step
 
 
@@ -204,7 +214,7 @@ class RecordedStep:
 
     def __init__(self, sampler, logits: Tensor, tokens: Tensor, state: BlockState, recording) -> None:
         device = tokens.device
-        self.sampler, self.lock = sampler, threading.Lock()
+        self.sampler, self.lock, self.closed = sampler, threading.Lock(), False
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
 
@@ -234,6 +244,8 @@ class RecordedStep:
         def advance() -> None:
             after = copy.copy(own)
             after.memory = dict(own.memory)
+            if unsettled is not None:
+                unsettled.zero_()
             # `step` and `offset` are tensors here, which count themselves.
             tokens = sampler.take_step(own_logits, own_tokens, after, last=False, unsettled=unsettled)
             new_tokens.copy_(tokens)
@@ -273,6 +285,7 @@ class RecordedStep:
         # The caller's own tensor, which may be written by whatever tells its version nothing.
         if not state.seed.is_cpu:
             own.seed.copy_(state.seed)
+            self._seed = None
         elif self._seed != (seed := state.seed.item()):
             own.seed.fill_(seed)
             self._seed = seed
@@ -293,21 +306,29 @@ class RecordedStep:
 
     def take(self, logits: Tensor, tokens: Tensor, state: BlockState) -> Tensor:
         """`MaskedDiffusionSampler.take_step` of a step that is not the last one of its block."""
+        new_tokens = self._replay(logits, tokens, state)
+        if new_tokens is None:
+            return self.sampler.take_step(logits, tokens, state, last=False)
+        return new_tokens
+
+    def _replay(self, logits: Tensor, tokens: Tensor, state: BlockState) -> Tensor | None:
+        """`take`, or None and nothing changed where the step has to be launched."""
         with self.lock, torch.inference_mode(False), torch.no_grad():
+            if self.closed:
+                return None
             self.recording.begin()
             try:
                 self._load(logits, tokens, state)
+                # What it leaves is known again only when all of it has arrived.
+                self._number = None
+                for name in self.left:
+                    self._known.pop(name, None)
                 self.recording.replay()
                 if self.unsettled is not None and bool(self.unsettled):
-                    # What follows from it is for nothing, and written nowhere but here.
-                    self._forget()
-                    return self.sampler.take_step(logits, tokens, state, last=False)
+                    return None
                 # The next replay writes its tensors again.
                 new_tokens = self.new_tokens.clone()
                 left = {name: tensor.clone() for name, tensor in self.left.items()}
-            except BaseException:
-                self._forget()
-                raise
             finally:
                 self.recording.end()
             for name, tensor in left.items():
@@ -318,6 +339,7 @@ class RecordedStep:
         return new_tokens
 
     def close(self) -> None:
-        """Nobody replays it from now on; its memory may go to whoever asks."""
+        """Nobody replays it from now on, and its memory may go to whoever asks."""
         with self.lock:
+            self.closed = True
             self.recording.wait()
