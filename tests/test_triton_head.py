@@ -243,8 +243,7 @@ def test_head_over_many_tiles(monkeypatch, poisoned, stats_temperature):
     assert (fields[0][0, tied] == 3).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stats_temperature", [None, 1.0])
+@pytest.mark.parametrize("stats_temperature, dtype", [(None, torch.bfloat16), (1.0, torch.float32)], ids=str)
 def test_head_that_keeps_no_logits(monkeypatch, poisoned, stats_temperature, dtype):
     small_tiles(monkeypatch)
     rows, vocab, embedding = 37, 530, 40
