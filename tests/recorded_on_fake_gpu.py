@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_samplers_recorded import FILTERS, LENGTH, MASK, STEPS, STRATEGIES, VOCAB, WIDE, sampler_of
+from recordings import Crossings
+from test_samplers_recorded import LENGTH, MASK, SAMPLERS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import step_launches
@@ -20,25 +19,6 @@ import step_launches
 from dgemma_accel import cuda_graph
 from dgemma_accel.samplers.recorded import RecordedStep
 from dgemma_accel.samplers.strategies.base import BlockState
-
-
-class Crossings(TorchDispatchMode):
-    """Operators that take or return tensors of the host with dimensions; numbers go into a launch by value."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.operations = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        tensors = [t for t in tree_iter((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-        copied = (
-            func.overloadpacket.__name__ in ("_to_copy", "copy_") and len({t.device for t in tensors}) > 1
-        )
-        if copied or any(t.device.type == "cpu" and t.ndim for t in tensors):
-            self.seen.append(func.overloadpacket.__name__)
-        return result
 
 
 class Watched:
@@ -50,24 +30,17 @@ class Watched:
     def __init__(self, function, device, pool):
         for _ in range(cuda_graph.WARM_UP):
             function()
-        with Crossings() as self.crossings:
+        with Crossings(numbers=True) as self.crossings:
             function()
 
 
 def main() -> None:
     step_launches.load_guard()
     counted = 0
-    samplers = {
-        (name, temperature): sampler_of(
-            STRATEGIES[name][0], temperature=temperature, schedule=STRATEGIES[name][1]
-        )
-        for name, temperature in STEPS
-    }
-    samplers |= {name: sampler_of(strategy, **options) for name, (strategy, options) in FILTERS.items()}
-    for name, sampler in samplers.items():
+    for name, (sampler, model) in SAMPLERS.items():
         if sampler.kind is None:
             continue
-        vocab = WIDE if name in FILTERS else VOCAB
+        vocab = model(torch.full((1, LENGTH), MASK)).shape[-1]
         counted += 1
         # Numbers that are kept for later calls are no fake ones.
         tokens = torch.full((1, LENGTH), MASK)

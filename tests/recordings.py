@@ -1,4 +1,8 @@
-"""What stands in for a CUDA graph where there is no GPU."""
+"""What stands in for a CUDA graph where there is no GPU, and sees what none could hold."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from dgemma_accel import cuda_graph
 
@@ -32,3 +36,26 @@ class Again:
     def wait(self):
         assert not self.runs
         self.waits += 1
+
+
+class Crossings(TorchDispatchMode):
+    """Operators that see both the host and a device: a copy between them could not be captured in a CUDA graph.
+
+    This package's take 0-d tensors of the host by value. numbers: PyTorch's may too, as they do where they are launched
+    one by one; a compiler copies them.
+    """
+
+    def __init__(self, numbers=False):
+        super().__init__()
+        self.numbers, self.seen, self.operations = numbers, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        tensors = [tensor for tensor in tree_iter((args, kwargs, result)) if isinstance(tensor, torch.Tensor)]
+        host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        name = func.overloadpacket.__name__
+        by_value = func.namespace == "dgemma" or (self.numbers and name not in ("_to_copy", "copy_"))
+        if host and len(host) < len(tensors) and not (by_value and all(tensor.ndim == 0 for tensor in host)):
+            self.seen.append(name)
+        return result

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hf_models import CANVAS, generate, generation, prompt, tiny_model
+from recordings import Crossings
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import dgemma_accel
 from dgemma_accel.hf import denoising, graph, lookout
@@ -106,28 +106,6 @@ def test_pinned_positions_do_not_wait_either(model, monkeypatch):
     with dgemma_accel.accelerated(model):
         model.generate(ids, decoder_input_ids=canvas, pinned=[1, 2], max_new_tokens=CANVAS)
     assert traces == [[]]
-
-
-class Crossings(TorchDispatchMode):
-    """Operations other than this package's that see both the host and the device, which "meta" stands for.
-
-    A copy from the host inside a step could not be captured in a CUDA graph. Our own kernels take 0-d tensors of the
-    host by value.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.operations = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        tensors = [tensor for tensor in tree_iter((args, kwargs, result)) if isinstance(tensor, torch.Tensor)]
-        host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-        ours = func.namespace == "dgemma" and all(tensor.ndim == 0 for tensor in host)
-        if host and len(host) < len(tensors) and not ours:
-            self.seen.append(func.overloadpacket.__name__)
-        return result
 
 
 def traced_on_the_host(function, *arguments):

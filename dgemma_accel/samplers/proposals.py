@@ -239,7 +239,7 @@ class Proposal:
             )
         return self.temperature.to(logits.device)[:, None].expand(logits.shape[:-1])
 
-    def stats(self, logits: Tensor, seed: Tensor, offset: int) -> RowStats:
+    def stats(self, logits: Tensor, seed: Tensor, offset: int | Tensor) -> RowStats:
         """Proposals and statistics of logits [B, C, V], fields [B, C]."""
         temperature = self._temperature(logits)
         untempered = self.confidence == "untempered"
@@ -327,10 +327,9 @@ class Proposal:
         temperature = self._by_row(logits)
         # What is drawn from is tempered already: what is left to say is which rows are greedy.
         if isinstance(temperature, Tensor):
-            left = 1.0 - (temperature == 0).float()
+            of_rows = 1.0 - (temperature[..., 0] == 0).float()
         else:
-            left = 1.0 - (temperature == 0)
-        of_rows = left[..., 0] if isinstance(left, Tensor) else left
+            of_rows = 1.0 - (temperature == 0)
         if self.has_tiles(vocab):
             found, settled = self._settled_stats(logits, temperature, of_rows, seed, offset)
             if self.unsettled is not None:
@@ -351,7 +350,7 @@ class Proposal:
         uniform = _uniform(seed, offset, shape.numel(), logits.device)
         flat = RowStats(*(field.reshape(-1) for field in found))
         for part, x in self.filtered_chunks(logits, rows):
-            t = left.reshape(-1)[part] if isinstance(left, Tensor) else left
+            t = of_rows.reshape(-1)[part] if isinstance(of_rows, Tensor) else of_rows
             more = row_stats(x, temperature=t, uniform=uniform[part], backend=self.backend)
             for whole, values in zip(flat, more):
                 whole[part] = values
