@@ -131,6 +131,30 @@ def as_argument(cache):
     return {cache_argument(): cache}
 
 
+def encode_in_turns(model, ids, turns, mask=None, cache=None):
+    """(cache after the turns, hidden states of each), as `generate` fills it: masks made ahead, one call per turn."""
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    encoder, done, states = model.model.encoder, cache.get_seq_length(), []
+    mask = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        for length in turns:
+            part = ids[:, done : done + length]
+            positions = torch.arange(done, done + length)[None]
+            done += length
+            masks = encoder.create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.empty(*part.shape, 0),
+                attention_mask=mask[:, :done].bool(),
+                position_ids=positions,
+                **as_argument(cache),
+            )
+            output = encoder(
+                input_ids=part, attention_mask=masks, position_ids=positions, **as_argument(cache)
+            )
+            states.append(output.last_hidden_state)
+    return cache, states
+
+
 def generate(model, ids, mask=None, base=1, cache=None, **options):
     if cache is not None:
         options.update(as_argument(cache))

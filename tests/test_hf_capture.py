@@ -55,6 +55,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
     monkeypatch.setattr(Again, "made", [])
+    monkeypatch.setattr(Again, "stored", [])
     return Again.made
 
 
@@ -203,6 +204,15 @@ class Drafts:
 
     def end(self):
         pass
+
+
+def captured(model, what=registry.STEP):
+    """The captures of one kind that an accelerated model keeps."""
+    return [key for key in patches.acceleration_of(model).captures.found if key[0] == what]
+
+
+def reports_of(model, what=registry.STEP):
+    return [report for report in dgemma_accel.captures(model) if report.what == what]
 
 
 def assert_same(result, expected):
@@ -372,7 +382,7 @@ class TestGenerate:
         projection = model.model.decoder.layers[1].self_attn.q_proj
         projection.weight = torch.nn.Parameter(projection.weight.detach() * 1.5, requires_grad=False)
         again = generate(model, ids)
-        assert len(recorded) == 2 and len(patches.acceleration_of(model).captures.found) == 1
+        assert len(recorded) == 2 and len(captured(model)) == 1
         model.bfloat16()
         half = generate(model, ids)
         assert len(recorded) == 3
@@ -409,7 +419,7 @@ class TestGenerate:
         ):
             change()
             results.append(generate(model, ids).sequences)
-            assert len(recorded) == len(results) and len(patches.acceleration_of(model).captures.found) == 1
+            assert len(recorded) == len(results) and len(captured(model)) == 1
             generate(model, ids)
             assert len(recorded) == len(results)
         for one, other in itertools.combinations(results, 2):
@@ -436,10 +446,10 @@ class TestGenerate:
         for result in results:
             assert_same(result, generate(model, ids, max_new_tokens=3 * CANVAS))
         lines = [r.getMessage() for r in caplog.records if "not captured" in r.getMessage()]
-        assert len(attempts) == len(lines) == 1 and lines[0].endswith(
-            "(not captured: RuntimeError: capture: no)"
-        )
-        assert [report.problem for report in reports] == ["not captured: RuntimeError: capture: no"]
+        # The step and the pass that stores a canvas.
+        assert len(attempts) == len(set(lines)) == len(lines) == 2
+        assert all(line.endswith("(not captured: RuntimeError: capture: no)") for line in lines)
+        assert [report.problem for report in reports] == ["not captured: RuntimeError: capture: no"] * 2
 
     def test_an_exception_inside_a_replay(self, model, recorded, monkeypatch):
         ids, _ = prompt(2, 9)
@@ -501,13 +511,13 @@ class TestGenerate:
         with dgemma_accel.accelerated(model, graph=True):
             for batch in (1, 2, 3, 2, 1):
                 generate(model, prompt(batch, 5)[0], max_denoising_steps=1)
-            assert len(patches.acceleration_of(model).captures.found) == 2 and len(recorded) == 4
+            assert len(captured(model)) == 2 and len(recorded) == 4
 
     def test_report(self, model, recorded):
         assert dgemma_accel.captures(model) == []
         with dgemma_accel.accelerated(model, graph=True):
             generate(model, prompt(2, 5)[0])
-            (report,) = dgemma_accel.captures(model)
+            (report,) = reports_of(model)
         assert report.batch == 2 and report.canvas == CANVAS and report.captured and report.compiled
         assert report.replays == recorded[0].replays > 1 and report.memory_bytes > Again.bytes
         assert report.compile_seconds > 0 and report.capture_seconds > 0 and report.problem is None
@@ -529,8 +539,10 @@ class TestOnTheGPU:
             with dgemma_accel.accelerated(model):
                 first = model.generate(ids, **options)
                 second = model.generate(ids, **options)
-                (report,) = dgemma_accel.captures(model)
-            assert report.captured and report.memory_bytes > 0 and report.problem is None
+                reports = dgemma_accel.captures(model)
+            assert sorted(report.what for report in reports) == ["step", "storing"]
+            for report in reports:
+                assert report.captured and report.memory_bytes > 0 and report.problem is None
             for result in (first, second):
                 assert torch.equal(result.sequences, expected.sequences)
                 assert torch.equal(result.steps, expected.steps)
@@ -554,7 +566,7 @@ class TestOnTheGPU:
         drafts = Drafts()
         result = model.generate(ids, seed=1, streamer=drafts, return_confidence=True)
         assert torch.equal(result.sequences, expected.sequences) and len(drafts.values) > 2
-        assert dgemma_accel.captures(model)[0].captured
+        assert reports_of(model)[0].captured
 
     def test_another_dtype_and_a_side_stream(self):
         model = dgemma_accel.accelerate(tiny_model().cuda())
@@ -565,7 +577,7 @@ class TestOnTheGPU:
         with torch.cuda.stream(stream):
             assert torch.equal(model.generate(ids, seed=1).sequences, expected)
         assert torch.equal(model.generate(ids, seed=1).sequences, expected)
-        assert len(dgemma_accel.captures(model)) == 1
+        assert len(reports_of(model)) == 1
         model.to(torch.bfloat16)
         half = model.generate(ids, seed=1).sequences
         assert all(report.captured for report in dgemma_accel.captures(model))
@@ -584,5 +596,5 @@ class TestOnTheGPU:
             expected = model.generate(ids, seed=1).sequences
         with dgemma_accel.accelerated(model):
             result = model.generate(ids, seed=1).sequences
-            (report,) = dgemma_accel.captures(model)
+            (report,) = reports_of(model)
         assert torch.equal(result, expected) and report.captured and not report.compiled

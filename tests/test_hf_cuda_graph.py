@@ -357,10 +357,10 @@ class TestWhatRecordingsShare:
 
 
 class TestTheRegistry:
-    KEY = (DEVICE, "a shape")
+    KEY = (registry.STEP, DEVICE, "a shape")
 
-    def lease(self, captures, key, make):
-        with captures.lease(key, ("weights",), lambda device: object(), make) as captured:
+    def lease(self, captures, key, make, weights="weights"):
+        with captures.lease(key, (weights,), lambda device: object(), make) as captured:
             return captured
 
     def test_a_failure_costs_the_pool(self):
@@ -374,11 +374,32 @@ class TestTheRegistry:
             self.lease(captures, self.KEY, fails)
         assert self.lease(captures, self.KEY, fails) is None and len(pools) == 1
         assert (
-            self.lease(captures, (DEVICE, "another"), lambda pool: (pools.append(pool), "made")[1]) == "made"
+            self.lease(captures, (*self.KEY, "another"), lambda pool: (pools.append(pool), "made")[1])
+            == "made"
         )
         assert pools[0] is not pools[1]
-        self.lease(captures, (DEVICE, "a third"), lambda pool: pools.append(pool))
+        self.lease(captures, (*self.KEY, "a third"), lambda pool: pools.append(pool))
         assert pools[1] is pools[2]
+
+    def test_kinds_are_kept_apart(self, monkeypatch):
+        """In what they count for and in the weights that they were recorded with; their memory is shared."""
+        monkeypatch.setattr(registry, "MOST_CAPTURES", 2)
+        captures, pools = registry.Captures(), []
+        steps, passes = [[(kind, DEVICE, n) for n in range(3)] for kind in (registry.STEP, registry.STORING)]
+
+        def make(pool):
+            pools.append(pool)
+            return pool
+
+        for step, stored in zip(steps, passes):
+            self.lease(captures, step, make)
+            self.lease(captures, stored, make, "of the encoder")
+        assert list(captures.found) == [steps[1], passes[1], steps[2], passes[2]]
+        self.lease(captures, steps[2], make, "others")
+        assert list(captures.found) == [passes[1], passes[2], steps[2]] and len(set(map(id, pools))) == 1
+        captures.failures[passes[1]] = "no"
+        self.lease(captures, passes[0], make, "others")
+        assert list(captures.found) == [steps[2], passes[0]] and not captures.failures
 
     def test_an_interrupt_is_no_failure(self):
         captures = registry.Captures()
@@ -443,6 +464,8 @@ class TestOnTheGPU:
                 assert torch.cuda.current_stream() == before
             torch.rand(3, device="cuda")
             model.generate(ids[:1], seed=1, max_new_tokens=CANVAS)
-            reports = {report.batch: report for report in dgemma_accel.captures(model)}
+            reports = {
+                report.batch: report for report in dgemma_accel.captures(model) if report.what == "step"
+            }
         assert not reports[2].captured and "not captured" in reports[2].problem
         assert reports[1].captured and reports[1].problem is None

@@ -63,10 +63,16 @@ def test_captured_memory_is_told():
         "step       a small random model on cuda: compiled in 31.2 s with its first run",
         "capture    captured in 2.0 s, 3.0 MiB",
     ]
+    found["storing"] = {"captured": True, "capture_seconds": 0.25, "memory_bytes": 1 << 20, "problem": None}
+    assert doctor_step.lines_of(found)[2] == "storing    a finished canvas: captured in 0.2 s, 1.0 MiB"
+    found["storing"] |= {"captured": False, "problem": "not captured: no"}
+    assert doctor_step.lines_of(found)[2] == "storing    a finished canvas: not captured: no"
     assert "cuda" in cuda_graph.RECORDINGS
 
 
 @pytest.mark.gpu
 def test_on_the_gpu():
     found = doctor_step.examine_step()
-    assert found["error"] is None and found["captured"] and found["memory_bytes"] > 0
+    assert found["error"] is None
+    for capture in (found, found["storing"]):
+        assert capture["captured"] and capture["memory_bytes"] > 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, as_argument, generate, prompt, tiny_model
+from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, as_argument, encode_in_turns, generate, prompt, tiny_model
 
 import dgemma_accel
 from dgemma_accel.hf import attention
@@ -29,31 +29,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(attention, "block_attention", watched)
     return seen
-
-
-def encode_in_turns(model, ids, turns, mask=None):
-    """The cache after the turns, as `generate` fills it: masks made ahead, one call per turn."""
-    from transformers.cache_utils import DynamicCache
-
-    cache, encoder, done, states = DynamicCache(config=model.config), model.model.encoder, 0, []
-    mask = torch.ones_like(ids) if mask is None else mask
-    with torch.no_grad():
-        for length in turns:
-            part = ids[:, done : done + length]
-            positions = torch.arange(done, done + length)[None]
-            done += length
-            masks = encoder.create_masks_for_generate(
-                config=model.config,
-                inputs_embeds=torch.empty(*part.shape, 0),
-                attention_mask=mask[:, :done].bool(),
-                position_ids=positions,
-                **as_argument(cache),
-            )
-            output = encoder(
-                input_ids=part, attention_mask=masks, position_ids=positions, **as_argument(cache)
-            )
-            states.append(output.last_hidden_state)
-    return cache, states
 
 
 @pytest.mark.parametrize(

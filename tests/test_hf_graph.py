@@ -288,19 +288,12 @@ def test_decode_is_the_model_s_forward(model):
         model.model.encoder(input_ids=ids, **as_argument(cache))
         expected = decoder(decoder_input_ids=canvas, **as_argument(cache), self_conditioning_logits=logits)
         soft = logits.softmax(-1) @ decoder.embed_tokens.weight * decoder.embed_tokens.embed_scale
-
-        class View:
-            model = None
-
-        view = View()
-        view.model, view.cache = model, cache
-        view.masks = dict.fromkeys(("full_attention", "sliding_attention"))
-        view.position_ids = torch.arange(20, 20 + CANVAS)[None]
-        prefixes = compiled._prefixes(view, soft)
+        masks = dict.fromkeys(("full_attention", "sliding_attention"))
+        prefixes = compiled.prefixes_of(decoder, cache, masks, torch.arange(20, 20 + CANVAS)[None], soft)
         buffers = [
             [getattr(layer, name) for layer in cache.layers] for name in ("key_buffer", "value_buffer")
         ]
-        in_place = graph.InPlace(*buffers, side_by_side(decoder, "auto"))
+        in_place = graph.InPlace(*buffers, side_by_side(decoder.layers, "auto"))
         result = graph.decode(decoder, canvas, soft, in_place, prefixes, "auto")
     assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
 

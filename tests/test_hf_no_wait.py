@@ -150,7 +150,7 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
         rotary = [empty(1, CANVAS, attention.head_dim) for _ in range(2)]
         bounds = [empty(batch, dtype=torch.int32) for _ in range(2)]
         prefixes[attention.layer_type] = graph.Prefix(*bounds, *rotary)
-    in_place = graph.InPlace(buffers, buffers, side_by_side(model.model.decoder, "auto"))
+    in_place = graph.InPlace(buffers, buffers, side_by_side(model.model.decoder.layers, "auto"))
     whole, fraction = empty(dtype=torch.int64), empty(dtype=torch.float32)
     numbers = graph.Numbers(whole, whole, fraction, fraction, fraction)
     given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None

@@ -59,7 +59,7 @@ def arguments_of_step(model, dtype):
     )
     numbers = graph.Numbers(*map(torch.tensor, (5, 2, 0.7, 0.5, 0.3)))
     settings = graph.Settings(30.0, vocab, 1, False, ("triton",) * 4)
-    how = products.side_by_side(model.model.decoder, "triton")
+    how = products.side_by_side(model.model.decoder.layers, "triton")
     assert how == [products.SideBySide(True, "triton")] * len(how)
     return state, graph.InPlace(keys, values, how), prefixes, numbers, None, settings
 

@@ -370,7 +370,7 @@ def arguments_of_step(model) -> tuple:
         exact=False,
         backends=("triton",) * 4,
     )
-    in_place = graph.InPlace(keys, values, products.side_by_side(model.model.decoder, "triton"))
+    in_place = graph.InPlace(keys, values, products.side_by_side(model.model.decoder.layers, "triton"))
     return state, in_place, prefixes, numbers, None, settings
 
 

@@ -21,7 +21,8 @@ VISION = {
 
 
 def examine_step() -> dict:
-    """{"device", "error"} and, where the step ran, the fields of its `CaptureReport`; errors are told, not raised."""
+    """{"device", "error"} and, where the step ran, the fields of its `CaptureReport` and, as "storing", those of the
+    pass over a finished canvas (None without a GPU); errors are told, not raised."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict = {"device": device.type, "error": None}
     try:
@@ -48,9 +49,11 @@ def _compiled_and_captured(device: torch.device) -> dict:
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     prompt = torch.full((1, 8), 5, device=device)
     with accelerated(model, graph=True):
-        model.generate(prompt, max_new_tokens=32, max_denoising_steps=4, seed=0)
-        (report,) = captures(model)
-    return dataclasses.asdict(report)
+        # Two canvases without an end token, so that the first one is stored.
+        model.generate(prompt, max_new_tokens=64, max_denoising_steps=4, eos_token_id=None, seed=0)
+        reports = {report.what: report for report in captures(model)}
+    stored = reports.get("storing")
+    return dataclasses.asdict(reports["step"]) | {"storing": stored and dataclasses.asdict(stored)}
 
 
 def lines_of(found: dict) -> list[str]:
@@ -68,4 +71,9 @@ def lines_of(found: dict) -> list[str]:
         captured = "no CUDA"
     else:
         captured = found["problem"] or "no"
-    return [f"{where}: {compiled}", f"capture    {captured}"]
+    lines = [f"{where}: {compiled}", f"capture    {captured}"]
+    stored = found.get("storing")
+    if stored is not None:
+        cost = f"captured in {stored['capture_seconds']:.1f} s, {stored['memory_bytes'] / 2**20:.1f} MiB"
+        lines.append(f"storing    a finished canvas: {cost if stored['captured'] else stored['problem']}")
+    return lines

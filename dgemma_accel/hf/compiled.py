@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import types
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,7 +17,7 @@ from .capture import CapturedStep, Inputs
 from .lookout import Lookout
 from .patches import Acceleration
 from .products import side_by_side
-from .registry import fingerprint, modules_of
+from .registry import STEP, UNCAPTURED, fingerprint, modules_of
 
 
 def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: Tensor):
@@ -140,34 +141,49 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     device, acceleration = inputs.state.canvas.device, denoiser.acceleration
 
     def in_place() -> graph.InPlace:
-        return graph.InPlace(keys, values, side_by_side(denoiser.model.model.decoder, acceleration.backend))
+        layers = layers_of(denoiser.model.model.decoder)
+        return graph.InPlace(keys, values, side_by_side(layers, acceleration.backend))
 
     recording = RECORDINGS.get(device.type)
     if recording is None:
         yield Stepwise(step, inputs, in_place(), offset, schedule)
         return
     modules = [denoiser.model.lm_head, *modules_of(denoiser.model.model.decoder)]
-    addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
-    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
-    lengths = tuple(buffer.shape[2] for buffer in keys)
-    key = (device, step, lengths, tuple(inputs.state.canvas.shape), shapes, addresses)
+    key = capture_key(STEP, device, step, inputs.state.canvas, inputs.tensors(), keys, values)
 
     def make(pool) -> CapturedStep:
         return CapturedStep(step, inputs, in_place(), offset, schedule, recording, pool)
 
     with ExitStack() as stack:
-        try:
-            weights = fingerprint(denoiser.model, modules)
-            leased = acceleration.captures.lease(key, weights, recording.make_pool, make)
-            captured = stack.enter_context(leased)
-        except Exception as error:
-            acceleration.captures.failures[key] = one_line(error)
-            acceleration.say("graph", f"not captured: {one_line(error)}", "steps without a capture serve")
-            captured = None
+        captured = leased(stack, denoiser.model, acceleration, recording, key, modules, make)
         if captured is not None:
-            stack.callback(captured.close)
             captured.load(inputs, offset, schedule)
         yield Stepwise(step, inputs, in_place(), offset, schedule) if captured is None else captured
+
+
+def capture_key(kind: str, device, what, canvas: Tensor, inputs: list[Tensor], keys, values) -> tuple:
+    """What a capture is known by: `what` runs, on inputs of which shapes, over which buffers of the cache."""
+    addresses = tuple(buffer.data_ptr() for buffer in (*keys, *values))
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+    lengths = tuple(buffer.shape[2] for buffer in keys)
+    return kind, device, what, lengths, tuple(canvas.shape), shapes, addresses
+
+
+def leased(
+    stack: ExitStack, model, acceleration: Acceleration, recording, key: tuple, modules: list, make: Callable
+):
+    """The capture for `key`, until `stack` is closed; None where there is none, which is said once."""
+    captures = acceleration.captures
+    try:
+        weights = fingerprint(model, modules)
+        found = stack.enter_context(captures.lease(key, weights, recording.make_pool, make))
+    except Exception as error:
+        captures.failures[key] = one_line(error)
+        acceleration.say("graph", f"not captured: {one_line(error)}", UNCAPTURED[key[0]])
+        return None
+    if found is not None:
+        stack.callback(found.close)
+    return found
 
 
 def one_line(error: Exception) -> str:
@@ -181,7 +197,10 @@ def _inputs(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor) -
     fixed = (denoiser.sampler.entropy_bound, 1.0 if criteria is None else criteria.confidence_threshold)
     bound, confidence = (torch.full((), value, dtype=torch.float32, device=device) for value in fixed)
     seed = carry.seed.to(device, non_blocking=True)
-    return Inputs(state, _prefixes(denoiser, state.soft), seed, bound, confidence, carry.pinned)
+    prefixes = prefixes_of(
+        denoiser.model.model.decoder, denoiser.cache, denoiser.masks, denoiser.position_ids, state.soft
+    )
+    return Inputs(state, prefixes, seed, bound, confidence, carry.pinned)
 
 
 def _settings(denoiser) -> graph.Settings:
@@ -214,22 +233,33 @@ def _first_state(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tens
     )
 
 
-def _prefixes(denoiser, like: Tensor) -> dict[str, graph.Prefix]:
-    """Range in the buffers and rotary embedding of each layer kind."""
-    decoder, batch = denoiser.model.model.decoder, like.shape[0]
-    prefixes = {}
-    for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
+def layers_of(text_model) -> list[torch.nn.Module]:
+    """Those of a decoder's or a text encoder's layers that its forward runs."""
+    config = getattr(text_model, "text_config", text_model.config)
+    return list(text_model.layers[: config.num_hidden_layers])
+
+
+def prefixes_of(
+    text_model, cache, masks: dict, position_ids: Tensor, like: Tensor
+) -> dict[str, graph.Prefix]:
+    """Range in the buffers and rotary embedding of each layer kind of a decoder or a text encoder.
+
+    Args:
+        masks: a `PrefixRange` by kind; None, or one without a range, for all that the cache holds.
+        like: [B, ...] on the device and in the dtype of the hidden states.
+    """
+    batch, prefixes = like.shape[0], {}
+    for index, layer in enumerate(layers_of(text_model)):
         kind = layer.self_attn.layer_type
         if kind in prefixes:
             continue
-        held = denoiser.cache.layers[index]
-        mask = denoiser.masks[kind]
-        if mask is None:
+        held, mask = cache.layers[index], masks[kind]
+        if mask is None or mask.start is None:
             ends = (held.first, held.first + held.keys.shape[2])
             start, end = (torch.full((batch,), e, dtype=torch.int32, device=like.device) for e in ends)
         else:
             start, end = (bound + held.first for bound in mask.on(like.device))
-        cos, sin = decoder.rotary_emb(like, denoiser.position_ids, kind)
+        cos, sin = text_model.rotary_emb(like, position_ids, kind)
         prefixes[kind] = graph.Prefix(start, end, cos, sin)
     return prefixes
 

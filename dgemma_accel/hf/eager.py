@@ -1,6 +1,8 @@
-"""Why a canvas runs step by step, neither compiled nor captured."""
+"""Why a canvas runs step by step, neither compiled nor captured, and why the pass that stores it is not captured."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +10,8 @@ from torch import Tensor
 from ..backends import BackendError, choose, requirements
 from .experts import why_looping
 from .head import is_plain
-from .hooks import has_hooks
-from .masks import PrefixRange
+from .hooks import collected, has_hooks
+from .masks import CausalRange, PrefixRange
 from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
 from .patches import patch_of
 from .registry import modules_of
@@ -27,29 +29,74 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
         return "the attention mask is not a range of the prefix"
     if any(value is not None for value in denoiser.model_kwargs.values()):
         return f"arguments {', '.join(denoiser.model_kwargs)} go to the decoder"
-    if any(layer.key_buffer.device != canvas.device for layer in cache.layers):
-        return "the model is spread over several devices"
     if denoiser.call.logprobs_of is not None:
         return "return_logprobs reads the logits of every step"
-    if torch.is_autocast_enabled(canvas.device.type):
-        return "autocast is on"
-    if crosses_ranks(model):
-        return "the weights are split over ranks"
-    reason = _why_not_traced(model)
+    reason = _why_not_in_one_piece(model, cache, canvas)
+    if reason is not None:
+        return reason
+    # `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
+    decoder = model.model.decoder
+    reason = _why_not_traced("decoder", decoder, (model.model, decoder), (model.lm_head,))
     if reason is not None:
         return reason
     return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
 
 
-def _why_not_traced(model) -> str | None:
-    """Which code of another's `graph.take_step` would go round, or run once where it belongs into every step.
+def why_not_stored(
+    model, acceleration, tokens: Tensor, masks, cache, others: Mapping[str, object]
+) -> str | None:
+    """Why the pass over tokens [B, C] of a finished canvas cannot be captured, or None.
 
-    `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
+    Args:
+        masks, cache: as the encoder gets them. others: its other arguments, but for the positions.
     """
-    decoder = model.model.decoder
-    inner = (model.lm_head, *(module for module in modules_of(decoder) if module is not decoder))
-    if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (model.model, decoder, *inner)):
-        return "model.model or a module of the decoder has hooks"
+    from .preallocated import PreallocatedCache
+
+    if type(cache) is not PreallocatedCache:
+        return f"the cache is a {type(cache).__name__}; cache_implementation='static' gives one that does not grow"
+    ranges = list(masks.values()) if isinstance(masks, dict) else [None]
+    if not all(type(mask) is CausalRange and mask.padding is None for mask in ranges):
+        return "the attention mask is not a range of the prefix"
+    if any(value is not None for value in others.values()):
+        return f"arguments {', '.join(others)} go to the encoder"
+    if torch.is_grad_enabled() or collected():
+        return "autograd is on, or the encoder's inner states were asked for"
+    encoder = model.model.encoder
+    text = encoder.language_model
+    dtype = text.embed_tokens.weight.dtype
+    if any(
+        not layer.is_initialized or (layer.key_buffer.dtype, layer.batch_size) != (dtype, len(tokens))
+        for layer in cache.layers
+    ):
+        return "the cache is of another dtype or batch size"
+    reason = _why_not_in_one_piece(model, cache, tokens) or _why_not_traced("encoder", text, (text,))
+    if reason is not None:
+        return reason
+    forward = patch_of(encoder)
+    if forward is None or forward.had or forward.overridden or is_overridden(text):
+        return "the forward of the encoder is more than transformers' own"
+    return _why_waiting(text, acceleration, tokens, []) if tokens.is_cuda else None
+
+
+def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
+    if any(layer.key_buffer.device != canvas.device for layer in cache.layers):
+        return "the model is spread over several devices"
+    if torch.is_autocast_enabled(canvas.device.type):
+        return "autocast is on"
+    return "the weights are split over ranks" if crosses_ranks(model) else None
+
+
+def _why_not_traced(what: str, text_model, outer: Sequence, also: Sequence = ()) -> str | None:
+    """Which code of another's a function that goes through the layers itself would go round, or run once where it
+    belongs into every run.
+
+    Args:
+        outer: modules around the layers, whose forwards are not run. also: modules besides those of `text_model`
+            that are.
+    """
+    inner = [*also, *(module for module in modules_of(text_model) if module is not text_model)]
+    if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (*outer, *inner)):
+        return f"model.model or a module of the {what} has hooks"
     for module in inner:
         # What is in the `__dict__` of a module that the compiler wraps is its own doing.
         if "forward" not in module.__dict__ or is_compiled_module(module):
@@ -57,10 +104,12 @@ def _why_not_traced(model) -> str | None:
         patch = patch_of(module)
         if in_front(module) is not None if patch is None else patch.replaced:
             return f"a {type(module).__name__} has a forward of its own"
-    reason = other_attention(decoder.config) or other_experts(decoder.config)
+    reason = other_attention(text_model.config) or other_experts(text_model.config)
     if reason is not None:
         return reason
-    for layer in decoder.layers:
+    for layer in text_model.layers:
+        if layer.self_attn.training and layer.self_attn.attention_dropout > 0:
+            return "attention dropout is on"
         if any(map(_is_other, (layer, layer.self_attn))):
             return "the forward of a layer or of its attention is not transformers' own"
     return None
@@ -83,9 +132,15 @@ def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:
         ("commit", {"canvas_length": canvas.shape[1]}),
         ("soft_embedding", {"dtype": dtype}),
     ]
-    widths = {layer.self_attn.head_dim for layer in decoder.layers}
-    needs += [("block_attention", {"dtype": dtype, "head_dim": width}) for width in sorted(widths)]
-    for op, need in needs:
+    return _why_waiting(decoder, acceleration, canvas, needs)
+
+
+def _why_waiting(text_model, acceleration, canvas: Tensor, needs: list[tuple[str, dict]]) -> str | None:
+    """Which op waits for the device, of those needed and those of the layers, or None."""
+    dtype = text_model.embed_tokens.weight.dtype
+    widths = {layer.self_attn.head_dim for layer in text_model.layers}
+    attention = [("block_attention", {"dtype": dtype, "head_dim": width}) for width in sorted(widths)]
+    for op, need in (*needs, *attention):
         try:
             choice = choose(op, acceleration.backend_of(op), requirements(canvas, **need))
         except BackendError:
@@ -93,7 +148,7 @@ def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:
             continue
         if choice.implementation.backend == "reference":
             return f"{op} is the reference, which waits for the device"
-    for layer in decoder.layers:
+    for layer in text_model.layers:
         reason = why_looping(layer.experts, acceleration.backend, canvas.device, dtype)
         if reason is not None:
             return reason

@@ -25,15 +25,12 @@ class _Buffers:
 
     def _allocate_for(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers that fit these states; tokens that are already held move along."""
-        held_elsewhere = self.is_initialized and (
-            self.keys.untyped_storage().data_ptr() != self.key_buffer.untyped_storage().data_ptr()
-        )
         fits = self.is_initialized and (
             self.key_buffer.shape[:3] == (*key_states.shape[:2], self.capacity)
             and self.key_buffer.dtype == key_states.dtype
             and self.key_buffer.device == key_states.device
         )
-        if fits and not held_elsewhere:
+        if fits and not self._held_elsewhere():
             return
         before = (self.keys, self.values) if self.is_initialized and self.keys.numel() else None
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
@@ -59,6 +56,17 @@ class _Buffers:
         end = slot + key_states.shape[2]
         self.key_buffer[:, :, slot:end] = key_states
         self.value_buffer[:, :, slot:end] = value_states
+
+    def slot_for(self, new: int) -> int | None:
+        """The slot of the buffers at which `new` tokens may be written, before `took`; None where only `update`,
+        which may make other buffers, can take them."""
+        if not self.is_initialized or self.key_buffer.shape[2] != self.capacity or self._held_elsewhere():
+            return None
+        return self._room_for(new)
+
+    def _held_elsewhere(self) -> bool:
+        """Whether what is held is no longer in the buffers, as after `batch_select_indices`."""
+        return self.keys.untyped_storage().data_ptr() != self.key_buffer.untyped_storage().data_ptr()
 
     def adopt(self, key_buffer: Tensor, value_buffer: Tensor) -> None:
         """Use these buffers, holding nothing yet."""
@@ -102,8 +110,16 @@ class PreallocatedLayer(_Buffers, DynamicLayer):
             self.capacity = rounded_up(held + new)
         self._allocate_for(key_states, value_states)
         self._write(held, key_states, value_states)
-        self._view(held + new)
+        self.took(new)
         return self.keys, self.values
+
+    def _room_for(self, new: int) -> int | None:
+        held = self.keys.shape[2]
+        return held if held + new <= self.capacity else None
+
+    def took(self, new: int) -> None:
+        """`new` tokens were written behind what was held."""
+        self._view(self.keys.shape[2] + new)
 
 
 class PreallocatedSlidingLayer(_Buffers, DynamicSlidingWindowLayer):
@@ -125,28 +141,43 @@ class PreallocatedSlidingLayer(_Buffers, DynamicSlidingWindowLayer):
         """Write the new tokens; returns the earlier window and all of them, as the encoder's attention wants it."""
         self._allocate_for(key_states, value_states)
         keep, held, new = self.sliding_window - 1, self.keys.shape[2], key_states.shape[2]
-        self.cumulative_length += new
-        if held + new > self.capacity:
+        slot = self._room_for(new)
+        if slot is None:
             # A long prompt: only its end is kept.
             keys, values = key_states, value_states
             if held:
                 keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            self.cumulative_length += new
             self.first = 0
             self._write(0, keys[:, :, -keep:], values[:, :, -keep:])
             self._view(keep)
             return keys, values
+        self._write(slot, key_states, value_states)
+        self._view(held + new)
+        seen = self.keys, self.values
+        self._view(held)
+        self.took(new)
+        return seen
+
+    def _room_for(self, new: int) -> int | None:
+        held = self.keys.shape[2]
+        if held + new > self.capacity:
+            return None
         if self.first + held + new > self.capacity:
             keys, values = self.keys, self.values
             if self.first < held:
                 keys, values = keys.clone(), values.clone()
             self.first = 0
             self._write(0, keys, values)
-        self._write(self.first + held, key_states, value_states)
-        self._view(held + new)
-        seen = self.keys, self.values
-        self.first += max(0, held + new - keep)
-        self._view(min(held + new, keep))
-        return seen
+            self._view(held)
+        return self.first + held
+
+    def took(self, new: int) -> None:
+        """`new` tokens were written behind what was held; the window slides on."""
+        keep, held = self.sliding_window - 1, self.keys.shape[2] + new
+        self.cumulative_length += new
+        self.first += max(0, held - keep)
+        self._view(min(held, keep))
 
 
 class PreallocatedCache(Cache):

@@ -1,7 +1,8 @@
-"""Which products of a decoder layer run side by side in a compiled step: those of modules that are nothing else."""
+"""Which products of a layer run side by side where it is compiled or captured: modules that are nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ class SideBySide(NamedTuple):
 ONE_BY_ONE = SideBySide(False, None)
 
 
-def side_by_side(decoder: nn.Module, backend: str) -> list[SideBySide]:
-    """By layer of a decoder; backend: that of `accelerate`."""
+def side_by_side(layers: Iterable[nn.Module], backend: str) -> list[SideBySide]:
+    """By layer of a decoder or encoder; backend: that of `accelerate`."""
     return [
         SideBySide(all(map(is_product, projections(layer.self_attn))), _feed_forward_backend(layer, backend))
-        for layer in decoder.layers[: decoder.text_config.num_hidden_layers]
+        for layer in layers
     ]
 
 

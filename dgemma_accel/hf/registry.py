@@ -1,4 +1,4 @@
-"""The captured steps of one model: which there are, and whether they still belong to its weights."""
+"""What was captured of one model: which captures there are, and whether they still belong to its weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Captures of one model that are kept; the one not used for the longest time goes first.
+# Captures of one kind that are kept of a model; the one not used for the longest time goes first.
 MOST_CAPTURES = 8
+# Kinds of captures: a denoising step, and the pass that stores a finished canvas.
+STEP, STORING = "step", "storing"
+# What serves where there is none.
+UNCAPTURED = {
+    STEP: "steps without a capture serve",
+    STORING: "the pass over a finished canvas, without a capture, serves",
+}
 
 
 class Captures:
-    """The captures of one model by what they were recorded with. A copy of the model records for itself."""
+    """The captures of one model by their kind and what they were recorded with. A copy of the model records for
+    itself."""
 
     def __init__(self) -> None:
         # One at a time: their memory is shared.
         self.lock = threading.Lock()
         self.found: OrderedDict[tuple, object] = OrderedDict()
         self.failures: dict[tuple, str] = {}
-        self.weights: tuple | None = None
+        self.weights: dict[str, tuple] = {}
         self.pool = None
 
     def __reduce__(self):
@@ -36,26 +44,29 @@ class Captures:
         make_pool: Callable[[torch.device], object],
         make: Callable[[object], object],
     ) -> Iterator:
-        """The `CapturedStep` for `key`, made if there is none; None while another thread replays, or after a failure.
+        """The capture for `key`, made if there is none; None while another thread replays, or after a failure.
 
         Args:
-            key: its first entry is the device.
-            weights: `fingerprint` of the model; captures with another one read memory that is no longer the model's.
+            key: begins with the kind and the device.
+            weights: `fingerprint` of the modules that captures of this kind run; those with another one read memory
+                that is no longer the model's.
             make: from a memory pool to a capture. What it raises goes on to the caller, once.
         """
         if not self.lock.acquire(blocking=False):
             yield None
             return
         try:
-            if weights != self.weights:
-                self.clear()
-                self.weights = weights
+            kind = key[0]
+            if weights != self.weights.get(kind):
+                self._let_go(kind)
+                self.weights[kind] = weights
             # `clear` may come meanwhile, from whatever the steps call.
             found = self.found
             if key not in found:
                 self._make(found, key, make_pool, make)
-                while len(found) > MOST_CAPTURES:
-                    found.popitem(last=False)
+                alike = [other for other in found if other[0] == kind]
+                for oldest in alike[: max(0, len(alike) - MOST_CAPTURES)]:
+                    del found[oldest]
             found.move_to_end(key)
             yield found[key]
         finally:
@@ -63,12 +74,18 @@ class Captures:
 
     def clear(self) -> None:
         """Let go of every capture and its memory; one that is replayed stays until its run is over."""
-        self.found, self.failures = OrderedDict(), {}
-        self.weights = self.pool = None
+        self.found, self.failures, self.weights, self.pool = OrderedDict(), {}, {}, None
+
+    def _let_go(self, kind: str) -> None:
+        """`clear` for the captures of one kind. The others' memory stays, and is shared with those made next."""
+        self.found = OrderedDict((key, one) for key, one in self.found.items() if key[0] != kind)
+        self.failures = {key: line for key, line in self.failures.items() if key[0] != kind}
+        if not self.found:
+            self.pool = None
 
     def _make(self, found: OrderedDict, key: tuple, make_pool, make) -> None:
         try:
-            found[key] = make(self._pool_on(key[0], make_pool))
+            found[key] = make(self._pool_on(key[1], make_pool))
         except BaseException as error:
             # The allocator may go on taking that pool for one that is being recorded into.
             self.pool = None

@@ -1,4 +1,4 @@
-"""What the compiled and captured steps of an accelerated model cost."""
+"""What was compiled and captured for an accelerated model costs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from .patches import acceleration_of
+from .registry import STEP
 
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """One step that was compiled, and captured where the device can.
+    """One step that was compiled, and captured where the device can, or one captured pass that stores a canvas.
 
     batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is
     the only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and step.
-    capture_seconds: warm-up, which holds the compiler's time if it is the first with its shape, and recording.
+    capture_seconds: warm-up, which holds the compiler's time if it is the first step with its shape, and recording.
     memory_bytes: of the graph and its own tensors; captures of one model share working memory, which counts for the
-    first. replays: steps taken with it. problem: why it is not compiled or not captured, or None.
+    first. replays: steps or passes taken with it. problem: why it is not compiled or not captured, or None.
+    what: "step" or "storing".
     """
 
     batch: int
@@ -30,30 +32,32 @@ class CaptureReport:
     memory_bytes: int
     replays: int
     problem: str | None
+    what: str = STEP
 
 
 def captures(model: nn.Module) -> list[CaptureReport]:
-    """The steps that were compiled or captured for an accelerated model; none where it is not accelerated."""
+    """What was compiled or captured for an accelerated model; nothing where it is not accelerated."""
     acceleration = acceleration_of(model) if isinstance(model, nn.Module) else None
     if acceleration is None:
         return []
     found, steps_with_capture = [], set()
     registry = acceleration.captures
     for key, captured in list(registry.found.items()):
-        _, step, lengths, shape, *_ = key
+        what, _, step, lengths, shape, *_ = key
         steps_with_capture.add(id(step))
-        problem = registry.failures.get(key)
+        problem, is_step = registry.failures.get(key), what == STEP
         found.append(
             CaptureReport(
                 *shape,
                 max(lengths),
-                step.failure is None,
+                is_step and step.failure is None,
                 captured is not None,
-                step.seconds,
+                step.seconds if is_step else None,
                 None if captured is None else captured.seconds,
                 0 if captured is None else captured.bytes,
                 0 if captured is None else captured.replays,
-                f"not captured: {problem}" if problem else _uncompiled(step),
+                f"not captured: {problem}" if problem else _uncompiled(step) if is_step else None,
+                what,
             )
         )
     for step in list(acceleration.compiled.values()):

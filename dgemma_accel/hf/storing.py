@@ -1,0 +1,208 @@
+"""The pass that stores a finished canvas: the encoder writes its keys and values into the cache behind what that holds.
+
+It has a canvas's shape whatever the context, so on a GPU it is recorded once for each shape and replayed, as denoising
+steps are: launched one by one its operators take the host longer than the device. It is not compiled, since it
+comes once a canvas and would make the first call's wait for the compiler twice as long.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..cuda_graph import RECORDINGS
+from ..ops.block_attention import block_attention
+from . import graph
+from .attention import project
+from .call import active_call
+from .compiled import capture_key, layers_of, leased, prefixes_of
+from .eager import why_not_stored
+from .layer import norm, through
+from .naming import takes_cache
+from .patches import Patch
+from .products import side_by_side
+from .registry import STORING, UNCAPTURED, modules_of
+
+
+class Place(NamedTuple):
+    """Where the canvas goes in the layers of one kind. prefix: what it sees. slots: [C] int64, of the buffers."""
+
+    prefix: graph.Prefix
+    slots: Tensor
+
+
+class Inputs(NamedTuple):
+    """What the pass reads besides weights and cache. tokens: [B, C] int64. places: by layer kind."""
+
+    tokens: Tensor
+    places: dict[str, Place]
+
+
+@takes_cache
+def encoder_forward(patch: Patch, *args, **kwargs):
+    """`DiffusionGemmaEncoderModel.forward`; inside an accelerated `generate` a pass over a finished canvas is a replay.
+
+    Arguments and result are the original's, which serves everything else: prompts, images, devices without a recording.
+    """
+    stored = None
+    if not (args or torch.compiler.is_compiling() or active_call() is None):
+        stored = _stored(patch, kwargs)
+    if stored is not None:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        cache = patch.acceleration.as_argument(kwargs["cache"])
+        return BaseModelOutputWithPast(last_hidden_state=stored, **cache)
+    cache = patch.acceleration.as_argument(kwargs.pop("cache")) if "cache" in kwargs else {}
+    return patch.original()(*args, **cache, **kwargs)
+
+
+def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
+    """The last hidden states [B, C, E] of a canvas that the cache has taken up, or None where nothing was done."""
+    acceleration, model = patch.acceleration, patch.acceleration.model
+    names = ("input_ids", "attention_mask", "position_ids", "cache")
+    tokens, masks, position_ids, cache = map(kwargs.get, names)
+    # Restored by another thread in the middle of the call, it knows no model.
+    if model is None or not isinstance(tokens, Tensor) or tokens.shape[-1] != model.config.canvas_length:
+        return None
+    recording = RECORDINGS.get(tokens.device.type)
+    if recording is None or not acceleration.graph_on(tokens.device) or cache is None or position_ids is None:
+        return None
+    if cache.get_seq_length() == 0:
+        # A prompt, which comes once.
+        return None
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    reason = why_not_stored(model, acceleration, tokens, masks, cache, others)
+    if reason is not None:
+        acceleration.say("graph", reason, UNCAPTURED[STORING])
+        return None
+    count = tokens.shape[1]
+    # Before the ranges are read: windows may move within their buffers.
+    slots = [layer.slot_for(count) for layer in cache.layers]
+    if None in slots:
+        return None
+
+    text = model.model.encoder.language_model
+    layers = layers_of(text)
+    like = text.embed_tokens.weight.new_empty(len(tokens), 0)
+    prefixes = prefixes_of(text, cache, masks, position_ids, like)
+    first = {layer.self_attn.layer_type: slot for layer, slot in reversed(list(zip(layers, slots)))}
+    places = {
+        kind: Place(prefixes[kind], torch.arange(slot, slot + count, device=tokens.device))
+        for kind, slot in first.items()
+    }
+    inputs = Inputs(tokens, places)
+    keys = [layer.key_buffer for layer in cache.layers]
+    values = [layer.value_buffer for layer in cache.layers]
+    backend = acceleration.backend_of("block_attention")
+
+    def make(pool) -> CapturedPass:
+        in_place = graph.InPlace(keys, values, side_by_side(layers, acceleration.backend))
+        return CapturedPass(text, in_place, inputs, backend, recording, pool)
+
+    key = capture_key(STORING, tokens.device, backend, tokens, pytree.tree_leaves(inputs), keys, values)
+    with ExitStack() as stack:
+        captured = leased(stack, model, acceleration, recording, key, modules_of(text), make)
+        if captured is None:
+            return None
+        hidden = captured.run(inputs)
+    for layer in cache.layers:
+        layer.took(count)
+    return hidden
+
+
+def store(text, inputs: Inputs, in_place: graph.InPlace, backend: str) -> Tensor:
+    """Write keys and values of a canvas into the buffers; returns the last hidden states [B, C, E].
+
+    Args:
+        text: `DiffusionGemmaEncoderTextModel`.
+    """
+    hidden = text.embed_tokens(inputs.tokens)
+    for index, layer in enumerate(layers_of(text)):
+        attention, how = layer.self_attn, in_place.how[index]
+        place = inputs.places[attention.layer_type]
+        # A window as wide as the cache hides nothing, so it is a window at every length.
+        window = text.config.sliding_window if attention.layer_type == "sliding_attention" else None
+        held = in_place.keys[index], in_place.values[index]
+        attend = _attention(attention, *held, how.projections, place, window, backend)
+        hidden = through(layer, hidden, attend, how)
+    return norm(text.norm, hidden)
+
+
+def _attention(
+    attention, keys: Tensor, values: Tensor, side_by_side: bool, place: Place, window, backend: str
+):
+    """`DiffusionGemmaEncoderTextAttention.forward` over what the buffers hold, which then hold the canvas too."""
+    start, end, cos, sin = place.prefix
+
+    def attend(rows: Tensor) -> Tensor:
+        query, key, value = project(attention, rows, (cos, sin), side_by_side)
+        attended = block_attention(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            prefix_start=start,
+            prefix_end=end,
+            scale=float(attention.scaling),
+            causal=True,
+            window=window,
+            backend=backend,
+        )
+        for buffer, fresh in ((keys, key), (values, value)):
+            buffer.index_copy_(2, place.slots, fresh)
+        return attention.o_proj(attended.transpose(1, 2).flatten(2))
+
+    return attend
+
+
+class CapturedPass:
+    """`store` over tensors of its own: `run`, and at last `close`, also after an exception.
+
+    A graph reads and writes the addresses it was recorded with, so inputs are copied in and hidden states out. Running
+    it before it is recorded writes the same into the same slots.
+    """
+
+    def __init__(
+        self, text, in_place: graph.InPlace, inputs: Inputs, backend: str, recording: type, pool
+    ) -> None:
+        device, begun = inputs.tokens.device, time.perf_counter()
+        width = text.config.hidden_size
+        # Tensors of inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            held = pytree.tree_map(
+                lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), inputs
+            )
+            result = torch.empty(
+                *inputs.tokens.shape, width, dtype=text.embed_tokens.weight.dtype, device=device
+            )
+        self.own, self.result, self.replays = pytree.tree_leaves(held), result, 0
+        self._copy_in(inputs)
+
+        # No `self` in it: a function that a recording keeps does not keep this object, nor its memory.
+        def store_canvas() -> None:
+            result.copy_(store(text, held, in_place, backend))
+
+        self.recording = recording(store_canvas, device, pool)
+        self.seconds = time.perf_counter() - begun
+        self.bytes = self.recording.bytes + sum(tensor.nbytes for tensor in (*self.own, result))
+
+    def _copy_in(self, inputs: Inputs) -> None:
+        for mine, given in zip(self.own, pytree.tree_leaves(inputs), strict=True):
+            mine.copy_(given, non_blocking=True)
+
+    def run(self, inputs: Inputs) -> Tensor:
+        self.recording.begin()
+        self._copy_in(inputs)
+        self.recording.replay()
+        self.replays += 1
+        return self.result.clone()
+
+    def close(self) -> None:
+        """The run is over: others that share its memory may begin theirs."""
+        self.recording.end()
