@@ -1,5 +1,8 @@
 """The loop over the steps of a canvas: what would make the host wait for the device, and running ahead of it."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 from hf_models import CANVAS, generate, generation, prompt, tiny_model
@@ -7,7 +10,7 @@ from recordings import Crossings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
-from dgemma_accel.hf import denoising, graph, lookout
+from dgemma_accel.hf import call, denoising, graph, lookout, masks
 from dgemma_accel.hf.products import side_by_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +109,55 @@ def test_pinned_positions_do_not_wait_either(model, monkeypatch):
     with dgemma_accel.accelerated(model):
         model.generate(ids, decoder_input_ids=canvas, pinned=[1, 2], max_new_tokens=CANVAS)
     assert traces == [[]]
+
+
+class TestMasksOfTheDevice:
+    """`generate` makes its masks longer by what is always seen, so only the prompt's are read."""
+
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        """Masks of a CPU count as a device's; those that were read."""
+        found, right = [], call.Call.mask_on_host
+
+        def watched(self, mask):
+            host = right(self, mask)
+            if host is None:
+                found.append(tuple(mask.shape))
+            return host
+
+        monkeypatch.setattr(masks, "_is_on_host", lambda mask: False)
+        monkeypatch.setattr(call.Call, "mask_on_host", watched)
+        return found
+
+    @pytest.mark.parametrize("padding", [(), (0, 4), (7, 2)])
+    def test_they_are_read_once(self, model, reads, padding):
+        ids, mask = prompt(2, 9, left_padding=padding)
+        expected = generate(model, ids, mask, max_new_tokens=4 * CANVAS)
+        assert not reads
+        with dgemma_accel.accelerated(model):
+            result = generate(model, ids, mask, max_new_tokens=4 * CANVAS)
+        assert reads == [(2, 9), (2, 9 + CANVAS)]
+        assert torch.equal(result.sequences, expected.sequences)
+
+    def test_what_was_written_since_is_read(self, model, reads):
+        """A mask of bools is not copied by `generate`: its caller may write it while a canvas is drafted."""
+
+        class Writes(Drafts):
+            def put_draft(self, value):
+                if not self.values:
+                    self.mask[1, :5] = False
+                self.values.append(value.clone())
+
+        def run():
+            ids, mask = prompt(2, 9)
+            streamer = Writes()
+            streamer.mask = mask.bool()
+            return generate(model, ids, streamer.mask, max_new_tokens=2 * CANVAS, streamer=streamer).sequences
+
+        expected = run()
+        with dgemma_accel.accelerated(model):
+            assert torch.equal(run(), expected)
+        assert reads == [(2, 9), (2, 9 + CANVAS), (2, 9), (2, 9 + CANVAS)]
 
 
 def traced_on_the_host(function, *arguments):
@@ -278,3 +330,41 @@ def test_no_synchronisation_on_the_gpu(monkeypatch):
     recorder = Drafts()
     model.generate(ids, seed=1, streamer=recorder)
     assert len(recorder.values) > 2
+
+
+@pytest.mark.gpu
+def test_nothing_of_ours_waits_between_canvases(monkeypatch):
+    """From the second canvas on: masks, the pass that stores the last canvas, and the steps."""
+    watching, accelerating = [], importlib.import_module("dgemma_accel.hf.accelerate")
+
+    def watched(right):
+        @functools.wraps(right)
+        def run(*arguments, **options):
+            if not (watching and call.active_call().canvases_begun):
+                return right(*arguments, **options)
+            watching.append(right.__name__)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return right(*arguments, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    for name in ("create_encoder_masks", "create_decoder_masks", "encoder_forward", "next_canvas_arguments"):
+        monkeypatch.setattr(accelerating, name, watched(getattr(accelerating, name)))
+    monkeypatch.setattr(denoising.Denoiser, "run", watched(denoising.Denoiser.run))
+    model = dgemma_accel.accelerate(tiny_model().cuda())
+    ids, mask = (x.cuda() for x in prompt(2, 20, left_padding=(0, 3)))
+    options = {"attention_mask": mask, "max_new_tokens": 4 * CANVAS, "eos_token_id": None, "seed": 1}
+    expected = model.generate(ids, **options).sequences
+    watching.append("on")
+    assert torch.equal(model.generate(ids, **options).sequences, expected)
+    names = (
+        "encoder_forward",
+        "create_encoder_masks",
+        "create_decoder_masks",
+        "next_canvas_arguments",
+        "run",
+    )
+    assert [watching.count(name) for name in names] == [3, 3, 3, 4, 4]

@@ -18,7 +18,7 @@ from .denoising import denoising_step
 from .experts import experts_forward
 from .generate import compute_tokens_per_forward, finalize_canvas, generate, prepare_denoiser_inputs
 from .layer import layer_forward
-from .masks import create_decoder_masks, create_encoder_masks
+from .masks import create_decoder_masks, create_encoder_masks, next_canvas_arguments
 from .naming import cache_argument, unknown_names
 from .overrides import is_compiled_module
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
@@ -144,6 +144,7 @@ def _replacements(model) -> Iterator[tuple[nn.Module, str, Callable]]:
     yield model, "_compile_functions", leave_uncompiled
     yield model, "_prepare_denoiser_inputs", prepare_denoiser_inputs
     yield model, "_finalize_canvas", finalize_canvas
+    yield model, "_prepare_kwargs_for_next_canvas", next_canvas_arguments
     yield model, "_compute_tokens_per_forward", compute_tokens_per_forward
     yield model, "__reduce_ex__", reduce_ex
     yield model, "generate", generate

@@ -48,6 +48,7 @@ class Call:
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
     drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
     leased: (bank, cache) of the buffers to give back.
+    masks_on_host: attention masks of the device by id, with how often they were written and their values then.
     """
 
     seed: Tensor | None = None
@@ -62,6 +63,7 @@ class Call:
     drafts_taken: bool = False
     canvases_begun: int = 0
     leased: list[tuple] = field(default_factory=list)
+    masks_on_host: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     reports: list[CanvasReport] = field(default_factory=list)
 
     def options_in_use(self) -> list[str]:
@@ -79,6 +81,11 @@ class Call:
     @property
     def reporting(self) -> bool:
         return self.with_confidence or self.with_steps or self.logprobs_of is not None
+
+    def mask_on_host(self, mask: Tensor) -> Tensor | None:
+        """The values of a mask that are known on the host, unless it was written since."""
+        _, written, host = self.masks_on_host.get(id(mask), (None, None, None))
+        return host if host is not None and written == version(mask) else None
 
     def begin_canvas(self, batch: int, device: torch.device) -> int:
         """The offset of the first draw of the next canvas."""
@@ -117,6 +124,11 @@ class Call:
             if now is not None and before is not None:
                 now = torch.where(frozen.view(-1, *(1,) * (now.ndim - 1)), before, now)
             setattr(report, name, now)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; of those of inference mode that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 # A context variable keeps two threads that generate with one model apart.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import readable
+from .call import active_call, version
 from .naming import takes_cache
 from .overrides import other_attention
 from .patches import Patch, patch_of
@@ -29,7 +30,7 @@ class PrefixRange:
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """start and end on `device`, for models spread over several."""
         if self.start is not None and self.start.device != device:
-            self.start, self.end = self.start.to(device), self.end.to(device)
+            self.start, self.end = (bound.to(device, non_blocking=True) for bound in (self.start, self.end))
         return self.start, self.end
 
 
@@ -102,7 +103,7 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, cache, decoder_att
     if not _take_ranges(patch, patch.owner.layers):
         return original()
 
-    visible = mask.bool()
+    visible = _on_host(mask)
     if bool(visible.all()):
         return dict.fromkeys(("full_attention", "sliding_attention"))
 
@@ -116,7 +117,7 @@ def create_decoder_masks(patch: Patch, config, inputs_embeds, cache, decoder_att
         if span is None:
             patch.acceleration.say("attention", "the attention mask has holes or hides canvas positions")
             return original()
-        ranges[kind] = PrefixRange(*span, reference_masks=original)
+        ranges[kind] = PrefixRange(*_to(mask.device, span), reference_masks=original)
     return ranges
 
 
@@ -149,7 +150,7 @@ def create_encoder_masks(
         return original()
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] == 0):
         return original()
-    visible = None if attention_mask is None else attention_mask.bool()
+    visible = None if attention_mask is None else _on_host(attention_mask)
     if visible is not None and bool(visible.all()):
         visible = None
     new = inputs_embeds.shape[1]
@@ -177,8 +178,58 @@ def create_encoder_masks(
             # The window counts from the last slot that is seen; hidden slots behind it would move it.
             if window is not None and not bool(((end == held) | (start == end)).all()):
                 return original()
-        masks[kind] = CausalRange(*span, reference_masks=original, window=window, padding=padding)
+        span = _to(inputs_embeds.device, (*span, padding))
+        masks[kind] = CausalRange(*span[:2], reference_masks=original, window=window, padding=span[2])
     return masks
+
+
+def next_canvas_arguments(
+    patch: Patch,
+    attention_mask,
+    decoder_attention_mask,
+    decoder_position_ids,
+    canvas_length: int,
+    cur_len: int,
+):
+    """`_prepare_kwargs_for_next_canvas`: what it appends to a mask need not be read from the device."""
+    prepared = patch.original()(
+        attention_mask=attention_mask,
+        decoder_attention_mask=decoder_attention_mask,
+        decoder_position_ids=decoder_position_ids,
+        canvas_length=canvas_length,
+        cur_len=cur_len,
+    )
+    call = active_call()
+    if call is not None and not patch.overridden:
+        longer = {}
+        for before, after in ((decoder_attention_mask, prepared[1]), (attention_mask, prepared[2])):
+            host = call.mask_on_host(before)
+            if host is not None and after.shape[1] == host.shape[1] + canvas_length:
+                shown = torch.nn.functional.pad(host, (0, canvas_length), value=True)
+                longer[id(after)] = after, version(after), shown
+        call.masks_on_host = longer
+    return prepared
+
+
+def _on_host(mask: Tensor) -> Tensor:
+    """A mask as bools on the host; of those that `generate` makes only the first is read from the device."""
+    call = active_call()
+    if call is None or _is_on_host(mask):
+        return mask.bool().cpu()
+    host = call.mask_on_host(mask)
+    if host is None:
+        host = mask.bool().cpu()
+        # With the tensor, so that no other one gets its id.
+        call.masks_on_host[id(mask)] = mask, version(mask), host
+    return host
+
+
+def _is_on_host(mask: Tensor) -> bool:
+    return mask.is_cpu
+
+
+def _to(device: torch.device, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def _take_ranges(patch: Patch, layers) -> bool:
