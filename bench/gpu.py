@@ -259,10 +259,13 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
         if result["kind"] == "step":
             for row in result["rows"]:
                 if row["status"] == "ok":
-                    lines.append(
+                    line = (
                         f"step, context {row['context']}, {row['variant']}: {row['step_ms']:.2f} ms, "
                         f"{row['floor_multiple']:.2f}x the floor"
                     )
+                    if row.get("canvas_ms") is not None:
+                        line += f", a canvas {row['canvas_ms']:.2f} ms besides"
+                    lines.append(line)
             continue
         for row in result["rows"]:
             title = f"{row['op']} {row['shape']} {row['dtype']} {row['case']}".rstrip()

@@ -12,6 +12,9 @@ SCHEMA = "dgemma-accel-bench/1"
 KINDS = ("ops", "step")
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
+# Fields that earlier files of the schema do not have.
+LATER = frozenset({"canvas", "canvas_ms"})
+
 _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
 
@@ -61,10 +64,12 @@ STEP_ROW = {
     "variant": str,
     "context": int,
     "batch": int,
+    "canvas": int,
     "steps": int,
     "status": str,
     "error": (str, type(None)),
     "step_ms": _OPTIONAL,
+    "canvas_ms": _OPTIONAL,
     "components_ms": (dict, type(None)),
     "launches": _OPTIONAL,
     "host_syncs": _OPTIONAL,
@@ -85,6 +90,8 @@ def _fields(where: str, value: object, fields: dict, measured: tuple[str, ...] =
         return [f"{where}: an object expected, got {type(value).__name__}"]
     problems = []
     for name, kinds in fields.items():
+        if name not in value and name in LATER:
+            continue
         if name not in value:
             problems.append(f"{where}: {name} is missing")
         elif not _is_a(value[name], kinds):

@@ -35,10 +35,32 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
 def per_step(
     runs: dict[str, Callable[[int], object]], steps: int, repeats: int, device: torch.device
 ) -> dict[str, float | Exception]:
-    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised.
+    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised."""
 
-    One repeat of each in turn, so that a drifting clock meets all alike.
-    """
+    def sample(run: Callable[[int], object]) -> float:
+        one = clock(lambda: run(1), device)
+        return (clock(lambda: run(steps), device) - one) / (steps - 1)
+
+    return _in_turn(runs, repeats, lambda run: (run(1), run(2)), sample)
+
+
+def per_canvas(
+    runs: dict[str, Callable[..., object]], repeats: int, device: torch.device
+) -> dict[str, float | Exception]:
+    """name -> milliseconds of a canvas of one step: the median of (3 canvases - 1 canvas) / 2, or what was raised."""
+    return _in_turn(
+        runs,
+        repeats,
+        lambda run: run(1, 2),
+        lambda run: (clock(lambda: run(1, 3), device) - clock(lambda: run(1, 1), device)) / 2,
+    )
+
+
+def _in_turn(
+    runs: dict[str, Callable], repeats: int, warm_up: Callable, sample: Callable
+) -> dict[str, float | Exception]:
+    """name -> the median over samples, one of each run in turn, so that a drifting clock meets all alike; or what was
+    raised."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, Exception] = {}
     for repeat in range(-1, repeats):
@@ -47,11 +69,9 @@ def per_step(
                 continue
             try:
                 if repeat < 0:
-                    run(1)
-                    run(2)
-                    continue
-                one = clock(lambda run=run: run(1), device)
-                found[name].append((clock(lambda run=run: run(steps), device) - one) / (steps - 1))
+                    warm_up(run)
+                else:
+                    found[name].append(sample(run))
             except Exception as error:
                 failed[name] = forget_frames(error)
     return {name: failed.get(name) or statistics.median(found[name]) for name in runs}
@@ -71,20 +91,28 @@ def counted(run: Callable[[int], object], steps: int, device: torch.device) -> t
     return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
 
 
+def has_canvases(way: Way) -> bool:
+    """Whether what a canvas takes besides its steps is measured: transformers' compiled way compiles the pass that
+    stores a canvas as well, for minutes more."""
+    return not way.decodes and (way.ours or not way.compiles)
+
+
 def can_count(way: Way, device: torch.device) -> bool:
     """On a CPU the launches of compiled code are read off what inductor wrote, which is done for our own step."""
     return device.type == "cuda" or not way.compiles or way.graph
 
 
-def blank_row(way: Way, options, context: int, floor: dict) -> dict:
+def blank_row(way: Way, options, context: int, canvas: int, floor: dict) -> dict:
     return {
         "variant": way.name,
         "context": context,
         "batch": options.batch,
+        "canvas": canvas,
         "steps": options.steps,
         "status": "ok",
         "error": None,
         "step_ms": None,
+        "canvas_ms": None,
         "components_ms": None,
         "launches": None,
         "host_syncs": None,
@@ -101,7 +129,7 @@ class Bench:
         self.model, self.limits, self.options = model, limits, options
         self.models: dict[str, object] = {}
 
-    def runner(self, way: Way, context: int) -> Callable[[int], object]:
+    def runner(self, way: Way, context: int) -> Callable[..., object]:
         if way.name not in self.models:
             self.models[way.name] = model_of(self.model, way, self.options.backend)
         model = self.models[way.name]
@@ -110,7 +138,7 @@ class Bench:
             return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
         run = denoiser(model, cache, self.options.batch)
         if way == REFERENCE:
-            return lambda steps: as_in_a_process_of_its_own(lambda: run(steps))()
+            return lambda *counts: as_in_a_process_of_its_own(lambda: run(*counts))()
         return run
 
     def measure(self, ways: list[Way], context: int) -> list[dict]:
@@ -120,12 +148,15 @@ class Bench:
         for way in ways:
             canvas = 1 if way.decodes else self.model.config.canvas_length
             floor = floor_of(self.model, self.limits, context, options.batch, canvas, experts=way.experts)
-            rows[way.name] = blank_row(way, options, context, floor)
+            rows[way.name] = blank_row(way, options, context, canvas, floor)
             try:
                 runs[way.name] = self.runner(way, context)
             except Exception as error:
                 rows[way.name] |= {"status": "failed", "error": _one_line(error)}
         times = per_step(runs, options.steps, options.repeats, device)
+        whole = {way.name: runs[way.name] for way in ways if way.name in runs and has_canvases(way)}
+        whole = {name: run for name, run in whole.items() if not isinstance(times[name], Exception)}
+        canvases = per_canvas(whole, options.repeats, device)
         for way in ways:
             row = rows[way.name]
             if way.name not in runs:
@@ -135,9 +166,18 @@ class Bench:
                     raise times[way.name]
                 row["step_ms"] = times[way.name]
                 row["floor_multiple"] = row["step_ms"] / row["floor_ms"]
+                canvas = canvases.get(way.name)
+                if isinstance(canvas, Exception):
+                    raise canvas
+                row["canvas_ms"] = None if canvas is None else canvas - row["step_ms"]
                 self._look_inside(way, runs[way.name], row)
             except Exception as error:
-                row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+                row |= {
+                    "status": "failed",
+                    "error": _one_line(error),
+                    "step_ms": None,
+                    "canvas_ms": None,
+                }
         return list(rows.values())
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:

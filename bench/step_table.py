@@ -12,7 +12,17 @@ TOKENS_PER_STEP = (16, 19.7)
 def step_lines(rows: list[dict]) -> list[str]:
     """The table of one context."""
     cells = [
-        ["", "step", "floor", "multiple", "launches", "host syncs", "extra memory", *step_trace.COMPONENTS]
+        [
+            "",
+            "step",
+            "floor",
+            "multiple",
+            "canvas",
+            "launches",
+            "host syncs",
+            "extra memory",
+            *step_trace.COMPONENTS,
+        ]
     ]
     errors = []
     for row in rows:
@@ -26,6 +36,7 @@ def step_lines(rows: list[dict]) -> list[str]:
                 table.duration(row["step_ms"] * 1e3),
                 table.duration(row["floor_ms"] * 1e3),
                 f"{row['floor_multiple']:.3g}x",
+                besides(row),
                 table.count(row["launches"]),
                 table.count(row["host_syncs"]),
                 table.size(row["peak_extra_bytes"]),
@@ -41,9 +52,27 @@ def step_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
+def besides(row: dict) -> str:
+    """What a canvas takes besides its steps, to print."""
+    spent = row.get("canvas_ms")
+    return "-" if spent is None else table.duration(spent * 1e3)
+
+
+def per_token(row: dict, tokens: float) -> float:
+    """Milliseconds that a row of the batch takes for a token, at so many a step; with what a canvas takes besides its
+    steps where that was measured."""
+    besides = 0.0 if row.get("canvas_ms") is None else row["canvas_ms"] / row["canvas"]
+    return row["step_ms"] / tokens + besides
+
+
+def rate(row: dict, tokens: float) -> float | None:
+    """Tokens a second of the whole batch, canvases included; None where what they take was not measured."""
+    return None if row.get("canvas_ms") is None else row["batch"] * 1e3 / per_token(row, tokens)
+
+
 def speedups(rows: list[dict]) -> list[str]:
     """Ratios within one context: our steps against transformers', and every way against decoding token by token at a
-    stated number of tokens a step."""
+    stated number of tokens a step, what a canvas takes besides included where it was measured."""
     good = {row["variant"]: row for row in rows if row["status"] == "ok"}
     lines = []
     for ours in (way for way in WAYS if way.ours and way.name in good):
@@ -56,14 +85,21 @@ def speedups(rows: list[dict]) -> list[str]:
                 if mine.get("launches") and other.get("launches"):
                     line += f", {other['launches'] / mine['launches']:.1f}x fewer launches"
                 lines.append(line)
+    for way in WAYS:
+        rates = [rate(good[way.name], tokens) for tokens in TOKENS_PER_STEP] if way.name in good else [None]
+        if None not in rates:
+            each = zip(rates, TOKENS_PER_STEP)
+            shown = ", ".join(f"{found:,.0f} tokens/s at {tokens:g} tokens a step" for found, tokens in each)
+            lines.append(f"{way.name}, canvases included: {shown}")
     decoding = [good[way.name] for way in AUTOREGRESSIVE if way.name in good]
     if not decoding:
         return lines
     best = min(decoding, key=lambda row: row["step_ms"])
     for way in WAYS:
         if way.name in good:
+            row = good[way.name]
             ratios = ", ".join(
-                f"{tokens * best['step_ms'] / good[way.name]['step_ms']:.2f}x at {tokens:g} tokens a step"
+                f"{best['step_ms'] / per_token(row, tokens):.2f}x at {tokens:g} tokens a step"
                 for tokens in TOKENS_PER_STEP
             )
             lines.append(f"{way.name} against {best['variant']}: {ratios}")

@@ -69,20 +69,23 @@ def model_of(model, way: Way, backend: str):
     return own
 
 
-def denoiser(model, cache, batch: int) -> Callable[[int], object]:
-    """A call that runs `generate` for one canvas of exactly n steps behind what the cache holds."""
+def denoiser(model, cache, batch: int) -> Callable[..., object]:
+    """A call that runs `generate` for canvases of exactly n steps, one if not told otherwise, behind what the cache
+    holds."""
     canvas = model.config.canvas_length
     device = model.device
     prompt = torch.full((batch, 1), 5, device=device)
 
-    def run(steps: int):
+    def run(steps: int, canvases: int = 1):
         # A history as long as the run is never complete, so no row stops early. It is part of a compiled step's shape,
         # so runs of all lengths have the same.
         return model.generate(
             prompt,
-            max_new_tokens=canvas,
+            max_new_tokens=canvases * canvas,
             max_denoising_steps=steps,
             stability_threshold=max(steps, HISTORY),
+            # Random weights may write an end token, behind which no canvas would follow.
+            eos_token_id=None,
             **{cache_argument(): cache},
         )
 

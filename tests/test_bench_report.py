@@ -65,7 +65,9 @@ STEP_ROW = {
     "steps": 16,
     "status": "ok",
     "error": None,
+    "canvas": 256,
     "step_ms": 20.5,
+    "canvas_ms": 15.0,
     "components_ms": {
         name: 1.0 for name in ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
     },
@@ -105,7 +107,10 @@ def test_figures_follow_the_files(place):
     text = (place / "README.md").read_text()
     assert "| row_stats | [256, 262144] bf16 half settled | NVIDIA Test | triton | 123 us | 48.6% |" in text
     assert "25x torch_chain (transformers chain)" in text and "0123456789 2026-01-02" in text
-    assert "| full (30 layers) | 1024 | dgemma_accel | NVIDIA Test | 20.5 ms | 1.59 | 500 | 0 |" in text
+    assert (
+        "| full (30 layers) | 1024 | dgemma_accel | NVIDIA Test | 20.5 ms | 1.59 | 15 ms | 746 | 500 | 0 |"
+        in text
+    )
     assert text.count("not yet measured") == len(report.OPS) - 1
     assert make(place, "--check") == 0
     assert len(list((place / "results" / "plots").glob("*.svg"))) == 2
@@ -176,8 +181,8 @@ def test_a_bar_beyond_the_ceiling_is_drawn_whole(monkeypatch, tmp_path):
 def test_a_model_with_fewer_layers_is_not_the_full_one(place):
     part = copy.deepcopy(STEP)
     part["options"]["model"] = "6-layers (6 of 30 layers, random weights)"
-    assert "not yet measured" in "\n".join(report.step_table([part]))
-    assert "not yet measured" not in "\n".join(report.step_table([part, STEP]))
+    assert "not yet measured" in "\n".join(report.steps_table([part]))
+    assert "not yet measured" not in "\n".join(report.steps_table([part, STEP]))
     for name, result in (("part", part), ("full", STEP)):
         schema.write(result, place / "results" / "test" / f"{name}.json")
     assert make(place) == 0
