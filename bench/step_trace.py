@@ -227,20 +227,20 @@ def reading_compiled_code() -> Iterator[None]:
     """
     from torch._inductor.graph import GraphLowering
 
-    from dgemma_accel.hf.compiled import Step
+    from dgemma_accel.hf.compiled import Half
 
     written: list[str] = []
-    right = Step.__call__
+    right = Half.__call__
 
-    def call(step, *arguments):
+    def call(half, *arguments):
         written.clear()
-        result = right(step, *arguments)
+        result = right(half, *arguments)
         if written:
-            step.launches_in_code = launches_of(written[-1])
+            half.launches_in_code = launches_of(written[-1])
         return result
 
     remember = mock.patch.object(GraphLowering, "save_output_code", written.append)
-    with remember, mock.patch.object(Step, "__call__", call):
+    with remember, mock.patch.object(Half, "__call__", call):
         yield
 
 
@@ -260,24 +260,24 @@ def _compiled_steps_counted(counter: LaunchCounter) -> Iterator[None]:
     """Calls of our compiled step count as what is in its code; inside them the trace is off, as it would undo them."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from dgemma_accel.hf.compiled import Step
+    from dgemma_accel.hf.compiled import Half
 
-    right = Step.__call__
+    right = Half.__call__
 
-    def call(step, *arguments):
-        launches = getattr(step, "launches_in_code", None)
+    def call(half, *arguments):
+        launches = getattr(half, "launches_in_code", None)
         if launches is None:
-            return right(step, *arguments)
+            return right(half, *arguments)
         for _ in range(launches):
             counter.count("compiled step")
         counter.inside_compiled = True
         try:
             with _disable_current_modes():
-                return right(step, *arguments)
+                return right(half, *arguments)
         finally:
             counter.inside_compiled = False
 
-    with mock.patch.object(Step, "__call__", call):
+    with mock.patch.object(Half, "__call__", call):
         yield
 
 

@@ -10,7 +10,7 @@ from dgemma_accel import cuda_graph
 class Again:
     """Runs the function again; warms up as the CUDA graph does, which leaves its marks in the static tensors.
 
-    made: those of steps. stored: those of passes that store a finished canvas.
+    made: one for each step, of its first half. stored: those of passes that store a finished canvas.
     """
 
     bytes = 1000
@@ -21,7 +21,8 @@ class Again:
         self.function, self.pool, self.replays, self.runs, self.waits = function, pool, 0, 0, 0
         for _ in range(cuda_graph.WARM_UP):
             function()
-        (Again.stored if function.__name__ == "store_canvas" else Again.made).append(self)
+        if function.__name__ != "condition":
+            (Again.stored if function.__name__ == "store_canvas" else Again.made).append(self)
 
     @staticmethod
     def make_pool(device, *, products=True):

@@ -145,15 +145,17 @@ class Copy:
         return self.tensors
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("in_step", [True, False])
-def test_ranks_take_the_same_number_of_steps(monkeypatch, in_step):
+def test_ranks_take_the_same_number_of_steps(monkeypatch, in_step, ahead):
     """One is behind its device and the other is not; the canvas is finished after the fourth step."""
     taken = []
     for ready in (True, False):
         monkeypatch.setattr(lookout, "copy_of", lambda tensors, ready=ready: Copy(tensors, ready))
-        watch = lookout.Lookout(None, may_finish=True, in_step=in_step)
+        watch = lookout.Lookout(None, may_finish=True, ahead=ahead, in_step=in_step)
         steps = 0
-        while not watch.after_step(torch.tensor([steps >= 3]), torch.zeros(1, 2)):
+        while not watch.is_over():
+            watch.note(torch.tensor([steps >= 3]), torch.zeros(1, 2))
             steps += 1
-        taken.append(steps + 1)
-    assert taken == ([4 + lookout.AHEAD] * 2 if in_step else [4, 4 + lookout.AHEAD])
+        taken.append(steps)
+    assert taken == ([4 + ahead] * 2 if in_step else [4, 4 + ahead])

@@ -6,11 +6,12 @@ import importlib
 import pytest
 import torch
 from hf_models import CANVAS, generate, generation, prompt, tiny_model
-from recordings import Crossings
+from recordings import Again, Crossings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
-from dgemma_accel.hf import call, denoising, graph, lookout, masks
+from dgemma_accel import cuda_graph
+from dgemma_accel.hf import call, capture, denoising, graph, lookout, masks
 from dgemma_accel.hf.products import side_by_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,12 +275,41 @@ def test_running_ahead_changes_nothing(model, monkeypatch, batch):
         monkeypatch.setattr(lookout, "copy_of", Late)
         late, late_drafts, late_count = run()
     assert late_count > count, "nothing ran ahead"
-    assert late_count <= count + 3 * lookout.AHEAD
+    assert late_count <= count + 3 * denoising.AHEAD
     assert torch.equal(late.sequences, at_once.sequences) and torch.equal(late.steps, at_once.steps)
     assert torch.equal(late.confidence, at_once.confidence) and torch.equal(late.entropy, at_once.entropy)
     assert torch.equal(late.tokens_per_forward, at_once.tokens_per_forward)
     assert len(late_drafts) == len(drafts) and all(torch.equal(a, b) for a, b in zip(late_drafts, drafts))
     assert torch.equal(generate(model, ids, mask, max_new_tokens=3 * CANVAS).sequences, late.sequences)
+
+
+def test_no_captured_step_runs_past_the_end(model, monkeypatch):
+    """The host has to wait for each decision here, and for none of the second halves."""
+    ids, mask = prompt(2, 20, left_padding=(4,))
+    order, half = [], capture.CapturedStep.condition
+
+    class Waited(Late):
+        def wait(self):
+            order.append("known")
+            return self.tensors
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    monkeypatch.setattr(Again, "made", [])
+    monkeypatch.setattr(lookout, "copy_of", Waited)
+    monkeypatch.setattr(
+        capture.CapturedStep, "condition", lambda self: (order.append("second"), half(self))[1]
+    )
+    options = {"return_steps": True, "max_new_tokens": 3 * CANVAS}
+    with dgemma_accel.accelerated(model, graph=True):
+        result = generate(model, ids, mask, **options)
+        (report,) = (one for one in dgemma_accel.captures(model) if one.what == "step")
+    # As many as the row took that was finished last.
+    taken = int(result.steps.max(0).values.sum())
+    assert report.replays == taken and order == ["second", "known"] * taken
+    assert taken < 3 * model.generation_config.max_denoising_steps
+    with dgemma_accel.accelerated(model):
+        assert torch.equal(generate(model, ids, mask, **options).sequences, result.sequences)
 
 
 def test_a_canvas_without_stopping_criterion(model, monkeypatch):

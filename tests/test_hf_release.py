@@ -34,7 +34,7 @@ def used(model):
     (step,) = state.compiled.values()
     captured, stored = (one for _, one in sorted((key[0], one) for key, one in state.captures.found.items()))
     (entry,) = state.bank.entries.values()
-    held = [state, step, captured, captured.inputs.state.soft, captured.recording]
+    held = [state, step, captured, captured.inputs.state.soft, *captured.halves]
     held += [stored, stored.result, stored.recording]
     return result, [weakref.ref(x) for x in held], [weakref.ref(key) for key, _ in entry.buffers]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import PTX
 from hf_models import CANVAS, tiny_model
+from torch.utils._pytree import tree_leaves
 
 import dgemma_accel
 from dgemma_accel.hf import graph, products
@@ -65,7 +66,7 @@ def arguments_of_step(model, dtype):
 
 
 def trace(dtype):
-    """(the step's graph, its inputs, what it returns when its operators run one by one)."""
+    """Of each half of a step (its graph, its inputs, what it returns when its operators run one by one)."""
     model, seen = tiny_model(dtype).requires_grad_(False), []
 
     def keep(module, inputs):
@@ -73,11 +74,13 @@ def trace(dtype):
         return module.forward
 
     with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
-        arguments = arguments_of_step(model, dtype)
-        step = torch.compile(graph.take_step, backend=keep, fullgraph=True, dynamic=False)
-        expected = step(model, *arguments)
-    ((module, inputs),) = seen
-    return module, inputs, expected
+        state, in_place, prefixes, numbers, pinned, settings = arguments_of_step(model, dtype)
+        options = {"backend": keep, "fullgraph": True, "dynamic": False}
+        decide, condition = (torch.compile(half, **options) for half in (graph.decide, graph.condition))
+        decision = decide(model, state, in_place, prefixes, numbers, pinned, settings)
+        others = numbers.temperature, pinned, settings
+        soft = condition(model, decision, state.finished, state.soft, *others)
+    return [(*half, expected) for half, expected in zip(seen, (decision, soft), strict=True)]
 
 
 @pytest.fixture
@@ -106,23 +109,24 @@ def carry_out():
 )
 def test_a_step_is_what_its_operators_make_one_by_one(carry_out, dtype, place, options):
     """By the first or the last of the tile shapes among which inductor would choose by timing."""
-    module, inputs, expected = trace(dtype)
-    results, ran = carry_out(module, inputs, place, **options)
-    assert len(ran) == (15 if options else 21) and len(results) == len(expected)
-    half = dtype == torch.bfloat16
-    for name, result, wanted in zip(graph.State._fields, results, expected):
-        assert result.dtype == wanted.dtype and result.shape == wanted.shape
-        if not result.is_floating_point():
-            # Rounding between operators, which fused kernels do without, moves bf16 logits.
-            assert half or torch.equal(result, wanted), name
-        else:
-            error = (result.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
-            assert error < (0.05 if half else 1e-4), name
+    launched, half = 0, dtype == torch.bfloat16
+    for module, inputs, expected in trace(dtype):
+        results, ran = carry_out(module, inputs, place, **options)
+        launched += len(ran)
+        for number, (result, wanted) in enumerate(zip(results, tree_leaves(expected), strict=True)):
+            assert result.dtype == wanted.dtype and result.shape == wanted.shape
+            if not result.is_floating_point():
+                # Rounding between operators, which fused kernels do without, moves bf16 logits.
+                assert half or torch.equal(result, wanted), number
+            else:
+                error = (result.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
+                assert error < (0.05 if half else 1e-4), number
+    assert launched == (15 if options else 21)
 
 
 def test_a_wrong_kernel_is_seen(carry_out):
     """Norms with another epsilon."""
-    module, inputs, expected = trace(torch.float32)
+    (module, inputs, expected), _ = trace(torch.float32)
     changed = []
 
     def change(code):
@@ -130,5 +134,5 @@ def test_a_wrong_kernel_is_seen(carry_out):
         return code.replace("1e-06", "1.0")
 
     results, _ = carry_out(module, inputs, change=change)
-    soft = results[graph.State._fields.index("soft")]
-    assert changed[0] and (soft - expected.soft).norm() > 0.1 * expected.soft.norm()
+    logits = results[graph.Decision._fields.index("logits")]
+    assert changed[0] and (logits - expected.logits).norm() > 0.1 * expected.logits.norm()

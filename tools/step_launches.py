@@ -2,11 +2,11 @@
 
     python tools/step_launches.py --layers 6 --capability 9.0
 
-The model is made of tensors without memory. torch.compile traces `dgemma_accel.hf.graph.take_step` over them, inductor
-writes its code for the GPU that is named, and is stopped before it compiles any. That code is then carried out on meta
-tensors, which notes what it launches: inductor's Triton kernels, matrix products, what else PyTorch computes by
-itself, and what is launched by the ops of this package, all of them with backend="triton". A product counts once,
-whatever cuBLAS makes of it.
+The model is made of tensors without memory. torch.compile traces both halves of `dgemma_accel.hf.graph.take_step` over
+them, inductor writes its code for the GPU that is named, and is stopped before it compiles any. That code is then
+carried out on meta tensors, which notes what it launches: inductor's Triton kernels, matrix products, what else PyTorch
+computes by itself, and what is launched by the ops of this package, all of them with backend="triton". A product counts
+once, whatever cuBLAS makes of it.
 
 Needs a PyTorch that was built without CUDA, whose gaps it fills, and g++ for one of them. Exit status 2 without them.
 """
@@ -298,8 +298,8 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
         yield
 
 
-def generated_code(config) -> str:
-    """The module that inductor writes for a step of a model of `config`."""
+def generated_code(config) -> list[str]:
+    """The modules that inductor writes for the halves of a step of a model of `config`."""
     from torch._inductor.graph import GraphLowering
 
     from bench import memory, step_model
@@ -322,14 +322,39 @@ def generated_code(config) -> str:
         model = step_model.build(config, DEVICE, torch.bfloat16)
         accelerate(model, backend="triton")
         arguments = arguments_of_step(model)
-        step = torch.compile(graph.take_step, fullgraph=True, dynamic=False, options=OPTIONS)
-        try:
-            step(model, *arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, CodeWritten):
-                raise
-            return error.inner_exception.args[0]
+        state, _, _, numbers, *others = arguments
+        halves = (
+            (graph.decide, arguments),
+            (
+                graph.condition,
+                (empty_decision(state, model), state.finished, state.soft, numbers.temperature, *others),
+            ),
+        )
+        return [code_of(half, model, *of_half) for half, of_half in halves]
+
+
+def code_of(function, *arguments) -> str:
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS)
+    try:
+        compiled(*arguments)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, CodeWritten):
+            raise
+        return error.inner_exception.args[0]
     raise AssertionError("a step ran that should only have been compiled")
+
+
+def empty_decision(state, model):
+    """What the first half of a step leaves, without what is in it."""
+    from dgemma_accel.hf import graph
+    from dgemma_accel.ops.row_stats import RowStats
+
+    logits = state.soft.new_empty(*state.canvas.shape, model.config.text_config.vocab_size)
+    stats = RowStats(
+        *(state.canvas if name in ("argmax", "sample") else state.entropy for name in RowStats._fields)
+    )
+    kept = {name: getattr(state, name) for name in graph.State._fields if name != "soft"}
+    return graph.Decision(**kept, logits=logits, stats=stats)
 
 
 def arguments_of_step(model) -> tuple:
@@ -514,10 +539,12 @@ def main() -> int:
     config, record = full_config(options.layers), Record()
     with tempfile.TemporaryDirectory() as cache, pretended_gpu(options.capability, record):
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
-            code = generated_code(config)
+            codes = generated_code(config)
         if options.code is not None:
-            options.code.write_text(code)
-        parts = parts_of(launches_of(code, record), config.text_config)
+            options.code.write_text("\n\n".join(codes))
+        for code in codes:
+            launches_of(code, record)
+        parts = parts_of(record.launches, config.text_config)
 
     name, multiprocessors = GPUS[options.capability]
     gpu = f"{name}, compute capability {options.capability}, {multiprocessors} multiprocessors"

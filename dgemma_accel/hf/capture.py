@@ -2,13 +2,12 @@
 
 A graph reads and writes the addresses it was recorded with. So a step's inputs are copied into tensors that belong to
 the capture, the state that a step leaves is copied back into them inside the graph, and what a caller gets is copied
-out. One replay is one step and allocates nothing.
+out. Two replays are one step and allocate nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,19 +57,26 @@ class Inputs(NamedTuple):
 
 
 class CapturedStep:
-    """One step over tensors of its own. `load`, then `advance` as often as wanted, then `finish`; at last `close`,
-    also after an exception.
+    """One step over tensors of its own. `load`, then `decide` and `condition` by turns as often as wanted, then
+    `finish`; at last `close`, also after an exception.
+
+    Its two halves are two graphs, so that what the first decided can be copied to the host before the second begins.
 
     Args:
-        step: `graph.take_step` with its model and settings: (state, in_place, prefixes, numbers, pinned) -> state.
+        step: `graph.decide` and `graph.condition` with their model and settings, as methods of these names:
+            (state, in_place, prefixes, numbers, pinned) -> decision; (decision, frozen, soft, temperature, pinned) ->
+            soft.
         inputs: of the first run; their values warm the step up.
         in_place: the cache. Only its addresses are kept: whoever replays says that they still hold.
         offset: of the first draw. schedule: [N] fp32 on the host.
     """
 
+    # While the second half runs there is time to launch the next step: no step runs past the end.
+    AHEAD = 0
+
     def __init__(
         self,
-        step: Callable,
+        step,
         inputs: Inputs,
         in_place: graph.InPlace,
         offset: int,
@@ -86,30 +92,42 @@ class CapturedStep:
             self.offset = torch.zeros((), dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self.temperatures = torch.ones(SCHEDULE, dtype=torch.float32, device=device)
+            self.frozen = torch.zeros_like(inputs.state.finished)
         self.schedule, self.taken, self.replays = schedule, 0, 0
         self._copy_in(inputs, offset, schedule)
 
         # Names of its own: a function that a recording keeps does not keep this object, nor its memory.
         held, offset_now, position, temperatures = self.inputs, self.offset, self.position, self.temperatures
+        frozen, decided = self.frozen, []
 
-        def advance() -> None:
-            numbers = graph.Numbers(
-                held.seed,
-                offset_now,
-                temperatures.index_select(0, position)[0],
-                held.entropy_bound,
-                held.confidence,
-            )
-            after = step(held.state, in_place, held.prefixes, numbers, held.pinned)
+        def temperature() -> Tensor:
+            return temperatures.index_select(0, position)[0]
+
+        def decide() -> None:
+            numbers = graph.Numbers(held.seed, offset_now, temperature(), held.entropy_bound, held.confidence)
+            decision = step.decide(held.state, in_place, held.prefixes, numbers, held.pinned)
+            frozen.copy_(held.state.finished)
+            after = decision.state(held.state.soft)
             for mine, fresh in zip(held.state, after):
-                mine.copy_(fresh)
+                if mine is not fresh:
+                    mine.copy_(fresh)
+            decided[:] = [decision]
+
+        def condition() -> None:
+            soft = step.condition(decided[0], frozen, held.state.soft, temperature(), held.pinned)
+            held.state.soft.copy_(soft)
             offset_now.add_(1)
             position.add_(1)
 
-        self.recording = recording(advance, device, pool)
+        first = recording(decide, device, pool)
+        # What it has recorded it has not computed, and the warm-up of the second half reads it.
+        first.replay()
+        self.halves = first, recording(condition, device, pool)
+        # The logits' memory is the pool's again. Between the halves nobody else takes it.
+        decided.clear()
         self.seconds = time.perf_counter() - begun
-        own = [*self.inputs.tensors(), self.offset, self.position, self.temperatures]
-        self.bytes = self.recording.bytes + sum(tensor.nbytes for tensor in own)
+        own = [*self.inputs.tensors(), self.offset, self.position, self.temperatures, self.frozen]
+        self.bytes = sum(half.bytes for half in self.halves) + sum(tensor.nbytes for tensor in own)
 
     @property
     def state(self) -> graph.State:
@@ -118,7 +136,7 @@ class CapturedStep:
 
     def load(self, inputs: Inputs, offset: int, schedule: Tensor) -> None:
         """Everything that the next steps read; nothing of an earlier run is left."""
-        self.recording.begin()
+        self.halves[0].begin()
         self._copy_in(inputs, offset, schedule)
 
     def _copy_in(self, inputs: Inputs, offset: int, schedule: Tensor) -> None:
@@ -133,12 +151,17 @@ class CapturedStep:
         self.temperatures[: len(part)].copy_(part, non_blocking=True)
         self.position.zero_()
 
-    def advance(self) -> None:
+    def decide(self) -> None:
+        """The first half of a step: all of `state` but the soft embeddings."""
         if self.taken and self.taken % SCHEDULE == 0:
             self._load_temperatures()
-        self.recording.replay()
+        self.halves[0].replay()
         self.taken += 1
         self.replays += 1
+
+    def condition(self) -> None:
+        """The second half: the soft embeddings."""
+        self.halves[1].replay()
 
     def finish(self) -> graph.State:
         """The state after the last step, in tensors that the next run leaves alone."""
@@ -146,4 +169,4 @@ class CapturedStep:
 
     def close(self) -> None:
         """The run is over: others that share its memory may begin theirs."""
-        self.recording.end()
+        self.halves[0].end()

@@ -1,4 +1,4 @@
-"""Running the steps of a canvas through the compiled form of `graph.take_step`, captured where the device can."""
+"""Running the steps of a canvas through the compiled halves of `graph.take_step`, captured where the device can."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
         # Only the attention's own kernel reads how long a buffer is, so a longer cache is not compiled anew.
         torch._dynamo.maybe_mark_dynamic(buffer, 2)
     step = _step_for(denoiser, inputs, keys)
-    lookout = Lookout(call.take_drafts(), may_finish=criteria is not None)
     taken = 0
     with _running(denoiser, step, inputs, keys, values, carry.offset, temperatures) as steps:
+        lookout = Lookout(call.take_drafts(), may_finish=criteria is not None, ahead=steps.AHEAD)
         for _ in range(len(temperatures)):
-            steps.advance()
+            steps.decide()
+            # Between the halves: the host knows what was decided while the device goes on with the second.
+            lookout.note(steps.state.finished, steps.state.draft)
+            steps.condition()
             taken += 1
-            if lookout.after_step(steps.state.finished, steps.state.draft):
+            if lookout.is_over():
                 break
         lookout.close()
         state = steps.finish()
@@ -52,46 +55,39 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
     return state.canvas, state.draft, carry, torch.ones_like(finished)
 
 
-class Step:
-    """`graph.take_step` compiled for one shape, and as it is where it cannot be compiled.
+class Half:
+    """`graph.decide` or `graph.condition` compiled for one shape, and as it is where it cannot be compiled.
 
-    shape: (B, C). seconds: of the first call, the compiler's time and one step; None before it. failure: why it runs
-    uncompiled.
+    seconds: of the first call, the compiler's time and one run; None before it. failure: why it runs uncompiled.
     """
 
-    def __init__(
-        self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size
-    ) -> None:
-        # Both hold this step.
-        self._model, self._acceleration = weakref.ref(model), weakref.ref(acceleration)
-        self.settings, self.shape, self.calls = settings, tuple(shape), 0
+    def __init__(self, function: Callable, acceleration: Acceleration) -> None:
+        # It holds the steps.
+        self.function, self._acceleration = function, weakref.ref(acceleration)
         self.seconds: float | None = None
         self.failure: str | None = None
         # A code object of its own, so that no limit on recompiling counts across shapes or models.
-        original = graph.take_step
-        code = original.__code__.replace()
-        function = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
+        code = function.__code__.replace()
+        own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
         try:
             # A graph within the graph that is captured here, if the process has turned inductor's own on.
             options = {"triton.cudagraphs": False}
-            self.compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+            self.compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         except Exception as error:
             self._give_up(error)
 
-    def __call__(self, state, in_place, prefixes, numbers, pinned) -> graph.State:
-        self.calls += 1
-        arguments = (self._model(), state, in_place, prefixes, numbers, pinned, self.settings)
+    def __call__(self, device: torch.device, *arguments):
         if self.failure is not None:
-            return graph.take_step(*arguments)
+            return self.function(*arguments)
         if self.seconds is not None:
-            return self._run(arguments, state.canvas.device)
-        with quiet(state.canvas.device):
+            return self._run(device, arguments)
+        with quiet(device):
             begun = time.perf_counter()
-            after = self._run(arguments, state.canvas.device)
+            result = self._run(device, arguments)
             self.seconds = time.perf_counter() - begun
-        return after
+        return result
 
-    def _run(self, arguments: tuple, device: torch.device) -> graph.State:
+    def _run(self, device: torch.device, arguments: tuple):
         try:
             return self.compiled(*arguments)
         except Exception as error:
@@ -104,17 +100,52 @@ class Step:
                 # Half of the step may be in the recording already.
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.
-            after = graph.take_step(*arguments)
+            result = self.function(*arguments)
             self._give_up(error)
-            return after
+            return result
 
     def _give_up(self, error: Exception) -> None:
         self.failure = one_line(error)
         self._acceleration().say("graph", f"torch.compile: {self.failure}", "the step, uncompiled, serves")
 
 
+class Step:
+    """`graph.take_step` in its two halves, compiled for one shape. shape: (B, C). calls: steps taken."""
+
+    def __init__(
+        self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size
+    ) -> None:
+        # It holds this step.
+        self._model = weakref.ref(model)
+        self.settings, self.shape, self.calls = settings, tuple(shape), 0
+        self.halves = Half(graph.decide, acceleration), Half(graph.condition, acceleration)
+
+    def decide(self, state, in_place, prefixes, numbers, pinned) -> graph.Decision:
+        self.calls += 1
+        arguments = (self._model(), state, in_place, prefixes, numbers, pinned, self.settings)
+        return self.halves[0](state.canvas.device, *arguments)
+
+    def condition(self, decision: graph.Decision, frozen, soft, temperature, pinned) -> Tensor:
+        arguments = (self._model(), decision, frozen, soft, temperature, pinned, self.settings)
+        return self.halves[1](soft.device, *arguments)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the first step, the compiler's time included; None before it."""
+        spent = [half.seconds for half in self.halves]
+        return None if None in spent else sum(spent)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it runs uncompiled, or None."""
+        return next((half.failure for half in self.halves if half.failure is not None), None)
+
+
 class Stepwise:
     """Steps called one by one, as `CapturedStep` without a capture."""
+
+    # The host launches each operator, which takes long enough to begin with the next step before this one is over.
+    AHEAD = 1
 
     def __init__(
         self, step: Step, inputs: Inputs, in_place: graph.InPlace, offset: int, schedule: Tensor
@@ -125,11 +156,18 @@ class Stepwise:
         offsets = torch.arange(offset, offset + len(schedule), device="cpu").to(device, non_blocking=True)
         self.left = zip(offsets.unbind(), schedule.to(device, non_blocking=True).unbind())
 
-    def advance(self) -> None:
-        offset, temperature = next(self.left)
+    def decide(self) -> None:
+        offset, self.temperature = next(self.left)
+        held, before = self.inputs, self.state
+        numbers = graph.Numbers(held.seed, offset, self.temperature, held.entropy_bound, held.confidence)
+        self.decision = self.step.decide(before, self.in_place, held.prefixes, numbers, held.pinned)
+        self.frozen, self.state = before.finished, self.decision.state(before.soft)
+
+    def condition(self) -> None:
         held = self.inputs
-        numbers = graph.Numbers(held.seed, offset, temperature, held.entropy_bound, held.confidence)
-        self.state = self.step(self.state, self.in_place, held.prefixes, numbers, held.pinned)
+        soft = self.step.condition(self.decision, self.frozen, self.state.soft, self.temperature, held.pinned)
+        # With it the logits go.
+        self.decision, self.state = None, self.state._replace(soft=soft)
 
     def finish(self) -> graph.State:
         return self.state

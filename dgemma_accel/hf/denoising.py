@@ -22,6 +22,9 @@ from .patches import Acceleration, Patch
 from .split_head import crosses_ranks
 from .statistics import as_given, token_logprobs
 
+# Launched one by one, the operators of a step may take the host longer than the device.
+AHEAD = 1
+
 
 @takes_cache
 def denoising_step(
@@ -115,11 +118,13 @@ class Denoiser:
         lookout = Lookout(
             self.call.take_drafts(),
             may_finish=self.criteria is not None,
+            ahead=AHEAD,
             in_step=crosses_ranks(self.model),
         )
         for cur_step in range(steps, last - 1, -1):
             canvas, argmax, carry, finished = self.step(canvas, argmax, carry, finished, cur_step)
-            if lookout.after_step(finished, argmax):
+            lookout.note(finished, argmax)
+            if lookout.is_over():
                 break
         lookout.close()
         return canvas, argmax, carry, torch.ones_like(finished)

@@ -1,5 +1,7 @@
-"""A denoising step as one function of tensors, which `torch.compile(fullgraph=True)` traces once per shape.
+"""A denoising step as two functions of tensors, which `torch.compile(fullgraph=True)` traces once per shape.
 
+`decide` ends with the canvas and the flags that say which rows are finished; `condition` makes the soft embeddings that
+the next step begins with. So the host learns whether there is a next step while the device is at work on this one.
 Everything that changes between steps, canvases, prompts or calls is a tensor: range of the prefix, temperature, seed,
 offset, thresholds. The cache comes as whole buffers, so a longer prefix is another number and not another shape.
 Products that do not need each other run side by side (`products`).
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
+from ..ops.row_stats import RowStats
 from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
@@ -79,6 +82,24 @@ class State(NamedTuple):
     steps: Tensor
 
 
+class Decision(NamedTuple):
+    """What `decide` leaves: the fields of `State` after the step, but for `soft`, the logits [B, C, V] and their
+    statistics [B, C]."""
+
+    canvas: Tensor
+    draft: Tensor
+    history: Tensor
+    finished: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    steps: Tensor
+    logits: Tensor
+    stats: RowStats
+
+    def state(self, soft: Tensor) -> State:
+        return State(soft=soft, **{name: getattr(self, name) for name in State._fields if name != "soft"})
+
+
 def take_step(
     model,
     state: State,
@@ -95,8 +116,22 @@ def take_step(
         prefixes: by layer kind.
         pinned: [B, C] bool, or None.
     """
-    attention_backend, head_backend, commit_backend, soft_backend = settings.backends
-    embed_tokens = model.model.decoder.embed_tokens
+    decision = decide(model, state, in_place, prefixes, numbers, pinned, settings)
+    frozen = state.finished, state.soft
+    return decision.state(condition(model, decision, *frozen, numbers.temperature, pinned, settings))
+
+
+def decide(
+    model,
+    state: State,
+    in_place: InPlace,
+    prefixes: dict[str, Prefix],
+    numbers: Numbers,
+    pinned: Tensor | None,
+    settings: Settings,
+) -> Decision:
+    """Decoder, head and `commit`. Arguments as for `take_step`."""
+    attention_backend, head_backend, commit_backend, _ = settings.backends
     hidden = decode(model.model.decoder, state.canvas, state.soft, in_place, prefixes, attention_backend)
     logits, stats = logits_and_stats(
         model.lm_head,
@@ -121,30 +156,48 @@ def take_step(
         stop=stop,
         backend=commit_backend,
     )
-    # Here and not at the start of the next step, so that no logits leave the graph.
-    soft = soft_embedding(
-        logits,
-        stats,
-        embed_tokens.weight,
-        softcap=settings.softcap,
-        temperature=numbers.temperature,
-        exact=settings.exact,
-        backend=soft_backend,
-    )
-    soft = soft * embed_tokens.embed_scale.to(soft.dtype)
-    if pinned is not None:
-        soft = torch.where(pinned[..., None], embed_tokens(state.canvas), soft)
     frozen = state.finished[:, None]
-    return State(
+    return Decision(
         result.tokens,
         result.state.draft,
         result.state.history,
         result.state.finished,
-        torch.where(frozen[..., None], state.soft, soft),
         torch.where(frozen, state.confidence, given.top1_prob),
         torch.where(frozen, state.entropy, given.entropy),
         state.steps + ~state.finished,
+        logits,
+        stats,
     )
+
+
+def condition(
+    model,
+    decision: Decision,
+    frozen: Tensor,
+    soft: Tensor,
+    temperature: Tensor,
+    pinned: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """[B, C, E]: soft embeddings of the step's logits times embed_scale.
+
+    Args:
+        frozen: [B] bool, rows that were finished before the step. soft: theirs, which they keep.
+    """
+    embed_tokens = model.model.decoder.embed_tokens
+    fresh = soft_embedding(
+        decision.logits,
+        decision.stats,
+        embed_tokens.weight,
+        softcap=settings.softcap,
+        temperature=temperature,
+        exact=settings.exact,
+        backend=settings.backends[3],
+    )
+    fresh = fresh * embed_tokens.embed_scale.to(fresh.dtype)
+    if pinned is not None:
+        fresh = torch.where(pinned[..., None], embed_tokens(decision.canvas), fresh)
+    return torch.where(frozen[:, None, None], soft, fresh)
 
 
 def decode(decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, backend: str) -> Tensor:

@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Steps that may be under way before the host waits for the oldest: what is run past the end is at most this.
-AHEAD = 2
-
 
 class HostCopy:
     """Copies of tensors that the host can read at once."""
@@ -52,24 +49,28 @@ def copy_of(tensors: list[Tensor]) -> HostCopy | PinnedCopy:
 class Lookout:
     """Learns when every row of a canvas is finished, and hands the drafts up to then to a streamer, in order.
 
-    The host runs ahead of the device by at most `AHEAD` steps. Finished rows do not change, so what runs past the end
-    changes nothing, and its drafts are dropped.
+    Finished rows do not change, so what runs past the end changes nothing, and its drafts are dropped.
 
+    ahead: how many steps behind the one that it waits for the host launches at most. As many run past the end.
     in_step: take as many steps whatever the device's pace. Ranks that exchange something in a step need it: one that
     knows of the end earlier than another would leave that one waiting.
     """
 
-    def __init__(self, put_draft: Callable | None, may_finish: bool, in_step: bool = False) -> None:
-        self.put_draft, self.may_finish, self.in_step = put_draft, may_finish, in_step
+    def __init__(
+        self, put_draft: Callable | None, may_finish: bool, ahead: int, in_step: bool = False
+    ) -> None:
+        self.put_draft, self.may_finish, self.ahead, self.in_step = put_draft, may_finish, ahead, in_step
         self.pending: deque = deque()
         self.over = False
 
-    def after_step(self, finished: Tensor, draft: Tensor) -> bool:
-        """Note a step, [B] bool and [B, C] int64; True as soon as the canvas is known to be finished."""
-        if self.put_draft is None and not self.may_finish:
-            return False
-        self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
-        while self.pending and not self.over and (len(self.pending) > AHEAD or self._ready()):
+    def note(self, finished: Tensor, draft: Tensor) -> None:
+        """What a step decided: [B] bool and [B, C] int64."""
+        if self.put_draft is not None or self.may_finish:
+            self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
+
+    def is_over(self) -> bool:
+        """Whether the canvas is known to be finished; waits for all steps noted but the last `ahead` ones."""
+        while self.pending and not self.over and (len(self.pending) > self.ahead or self._ready()):
             self._take()
         return self.over
 
