@@ -381,7 +381,12 @@ def test_nothing_of_ours_waits_between_canvases(monkeypatch):
 
         return run
 
-    for name in ("create_encoder_masks", "create_decoder_masks", "encoder_forward", "next_canvas_arguments"):
+    for name in (
+        "create_encoder_masks",
+        "create_decoder_masks",
+        "text_encoder_forward",
+        "next_canvas_arguments",
+    ):
         monkeypatch.setattr(accelerating, name, watched(getattr(accelerating, name)))
     monkeypatch.setattr(denoising.Denoiser, "run", watched(denoising.Denoiser.run))
     model = dgemma_accel.accelerate(tiny_model().cuda())

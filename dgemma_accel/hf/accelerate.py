@@ -22,7 +22,7 @@ from .masks import create_decoder_masks, create_encoder_masks, next_canvas_argum
 from .naming import cache_argument, unknown_names
 from .overrides import is_compiled_module
 from .patches import ATTRIBUTE, Acceleration, acceleration_of
-from .storing import encoder_forward
+from .storing import text_encoder_forward
 
 logger = logging.getLogger("dgemma_accel")
 
@@ -130,7 +130,7 @@ def _replacements(model) -> Iterator[tuple[nn.Module, str, Callable]]:
     for layer in encoder.language_model.layers:
         yield layer.self_attn, "forward", encoder_attention_forward
     yield encoder, "create_masks_for_generate", create_encoder_masks
-    yield encoder, "forward", encoder_forward
+    yield encoder.language_model, "forward", text_encoder_forward
     for layer in decoder.layers:
         yield layer.self_attn, "forward", decoder_attention_forward
     for layer in (*encoder.language_model.layers, *decoder.layers):

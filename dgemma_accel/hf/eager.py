@@ -13,7 +13,7 @@ from .head import is_plain
 from .hooks import collected, has_hooks
 from .masks import CausalRange, PrefixRange
 from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
-from .patches import patch_of
+from .patches import Patch, patch_of
 from .registry import modules_of
 from .split_head import crosses_ranks
 
@@ -42,13 +42,12 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
     return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
 
 
-def why_not_stored(
-    model, acceleration, tokens: Tensor, masks, cache, others: Mapping[str, object]
-) -> str | None:
-    """Why the pass over tokens [B, C] of a finished canvas cannot be captured, or None.
+def why_not_stored(patch: Patch, embeds: Tensor, masks, cache, others: Mapping[str, object]) -> str | None:
+    """Why the pass over a finished canvas cannot be captured, or None.
 
     Args:
-        masks, cache: as the encoder gets them. others: its other arguments, but for the positions.
+        patch: of the forward of `DiffusionGemmaEncoderTextModel`. embeds: [B, C, E]. masks, cache: as it gets them.
+        others: its other arguments, but for the positions.
     """
     from .preallocated import PreallocatedCache
 
@@ -57,25 +56,24 @@ def why_not_stored(
     ranges = list(masks.values()) if isinstance(masks, dict) else [None]
     if not all(type(mask) is CausalRange and mask.padding is None for mask in ranges):
         return "the attention mask is not a range of the prefix"
-    if any(value is not None for value in others.values()):
+    wanted = {name: value for name, value in others.items() if value is not None}
+    if not wanted.pop("return_dict", True) or wanted:
         return f"arguments {', '.join(others)} go to the encoder"
     if torch.is_grad_enabled() or collected():
         return "autograd is on, or the encoder's inner states were asked for"
-    encoder = model.model.encoder
-    text = encoder.language_model
-    dtype = text.embed_tokens.weight.dtype
+    text, model = patch.owner, patch.acceleration.model
     if any(
-        not layer.is_initialized or (layer.key_buffer.dtype, layer.batch_size) != (dtype, len(tokens))
+        not layer.is_initialized
+        or (layer.key_buffer.dtype, layer.batch_size) != (embeds.dtype, embeds.shape[0])
         for layer in cache.layers
     ):
         return "the cache is of another dtype or batch size"
-    reason = _why_not_in_one_piece(model, cache, tokens) or _why_not_traced("encoder", text, (text,))
+    reason = _why_not_in_one_piece(model, cache, embeds) or _why_not_traced("encoder", text)
     if reason is not None:
         return reason
-    forward = patch_of(encoder)
-    if forward is None or forward.had or forward.overridden or is_overridden(text):
-        return "the forward of the encoder is more than transformers' own"
-    return _why_waiting(text, acceleration, tokens, []) if tokens.is_cuda else None
+    if patch.had or patch.overridden:
+        return "the forward of the text encoder is more than transformers' own"
+    return _why_waiting(text, patch.acceleration, embeds, []) if embeds.is_cuda else None
 
 
 def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
@@ -86,7 +84,7 @@ def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
     return "the weights are split over ranks" if crosses_ranks(model) else None
 
 
-def _why_not_traced(what: str, text_model, outer: Sequence, also: Sequence = ()) -> str | None:
+def _why_not_traced(what: str, text_model, outer: Sequence = (), also: Sequence = ()) -> str | None:
     """Which code of another's a function that goes through the layers itself would go round, or run once where it
     belongs into every run.
 

@@ -37,15 +37,15 @@ class Place(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the pass reads besides weights and cache. tokens: [B, C] int64. places: by layer kind."""
+    """What the pass reads besides weights and cache. embeds: [B, C, E]. places: by layer kind."""
 
-    tokens: Tensor
+    embeds: Tensor
     places: dict[str, Place]
 
 
 @takes_cache
-def encoder_forward(patch: Patch, *args, **kwargs):
-    """`DiffusionGemmaEncoderModel.forward`; inside an accelerated `generate` a pass over a finished canvas is a replay.
+def text_encoder_forward(patch: Patch, *args, **kwargs):
+    """`DiffusionGemmaEncoderTextModel.forward`; in an accelerated `generate` a pass over a finished canvas is a replay.
 
     Arguments and result are the original's, which serves everything else: prompts, images, devices without a recording.
     """
@@ -64,38 +64,38 @@ def encoder_forward(patch: Patch, *args, **kwargs):
 def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
     """The last hidden states [B, C, E] of a canvas that the cache has taken up, or None where nothing was done."""
     acceleration, model = patch.acceleration, patch.acceleration.model
-    names = ("input_ids", "attention_mask", "position_ids", "cache")
-    tokens, masks, position_ids, cache = map(kwargs.get, names)
+    # What tokens become before the layers is the encoder's own business, and not the same in all releases.
+    names = ("inputs_embeds", "attention_mask", "position_ids", "cache")
+    embeds, masks, position_ids, cache = map(kwargs.get, names)
     # Restored by another thread in the middle of the call, it knows no model.
-    if model is None or not isinstance(tokens, Tensor) or tokens.shape[-1] != model.config.canvas_length:
+    if model is None or not isinstance(embeds, Tensor) or embeds.shape[1] != model.config.canvas_length:
         return None
-    recording = RECORDINGS.get(tokens.device.type)
-    if recording is None or not acceleration.graph_on(tokens.device) or cache is None or position_ids is None:
+    device = embeds.device
+    recording = RECORDINGS.get(device.type)
+    if recording is None or not acceleration.graph_on(device) or cache is None or position_ids is None:
         return None
     if cache.get_seq_length() == 0:
         # A prompt, which comes once.
         return None
     others = {name: value for name, value in kwargs.items() if name not in names}
-    reason = why_not_stored(model, acceleration, tokens, masks, cache, others)
+    reason = why_not_stored(patch, embeds, masks, cache, others)
     if reason is not None:
         acceleration.say("graph", reason, UNCAPTURED[STORING])
         return None
-    count = tokens.shape[1]
+    count = embeds.shape[1]
     # Before the ranges are read: windows may move within their buffers.
     slots = [layer.slot_for(count) for layer in cache.layers]
     if None in slots:
         return None
 
-    text = model.model.encoder.language_model
-    layers = layers_of(text)
-    like = text.embed_tokens.weight.new_empty(len(tokens), 0)
-    prefixes = prefixes_of(text, cache, masks, position_ids, like)
+    text, layers = patch.owner, layers_of(patch.owner)
+    prefixes = prefixes_of(text, cache, masks, position_ids, embeds)
     first = {layer.self_attn.layer_type: slot for layer, slot in reversed(list(zip(layers, slots)))}
     places = {
-        kind: Place(prefixes[kind], torch.arange(slot, slot + count, device=tokens.device))
+        kind: Place(prefixes[kind], torch.arange(slot, slot + count, device=device))
         for kind, slot in first.items()
     }
-    inputs = Inputs(tokens, places)
+    inputs = Inputs(embeds, places)
     keys = [layer.key_buffer for layer in cache.layers]
     values = [layer.value_buffer for layer in cache.layers]
     backend = acceleration.backend_of("block_attention")
@@ -104,7 +104,7 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
         in_place = graph.InPlace(keys, values, side_by_side(layers, acceleration.backend))
         return CapturedPass(text, in_place, inputs, backend, recording, pool)
 
-    key = capture_key(STORING, tokens.device, backend, tokens, pytree.tree_leaves(inputs), keys, values)
+    key = capture_key(STORING, device, backend, embeds[..., 0], pytree.tree_leaves(inputs), keys, values)
     with ExitStack() as stack:
         captured = leased(stack, model, acceleration, recording, key, modules_of(text), make)
         if captured is None:
@@ -121,7 +121,7 @@ def store(text, inputs: Inputs, in_place: graph.InPlace, backend: str) -> Tensor
     Args:
         text: `DiffusionGemmaEncoderTextModel`.
     """
-    hidden = text.embed_tokens(inputs.tokens)
+    hidden = inputs.embeds
     for index, layer in enumerate(layers_of(text)):
         attention, how = layer.self_attn, in_place.how[index]
         place = inputs.places[attention.layer_type]
@@ -171,16 +171,13 @@ class CapturedPass:
     def __init__(
         self, text, in_place: graph.InPlace, inputs: Inputs, backend: str, recording: type, pool
     ) -> None:
-        device, begun = inputs.tokens.device, time.perf_counter()
-        width = text.config.hidden_size
+        device, begun = inputs.embeds.device, time.perf_counter()
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             held = pytree.tree_map(
                 lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), inputs
             )
-            result = torch.empty(
-                *inputs.tokens.shape, width, dtype=text.embed_tokens.weight.dtype, device=device
-            )
+            result = torch.empty_like(held.embeds)
         self.own, self.result, self.replays = pytree.tree_leaves(held), result, 0
         self._copy_in(inputs)
 
