@@ -396,7 +396,7 @@ def test_nothing_of_ours_waits_between_canvases(monkeypatch):
     watching.append("on")
     assert torch.equal(model.generate(ids, **options).sequences, expected)
     names = (
-        "encoder_forward",
+        "text_encoder_forward",
         "create_encoder_masks",
         "create_decoder_masks",
         "next_canvas_arguments",

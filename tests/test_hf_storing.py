@@ -54,7 +54,7 @@ def assert_same_cache(cache, expected, shown):
     "length, padding", [(1, ()), (5, (0, 3)), (WINDOW, ()), (3 * WINDOW, (WINDOW + 9, 2))]
 )
 def test_hidden_states_and_cache(model, stored, length, padding):
-    """One recording serves canvas after canvas, with the token of an image among the text, while the window slides through its buffers and back to the front."""
+    """One recording serves canvas after canvas, while the window slides through its buffers and back to the front."""
     turns = (length, *[CANVAS] * 6)
     ids, mask = prompt(2, sum(turns), left_padding=padding)
     # Before 5.24 transformers puts padding in place of an image's token.
