@@ -158,7 +158,7 @@ def bench(
     late = []
 
     def failures() -> list[str]:
-        bad = [row for row in found.values() if row["status"] != "ok"]
+        bad = [row for row in found.values() if row["error"]]
         return late + [f"{row['variant']} at context {row['context']}: {row['error']}" for row in bad]
 
     def result() -> dict:

@@ -17,8 +17,10 @@ from .runner import _one_line
 from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
 from .timing import forget_frames
 
-# Tokens that all calls of one variant may add to its cache.
-ROOM = 4096
+
+def room(options, canvas: int) -> int:
+    """Tokens that all calls of one variant may add to its cache: prompts of one, and the canvases of `per_canvas`."""
+    return 100 + 10 * options.repeats + (1 + 2 * options.repeats) * canvas
 
 
 def clock(call: Callable[[], object], device: torch.device) -> float:
@@ -133,7 +135,11 @@ class Bench:
         if way.name not in self.models:
             self.models[way.name] = model_of(self.model, way, self.options.backend)
         model = self.models[way.name]
-        cache = step_model.random_cache(model, self.options.batch, context, kind=way.cache, room=ROOM)
+        more = room(self.options, model.config.canvas_length) + (
+            # A token a step.
+            (4 + self.options.repeats) * (self.options.steps + 2) if way.decodes else 0
+        )
+        cache = step_model.random_cache(model, self.options.batch, context, kind=way.cache, room=more)
         if way.decodes:
             return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
         run = denoiser(model, cache, self.options.batch)
@@ -154,9 +160,6 @@ class Bench:
             except Exception as error:
                 rows[way.name] |= {"status": "failed", "error": _one_line(error)}
         times = per_step(runs, options.steps, options.repeats, device)
-        whole = {way.name: runs[way.name] for way in ways if way.name in runs and has_canvases(way)}
-        whole = {name: run for name, run in whole.items() if not isinstance(times[name], Exception)}
-        canvases = per_canvas(whole, options.repeats, device)
         for way in ways:
             row = rows[way.name]
             if way.name not in runs:
@@ -166,18 +169,17 @@ class Bench:
                     raise times[way.name]
                 row["step_ms"] = times[way.name]
                 row["floor_multiple"] = row["step_ms"] / row["floor_ms"]
-                canvas = canvases.get(way.name)
-                if isinstance(canvas, Exception):
-                    raise canvas
-                row["canvas_ms"] = None if canvas is None else canvas - row["step_ms"]
                 self._look_inside(way, runs[way.name], row)
             except Exception as error:
-                row |= {
-                    "status": "failed",
-                    "error": _one_line(error),
-                    "step_ms": None,
-                    "canvas_ms": None,
-                }
+                row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+        # Last, since every canvas makes the cache longer.
+        good = [way for way in ways if rows[way.name]["status"] == "ok" and has_canvases(way)]
+        canvases = per_canvas({way.name: runs[way.name] for way in good}, options.repeats, device)
+        for name, found in canvases.items():
+            if isinstance(found, Exception):
+                rows[name]["error"] = f"a canvas besides its steps: {_one_line(found)}"
+            else:
+                rows[name]["canvas_ms"] = found - rows[name]["step_ms"]
         return list(rows.values())
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
@@ -197,7 +199,8 @@ class Bench:
         if not way.compiles or self.model.device.type != "cuda":
             return extra
         # A replay allocates nothing: what it works in belongs to the graph, which only ours tells.
-        graphs = sum(capture.memory_bytes for capture in captures(self.models[way.name]))
+        made = captures(self.models[way.name])
+        graphs = sum(capture.memory_bytes for capture in made if capture.what == "step")
         return extra + graphs if way.graph else None
 
     def keep(self, names: set[str]) -> None:

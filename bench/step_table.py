@@ -26,8 +26,9 @@ def step_lines(rows: list[dict]) -> list[str]:
     ]
     errors = []
     for row in rows:
-        if row["status"] != "ok":
+        if row.get("error"):
             errors.append(f"  {row['variant']} failed: {row['error']}")
+        if row["status"] != "ok":
             continue
         split = row["components_ms"] or {}
         cells.append(
@@ -62,7 +63,8 @@ def per_token(row: dict, tokens: float) -> float:
     """Milliseconds that a row of the batch takes for a token, at so many a step; with what a canvas takes besides its
     steps where that was measured."""
     besides = 0.0 if row.get("canvas_ms") is None else row["canvas_ms"] / row["canvas"]
-    return row["step_ms"] / tokens + besides
+    # A difference of measured times may come out below nothing.
+    return row["step_ms"] / tokens + max(0.0, besides)
 
 
 def rate(row: dict, tokens: float) -> float | None:

@@ -246,6 +246,33 @@ def test_a_canvas_is_half_of_what_three_take_beyond_one(monkeypatch):
     assert asked == [(1, 2), *[(1, 3), (1, 1)] * 3]
 
 
+def test_a_canvas_that_cannot_be_measured_leaves_the_step(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        step_measure, "per_canvas", lambda runs, *_: {name: ValueError("no room") for name in runs}
+    )
+    monkeypatch.setattr(ceilings, "measure", lambda *_: ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}))
+    path = tmp_path / "step.json"
+    arguments = [
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--context",
+        "16",
+        "--way",
+        "ours, static cache",
+        "--json",
+        str(path),
+    ]
+    options = bench_step.parser().parse_args(arguments)
+    assert bench_step.bench(model, "full (2 layers, narrow)", options, CPU) == 1
+    result = json.loads(path.read_text())
+    (row,) = result["rows"]
+    assert row["status"] == "ok" and row["step_ms"] > 0 and row["canvas_ms"] is None
+    assert schema.violations(result) == [] and "no room" in result["problems"][0]
+    assert "no room" in capsys.readouterr().out
+
+
 def test_a_sliding_layer_keeps_no_more_than_its_window(model):
     cache = step_model.random_cache(model, 1, 200, kind="dynamic", room=0)
     kinds = model.config.text_config.layer_types

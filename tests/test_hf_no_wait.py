@@ -140,8 +140,10 @@ class TestMasksOfTheDevice:
         assert reads == [(2, 9), (2, 9 + CANVAS)]
         assert torch.equal(result.sequences, expected.sequences)
 
-    def test_what_was_written_since_is_read(self, model, reads):
-        """A mask of bools is not copied by `generate`: its caller may write it while a canvas is drafted."""
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_what_was_written_since_is_read(self, model, reads, mode):
+        """A mask of bools is not copied by `generate`: its caller may write it while a canvas is drafted. Where no
+        writes are counted, that of the caller is read again."""
 
         class Writes(Drafts):
             def put_draft(self, value):
@@ -153,12 +155,14 @@ class TestMasksOfTheDevice:
             ids, mask = prompt(2, 9)
             streamer = Writes()
             streamer.mask = mask.bool()
-            return generate(model, ids, streamer.mask, max_new_tokens=2 * CANVAS, streamer=streamer).sequences
+            options = {"max_new_tokens": 3 * CANVAS, "streamer": streamer}
+            return generate(model, ids, streamer.mask, **options).sequences
 
-        expected = run()
-        with dgemma_accel.accelerated(model):
-            assert torch.equal(run(), expected)
-        assert reads == [(2, 9), (2, 9 + CANVAS), (2, 9), (2, 9 + CANVAS)]
+        with mode():
+            expected = run()
+            with dgemma_accel.accelerated(model):
+                assert torch.equal(run(), expected)
+        assert reads[:4] == [(2, 9), (2, 9 + CANVAS), (2, 9), (2, 9 + CANVAS)] and len(reads) <= 6
 
 
 def traced_on_the_host(function, *arguments):
@@ -310,6 +314,41 @@ def test_no_captured_step_runs_past_the_end(model, monkeypatch):
     assert taken < 3 * model.generation_config.max_denoising_steps
     with dgemma_accel.accelerated(model):
         assert torch.equal(generate(model, ids, mask, **options).sequences, result.sequences)
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_streamer_has_its_draft_while_the_next_step_is_under_way(model, monkeypatch, finishes):
+    ids, _ = prompt(1, 20)
+    order, halves = [], (capture.CapturedStep.decide, capture.CapturedStep.condition)
+
+    class Streamer(Drafts):
+        def put_draft(self, value):
+            order.append("draft")
+            super().put_draft(value)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    monkeypatch.setattr(Again, "made", [])
+    monkeypatch.setattr(lookout, "copy_of", Late)
+    for half in halves:
+        noted = functools.wraps(half)(lambda self, half=half: (order.append(half.__name__), half(self))[1])
+        monkeypatch.setattr(capture.CapturedStep, half.__name__, noted)
+    if not finishes:
+        monkeypatch.setattr(type(model), "_prepare_diffusion_stopping_criteria", lambda self, config: None)
+    first, second = Streamer(), Drafts()
+    options = {"max_new_tokens": CANVAS, "max_denoising_steps": 5}
+    with dgemma_accel.accelerated(model, graph=True):
+        result = generate(model, ids, streamer=first, **options)
+    with dgemma_accel.accelerated(model):
+        assert torch.equal(generate(model, ids, streamer=second, **options).sequences, result.sequences)
+    steps = len(first.values)
+    # Where nothing can end the canvas, the host waits for a step when the next one is launched.
+    behind = 1 if finishes else 2
+    expected = []
+    for step in range(steps):
+        expected += ["decide", "condition", *["draft"] * (step >= behind)]
+    assert order == [*expected, *["draft"] * min(behind, steps)] and steps > 2
+    assert len(second.values) == steps and all(map(torch.equal, first.values, second.values))
 
 
 def test_a_canvas_without_stopping_criterion(model, monkeypatch):

@@ -192,6 +192,16 @@ class TestGenerate:
         assert len(stored) == 2 and len(Again.made) == 1 and sorted(kinds) == ["step", "storing"]
         assert torch.equal(changed.sequences, generate(dgemma_accel.restore(model), ids).sequences)
 
+    def test_a_configuration_that_changed(self, model, stored):
+        model = copy.deepcopy(model)
+        ids, _ = prompt(2, 20)
+        dgemma_accel.accelerate(model, graph=True)
+        generate(model, ids)
+        model.config.text_config.top_k_experts = 1
+        changed = generate(model, ids)
+        assert len(stored) == len(Again.made) == 2
+        assert torch.equal(changed.sequences, generate(dgemma_accel.restore(model), ids).sequences)
+
     def test_report(self, model, stored):
         with dgemma_accel.accelerated(model, graph=True):
             generate(model, prompt(2, 5)[0])
@@ -278,6 +288,20 @@ class TestWhatTheOriginalServes:
         result, said = reason(model)
         # That of the encoder comes to the layers as ever.
         assert len(seen) == 2 and len(said) == (where != "encoder") and len(stored) == (where == "encoder")
+        assert torch.equal(result.sequences, expected.sequences)
+
+    def test_hooks_of_all_modules(self, model, stored, reason):
+        def hook(module, arguments, output):
+            return output * 0.5 if type(module).__name__ == "DiffusionGemmaEncoderTextLayer" else None
+
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+        try:
+            expected, _ = reason()
+            with dgemma_accel.accelerated(model, graph=True):
+                result, said = reason()
+        finally:
+            handle.remove()
+        assert said == ["hooks of all modules are registered"] and not stored and not Again.made
         assert torch.equal(result.sequences, expected.sequences)
 
     def test_dropout(self, model, stored, reason):

@@ -38,6 +38,8 @@ def _compiled_and_captured(device: torch.device) -> dict:
     import transformers
 
     from ..hf import accelerated, captures
+    from ..hf.patches import acceleration_of
+    from ..hf.registry import STEP, STORING
 
     top = TEXT["vocab_size"]
     config = transformers.DiffusionGemmaConfig(
@@ -51,9 +53,14 @@ def _compiled_and_captured(device: torch.device) -> dict:
     with accelerated(model, graph=True):
         # Two canvases without an end token, so that the first one is stored.
         model.generate(prompt, max_new_tokens=64, max_denoising_steps=4, eos_token_id=None, seed=0)
-        reports = {report.what: report for report in captures(model)}
-    stored = reports.get("storing")
-    return dataclasses.asdict(reports["step"]) | {"storing": stored and dataclasses.asdict(stored)}
+        reports = {report.what: dataclasses.asdict(report) for report in captures(model)}
+        said = " ".join(sorted(acceleration_of(model).said))
+    if STEP not in reports:
+        raise RuntimeError(f"no step was compiled: {said}")
+    stored = reports.get(STORING)
+    if stored is None and device.type == "cuda":
+        stored = {"captured": False, "problem": said}
+    return reports[STEP] | {"storing": stored}
 
 
 def lines_of(found: dict) -> list[str]:

@@ -48,6 +48,7 @@ class Call:
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
     drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
     leased: (bank, cache) of the buffers to give back.
+    given_mask: the caller's attention mask, which it may write.
     masks_on_host: attention masks of the device by id, with how often they were written and their values then.
     """
 
@@ -63,6 +64,7 @@ class Call:
     drafts_taken: bool = False
     canvases_begun: int = 0
     leased: list[tuple] = field(default_factory=list)
+    given_mask: Tensor | None = None
     masks_on_host: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     reports: list[CanvasReport] = field(default_factory=list)
 

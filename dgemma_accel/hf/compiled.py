@@ -39,6 +39,7 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
             # Between the halves: the host knows what was decided while the device goes on with the second.
             lookout.note(steps.state.finished, steps.state.draft)
             steps.condition()
+            lookout.hand_over()
             taken += 1
             if lookout.is_over():
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import BackendError, choose, requirements
 from .experts import why_looping
@@ -92,6 +92,8 @@ def _why_not_traced(what: str, text_model, outer: Sequence = (), also: Sequence 
         outer: modules around the layers, whose forwards are not run. also: modules besides those of `text_model`
             that are.
     """
+    if nn.modules.module._has_any_global_hook():
+        return "hooks of all modules are registered"
     inner = [*also, *(module for module in modules_of(text_model) if module is not text_model)]
     if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (*outer, *inner)):
         return f"model.model or a module of the {what} has hooks"

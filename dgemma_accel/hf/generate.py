@@ -71,6 +71,7 @@ def generate(
         with_confidence=checks.is_bool("return_confidence", return_confidence),
         with_steps=checks.is_bool("return_steps", return_steps),
         logprobs_of=None if return_logprobs is None else _token_list(return_logprobs, vocab),
+        given_mask=kwargs.get("attention_mask"),
     )
     if call.logprobs_of is not None and isinstance(input_ids, Tensor):
         # Once, and not in every step, which would wait for the device.

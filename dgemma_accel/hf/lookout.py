@@ -59,14 +59,22 @@ class Lookout:
     def __init__(
         self, put_draft: Callable | None, may_finish: bool, ahead: int, in_step: bool = False
     ) -> None:
-        self.put_draft, self.may_finish, self.ahead, self.in_step = put_draft, may_finish, ahead, in_step
+        self.put_draft, self.may_finish, self.in_step = put_draft, may_finish, in_step
+        # Where nothing can end, the host waits for drafts alone, and those of a step while the next is under way.
+        self.ahead = ahead if may_finish else max(1, ahead)
         self.pending: deque = deque()
+        self.drafts: deque[Tensor] = deque()
         self.over = False
 
     def note(self, finished: Tensor, draft: Tensor) -> None:
         """What a step decided: [B] bool and [B, C] int64."""
         if self.put_draft is not None or self.may_finish:
             self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
+
+    def hand_over(self) -> None:
+        """Drafts of earlier steps to the streamer. After a step is launched, whose time on the device hides that."""
+        while self.drafts:
+            self.put_draft(value=self.drafts.popleft())
 
     def is_over(self) -> bool:
         """Whether the canvas is known to be finished; waits for all steps noted but the last `ahead` ones."""
@@ -81,10 +89,10 @@ class Lookout:
         """After the last step: deliver what is still on its way."""
         while self.pending and not self.over:
             self._take()
+        self.hand_over()
 
     def _take(self) -> None:
         finished, *draft = self.pending.popleft().wait()
-        if draft:
-            self.put_draft(value=draft[0])
+        self.drafts.extend(draft)
         # Through numpy: reading host memory is no operation of torch, on any device.
         self.over = self.may_finish and bool(finished.numpy().all())

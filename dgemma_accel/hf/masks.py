@@ -219,8 +219,9 @@ def _on_host(mask: Tensor) -> Tensor:
     host = call.mask_on_host(mask)
     if host is None:
         host = mask.bool().cpu()
-        # With the tensor, so that no other one gets its id.
-        call.masks_on_host[id(mask)] = mask, version(mask), host
+        if mask is not call.given_mask or not mask.is_inference():
+            # With the tensor, so that no other one gets its id.
+            call.masks_on_host[id(mask)] = mask, version(mask), host
     return host
 
 

@@ -116,12 +116,14 @@ _PLAIN = frozenset({bool, int, float, str, torch.dtype})
 
 
 def fingerprint(model: nn.Module, modules: list[nn.Module]) -> tuple:
-    """What a recording of `modules` depends on besides its inputs: their code, the numbers, names and switches among
-    their attributes (an adapter is off by one, and scaled by another), and the addresses of their weights.
+    """What a recording of `modules` depends on besides its inputs: the configuration, their code, the numbers, names
+    and switches among their attributes (an adapter is off by one, and scaled by another), and the addresses of their
+    weights.
 
     Values that are written in place (`load_state_dict`, `copy_`) are read anew by every replay and are not in it.
     """
-    found: list = [getattr(model.config, "_experts_implementation", None)]
+    configs = (model.config, model.config.get_text_config())
+    found: list = [getattr(model.config, "_experts_implementation", None), *map(_plain, map(vars, configs))]
     for module in modules:
         attributes = module.__dict__
         found.append((id(module), type(module), id(attributes.get("forward"))))
