@@ -52,6 +52,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "block_attention": {
         "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.block_attention_cpp",
         "triton": "dgemma_accel.triton_kernels.block_attention",
         "cuda": "dgemma_accel.native.block_attention_cuda",
     },

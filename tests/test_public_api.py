@@ -269,10 +269,11 @@ def test_native_backends_run_on_their_own_device_only(op):
 
 def test_the_environment_says_nothing_of_ops_without_its_backend(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cpp")
-    query = torch.randn(1, 1, 2, 64)
-    dgemma_accel.block_attention(query, query, query)
-    with pytest.raises(backends.BackendError, match="block_attention has no cpp implementation"):
-        dgemma_accel.block_attention(query, query, query, backend="cpp")
+    rows, chosen = torch.randn(2, 16), torch.zeros(2, 1, dtype=torch.int64)
+    arguments = rows, chosen, torch.ones(2, 1), torch.randn(1, 8, 16), torch.randn(1, 16, 4)
+    dgemma_accel.experts(*arguments)
+    with pytest.raises(backends.BackendError, match="experts has no cpp implementation"):
+        dgemma_accel.experts(*arguments, backend="cpp")
     assert backends.requested("auto", "row_stats") == "cpp"
 
 

@@ -68,7 +68,7 @@ def block_attention(
             prefix_scores = _scores(q, prefix_key[b, :, start:end].to(dtype), scale, softcap)
             scores = torch.cat([prefix_scores, scores], dim=-1)
         if causal:
-            visible = _causal(length, max(end - start, 0), window, query.device)
+            visible = visible_keys(length, max(end - start, 0), window, query.device)
             scores = scores.masked_fill(~visible.repeat(group, 1), float("-inf"))
         row_lse = torch.logsumexp(scores, -1)
         weights = torch.softmax(scores, -1)
@@ -80,8 +80,8 @@ def block_attention(
     return output, lse.float() if dtype == torch.float32 else lse
 
 
-def _causal(length: int, held: int, window: int | None, device: torch.device) -> Tensor:
-    """[C, held + C] bool: which keys the queries of a block after `held` slots see."""
+def visible_keys(length: int, held: int, window: int | None, device: torch.device) -> Tensor:
+    """[C, held + C] bool: which keys the queries of a causal block after `held` slots see."""
     distance = torch.arange(held, held + length, device=device)[:, None] - torch.arange(
         held + length, device=device
     )
