@@ -27,7 +27,7 @@ class CanvasReport:
 
     steps: [B] int64, decoder passes of each row until it was finished. draft: [B, C] int64.
     confidence, entropy: [B, C] fp32 of the draft, from each row's last pass; None unless asked for.
-    logprobs: [B, C, K] fp32 of the tokens asked for, likewise.
+    logprobs: [B, C, K] fp32 of the tokens asked for, likewise. ended: [B] bool, rows without a step, or None.
     """
 
     steps: Tensor
@@ -35,6 +35,7 @@ class CanvasReport:
     confidence: Tensor | None = None
     entropy: Tensor | None = None
     logprobs: Tensor | None = None
+    ended: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class Call:
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
     drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
     leased: (bank, cache) of the buffers to give back.
+    ended: [B] bool, rows that ended with an earlier canvas and write nothing but padding, or None.
     given_mask: the caller's attention mask, which it may write.
     masks_on_host: attention masks of the device by id, with how often they were written and their values then.
     """
@@ -64,6 +66,7 @@ class Call:
     drafts_taken: bool = False
     canvases_begun: int = 0
     leased: list[tuple] = field(default_factory=list)
+    ended: Tensor | None = None
     given_mask: Tensor | None = None
     masks_on_host: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     reports: list[CanvasReport] = field(default_factory=list)

@@ -84,6 +84,10 @@ def denoising_step(
     carry = self_conditioning_logits
     if not isinstance(carry, StepCarry):
         carry = StepCarry.start(denoiser.call, current_canvas, carry, model.model.decoder.embed_tokens)
+    if call is not None and call.ended is not None:
+        # Nobody waits for what becomes padding.
+        finished_denoising = finished_denoising | call.ended
+        call.reports[-1].ended = call.ended
     state = current_canvas.to(torch.int64), argmax_canvas.to(torch.int64), carry, finished_denoising
     if call is None:
         return denoiser.step(*state, cur_step)

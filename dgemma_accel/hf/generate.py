@@ -44,7 +44,9 @@ def generate(
         return_confidence: the output has `confidence` and `entropy`, each [B, new tokens] fp32: probability of
             each token and entropy (nats) of its position in the row's last decoder pass, at that step's
             temperature. NaN where `generate` put padding over the model's token; 1 and 0 where pinned.
-        return_steps: the output has `steps` [B, canvases] int64: decoder passes until the row's canvas was finished.
+        return_steps: the output has `steps` [B, canvases] int64: decoder passes until the row's canvas was finished;
+            0 for those behind the row's end, which nobody waits for (unless a streamer takes drafts, or there is no
+            padding).
         return_logprobs: K token ids, a sequence or a tensor [K]. The output has `logprobs` [B, new tokens, K] fp32: ln
             softmax of the model's logits at these tokens in the row's last decoder pass, not tempered; where a token
             is pinned, what the model says of its position. NaN as for `return_confidence`. Steps run uncompiled then.
@@ -116,16 +118,21 @@ def prepare_denoiser_inputs(patch: Patch, **kwargs):
 def finalize_canvas(patch: Patch, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
     """`_finalize_canvas`, but padding behind an end token leaves pinned positions alone.
 
-    The streamer, the next canvas and the cache read the same tokens.
+    The streamer, the next canvas and the cache read the same tokens. Rows that have ended are noted: all that they
+    write from now on becomes padding.
     """
     call = active_call()
-    pinned = call.pinned if call is not None and call.canvases_begun == 1 else None
-    if pinned is None:
+    if call is None:
         return patch.original()(input_ids=input_ids, **kwargs)
-    canvas = input_ids[:, -pinned.shape[1] :].clone()
+    pinned = call.pinned if call.canvases_begun == 1 else None
+    canvas = None if pinned is None else input_ids[:, -pinned.shape[1] :].clone()
     input_ids, finished = patch.original()(input_ids=input_ids, **kwargs)
-    new = input_ids[:, -pinned.shape[1] :]
-    new.copy_(torch.where(pinned.to(new.device), canvas, new))
+    if pinned is not None:
+        new = input_ids[:, -pinned.shape[1] :]
+        new.copy_(torch.where(pinned.to(new.device), canvas, new))
+    padded = getattr(kwargs.get("generation_config"), "pad_token_id", None) is not None
+    # Whoever looks at drafts sees those of all rows.
+    call.ended = finished if padded and call.put_draft is None and not patch.overridden else None
     return input_ids, finished
 
 
@@ -161,7 +168,12 @@ def _with_reports(output, call: Call):
 
     # Without a canvas, where the prompt fills the length already, all of them are [B, 0].
     nothing = output.sequences[:, :0]
-    drafts = torch.cat([nothing, *(report.draft for report in call.reports)], -1)
+    # No token is -1: what rows wrote that had ended is padding, whatever it is.
+    parts = (
+        report.draft if report.ended is None else report.draft.masked_fill(report.ended[:, None], -1)
+        for report in call.reports
+    )
+    drafts = torch.cat([nothing, *parts], -1)
     kept = output.sequences[:, output.sequences.shape[1] - drafts.shape[1] :] == drafts
     extras = {}
     if call.with_confidence:
