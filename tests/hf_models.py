@@ -70,6 +70,22 @@ def prompt(batch, length, seed=0, left_padding=()):
     return ids, mask
 
 
+class Drafts:
+    """A streamer that keeps the drafts it gets."""
+
+    def __init__(self):
+        self.values = []
+
+    def put(self, value):
+        pass
+
+    def put_draft(self, value):
+        self.values.append(value.clone())
+
+    def end(self):
+        pass
+
+
 class SameNoise:
     """Lets the original sampler draw what ours draws: samples by inverting the CDF at our uniforms, our renoising."""
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from hf_models import CANVAS, WINDOW, generate, generation, prompt, tiny_model
+from hf_models import CANVAS, WINDOW, Drafts, generate, generation, prompt, tiny_model
 from recordings import Again
 
 import dgemma_accel
@@ -207,20 +207,6 @@ class TestOneCapture:
         # One more of the first half: its results are what the second one's first runs read.
         assert [half.replays for half in captured.halves] == [6, 5] and captured.replays == 5
         assert captured.bytes > 2 * Again.bytes
-
-
-class Drafts:
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        pass
-
-    def put_draft(self, value):
-        self.values.append(value)
-
-    def end(self):
-        pass
 
 
 def captured(model, what=registry.STEP):

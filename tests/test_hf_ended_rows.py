@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CANVAS, PAD, generate, prompt, tiny_model
+from hf_models import CANVAS, PAD, Drafts, generate, prompt, tiny_model
 from recordings import Again
 
 import dgemma_accel
@@ -40,20 +40,6 @@ def graph(request, monkeypatch):
 
 def options_of(batch, **others):
     return {"max_new_tokens": CANVASES * CANVAS, "eos_token_id": batch[1], **others}
-
-
-class Drafts:
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        pass
-
-    def put_draft(self, value):
-        self.values.append(value)
-
-    def end(self):
-        pass
 
 
 def steps_without_it(model, batch, monkeypatch, **options):

@@ -8,6 +8,7 @@ import torch
 from hf_models import (
     CANVAS,
     WINDOW,
+    Drafts,
     as_argument,
     generate,
     generation,
@@ -33,20 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-class Drafts:
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        pass
-
-    def put_draft(self, value):
-        self.values.append(value)
-
-    def end(self):
-        pass
 
 
 @pytest.fixture

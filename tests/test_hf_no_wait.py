@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from hf_models import CANVAS, generate, generation, prompt, tiny_model
+from hf_models import CANVAS, Drafts, generate, generation, prompt, tiny_model
 from recordings import Again, Crossings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,20 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-class Drafts:
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        pass
-
-    def put_draft(self, value):
-        self.values.append(value.clone())
-
-    def end(self):
-        pass
 
 
 class Waits(TorchDispatchMode):

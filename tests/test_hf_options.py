@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CANVAS, PAD, VOCAB, as_argument, generate, prompt, tiny_model, transformers
+from hf_models import CANVAS, PAD, VOCAB, Drafts, as_argument, generate, prompt, tiny_model, transformers
 
 import dgemma_accel
 from dgemma_accel.hf import denoising
@@ -18,20 +18,6 @@ def model():
 @pytest.fixture
 def ids():
     return prompt(3, 9)[0]
-
-
-class Drafts:
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        pass
-
-    def put_draft(self, value):
-        self.values.append(value)
-
-    def end(self):
-        pass
 
 
 class Recorded(Drafts):

@@ -1,4 +1,4 @@
-"""What was compiled and captured for an accelerated model costs."""
+"""What it costs to compile and capture the steps of an accelerated model, and the passes between them."""
 
 from __future__ import annotations
 
