@@ -18,8 +18,11 @@ from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
 from .timing import forget_frames
 
 
-def room(options, canvas: int) -> int:
-    """Tokens that all calls of one variant may add to its cache: prompts of one, and the canvases of `per_canvas`."""
+def room(way: Way, options, canvas: int) -> int:
+    """Tokens that all calls of one variant may add to its cache: one by one, or prompts of one and the canvases of
+    `per_canvas`."""
+    if way.decodes:
+        return 100 + (4 + options.repeats) * (options.steps + 2)
     return 100 + 10 * options.repeats + (1 + 2 * options.repeats) * canvas
 
 
@@ -135,10 +138,7 @@ class Bench:
         if way.name not in self.models:
             self.models[way.name] = model_of(self.model, way, self.options.backend)
         model = self.models[way.name]
-        more = room(self.options, model.config.canvas_length) + (
-            # A token a step.
-            (4 + self.options.repeats) * (self.options.steps + 2) if way.decodes else 0
-        )
+        more = room(way, self.options, model.config.canvas_length)
         cache = step_model.random_cache(model, self.options.batch, context, kind=way.cache, room=more)
         if way.decodes:
             return decoder(model, cache, self.options.batch, context, compiled=way.compiles)

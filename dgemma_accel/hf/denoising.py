@@ -128,7 +128,6 @@ class Denoiser:
         for cur_step in range(steps, last - 1, -1):
             canvas, argmax, carry, finished = self.step(canvas, argmax, carry, finished, cur_step)
             lookout.note(finished, argmax)
-            lookout.hand_over()
             if lookout.is_over():
                 break
         lookout.close()

@@ -96,7 +96,7 @@ def _why_not_traced(what: str, text_model, outer: Sequence = (), also: Sequence 
         return "hooks of all modules are registered"
     inner = [*also, *(module for module in modules_of(text_model) if module is not text_model)]
     if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in (*outer, *inner)):
-        return f"model.model or a module of the {what} has hooks"
+        return f"{'model.model or ' if outer else ''}a module of the {what} has hooks"
     for module in inner:
         # What is in the `__dict__` of a module that the compiler wraps is its own doing.
         if "forward" not in module.__dict__ or is_compiled_module(module):

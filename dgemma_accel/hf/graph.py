@@ -218,19 +218,34 @@ def _attention(
 ) -> Callable[[Tensor], Tensor]:
     """`DiffusionGemmaDecoderTextAttention.forward` over what the cache's buffers hold."""
 
-    def attend(rows: Tensor) -> Tensor:
-        query, key, value = project(attention, rows, (prefix.cos, prefix.sin), how.projections)
-        attended = block_attention(
-            query,
-            key,
-            value,
-            keys,
-            values,
-            prefix_start=prefix.start,
-            prefix_end=prefix.end,
-            scale=float(attention.scaling),
-            backend=backend,
-        )
-        return attention.o_proj(attended.transpose(1, 2).flatten(2))
+    return lambda rows: attend(attention, rows, keys, values, how, prefix, backend)[0]
 
-    return attend
+
+def attend(
+    attention,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    how: SideBySide,
+    prefix: Prefix,
+    backend: str,
+    **mask,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(result of an attention module [B, C, E], keys and values of its rows [B, Hkv, C, D]) behind what buffers hold.
+
+    mask: `causal` and `window` of `block_attention`.
+    """
+    query, key, value = project(attention, rows, (prefix.cos, prefix.sin), how.projections)
+    attended = block_attention(
+        query,
+        key,
+        value,
+        keys,
+        values,
+        prefix_start=prefix.start,
+        prefix_end=prefix.end,
+        scale=float(attention.scaling),
+        backend=backend,
+        **mask,
+    )
+    return attention.o_proj(attended.transpose(1, 2).flatten(2)), key, value

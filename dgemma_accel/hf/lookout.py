@@ -72,7 +72,8 @@ class Lookout:
             self.pending.append(copy_of([finished] if self.put_draft is None else [finished, draft]))
 
     def hand_over(self) -> None:
-        """Drafts of earlier steps to the streamer. After a step is launched, whose time on the device hides that."""
+        """Drafts that have come to the streamer. Where the host is no step ahead, this waits for the launch of the next
+        one, whose time on the device hides it."""
         while self.drafts:
             self.put_draft(value=self.drafts.popleft())
 
@@ -80,6 +81,8 @@ class Lookout:
         """Whether the canvas is known to be finished; waits for all steps noted but the last `ahead` ones."""
         while self.pending and not self.over and (len(self.pending) > self.ahead or self._ready()):
             self._take()
+        if self.ahead:
+            self.hand_over()
         return self.over
 
     def _ready(self) -> bool:

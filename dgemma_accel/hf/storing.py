@@ -16,16 +16,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..cuda_graph import RECORDINGS
-from ..ops.block_attention import block_attention
 from . import graph
-from .attention import project
 from .call import active_call
 from .compiled import capture_key, layers_of, leased, prefixes_of
 from .eager import why_not_stored
 from .layer import norm, through
 from .naming import takes_cache
 from .patches import Patch
-from .products import side_by_side
+from .products import SideBySide, side_by_side
 from .registry import STORING, UNCAPTURED, modules_of
 
 
@@ -90,11 +88,11 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
 
     text, layers = patch.owner, layers_of(patch.owner)
     prefixes = prefixes_of(text, cache, masks, position_ids, embeds)
-    first = {layer.self_attn.layer_type: slot for layer, slot in reversed(list(zip(layers, slots)))}
-    places = {
-        kind: Place(prefixes[kind], torch.arange(slot, slot + count, device=device))
-        for kind, slot in first.items()
-    }
+    places = {}
+    for layer, slot in zip(layers, slots):
+        kind = layer.self_attn.layer_type
+        if kind not in places:
+            places[kind] = Place(prefixes[kind], torch.arange(slot, slot + count, device=device))
     inputs = Inputs(embeds, places)
     keys = [layer.key_buffer for layer in cache.layers]
     values = [layer.value_buffer for layer in cache.layers]
@@ -128,35 +126,20 @@ def store(text, inputs: Inputs, in_place: graph.InPlace, backend: str) -> Tensor
         # A window as wide as the cache hides nothing, so it is a window at every length.
         window = text.config.sliding_window if attention.layer_type == "sliding_attention" else None
         held = in_place.keys[index], in_place.values[index]
-        attend = _attention(attention, *held, how.projections, place, window, backend)
-        hidden = through(layer, hidden, attend, how)
+        hidden = through(layer, hidden, _attention(attention, held, how, place, window, backend), how)
     return norm(text.norm, hidden)
 
 
-def _attention(
-    attention, keys: Tensor, values: Tensor, side_by_side: bool, place: Place, window, backend: str
-):
+def _attention(attention, held: tuple[Tensor, Tensor], how: SideBySide, place: Place, window, backend: str):
     """`DiffusionGemmaEncoderTextAttention.forward` over what the buffers hold, which then hold the canvas too."""
-    start, end, cos, sin = place.prefix
 
     def attend(rows: Tensor) -> Tensor:
-        query, key, value = project(attention, rows, (cos, sin), side_by_side)
-        attended = block_attention(
-            query,
-            key,
-            value,
-            keys,
-            values,
-            prefix_start=start,
-            prefix_end=end,
-            scale=float(attention.scaling),
-            causal=True,
-            window=window,
-            backend=backend,
+        attended, *fresh = graph.attend(
+            attention, rows, *held, how, place.prefix, backend, causal=True, window=window
         )
-        for buffer, fresh in ((keys, key), (values, value)):
-            buffer.index_copy_(2, place.slots, fresh)
-        return attention.o_proj(attended.transpose(1, 2).flatten(2))
+        for buffer, states in zip(held, fresh):
+            buffer.index_copy_(2, place.slots, states)
+        return attended
 
     return attend
 

@@ -23,24 +23,16 @@ def unavailable() -> str | None:
     return None
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    prefix_start: Tensor | None,
-    prefix_end: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.block_attention`, which serves a softcap. The part of the prefix that is seen is copied."""
+def block_attention(*arguments) -> tuple[Tensor, Tensor]:
+    """As `reference.block_attention`, whose arguments it takes by position, and which serves a softcap.
+
+    The part of the prefix that is seen is copied.
+    """
+    query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window = (
+        arguments
+    )
     if softcap is not None:
-        return reference(
-            query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window
-        )  # fmt: skip
+        return reference(*arguments)
     batch, length = query.shape[0], query.shape[2]
     whole = 0 if prefix_key is None else prefix_key.shape[2]
     starts = [0] * batch if prefix_start is None else prefix_start.tolist()
