@@ -43,6 +43,14 @@ class Again:
         self.waits += 1
 
 
+def record_on_a_cpu(monkeypatch):
+    """Steps and passes of models are recorded by `Again`, without the compiler's minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    for kind in ("made", "stored"):
+        monkeypatch.setattr(Again, kind, [])
+
+
 class Crossings(TorchDispatchMode):
     """Operators that see both the host and a device: a copy between them could not be captured in a CUDA graph.
 

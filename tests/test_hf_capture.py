@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from hf_models import CANVAS, WINDOW, Drafts, generate, generation, prompt, tiny_model
-from recordings import Again
+from recordings import Again, record_on_a_cpu
 
 import dgemma_accel
 from dgemma_accel import cuda_graph
@@ -52,10 +52,7 @@ class LowRank(torch.nn.Module):
 @pytest.fixture
 def recorded(monkeypatch):
     """Steps are recorded on a CPU too, without the compiler's minutes. The list of recordings made."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
-    monkeypatch.setattr(Again, "made", [])
-    monkeypatch.setattr(Again, "stored", [])
+    record_on_a_cpu(monkeypatch)
     return Again.made
 
 

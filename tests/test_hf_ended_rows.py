@@ -3,10 +3,9 @@
 import pytest
 import torch
 from hf_models import CANVAS, PAD, Drafts, generate, prompt, tiny_model
-from recordings import Again
+from recordings import Again, record_on_a_cpu
 
 import dgemma_accel
-from dgemma_accel import cuda_graph
 from dgemma_accel.hf import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,10 +30,7 @@ def batch(model):
 
 @pytest.fixture(params=["launched", "recorded"])
 def graph(request, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
-    for kind in ("made", "stored"):
-        monkeypatch.setattr(Again, kind, [])
+    record_on_a_cpu(monkeypatch)
     return request.param == "recorded"
 
 

@@ -6,11 +6,10 @@ import importlib
 import pytest
 import torch
 from hf_models import CANVAS, Drafts, generate, generation, prompt, tiny_model
-from recordings import Again, Crossings
+from recordings import Crossings, record_on_a_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
-from dgemma_accel import cuda_graph
 from dgemma_accel.hf import call, capture, denoising, graph, lookout, masks
 from dgemma_accel.hf.products import side_by_side
 
@@ -199,12 +198,15 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
     given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None
     settings = graph.Settings(30.0, model.config.text_config.vocab_size, depth, False, ("auto",) * 4)
     with torch.no_grad(), Crossings() as crossings:
-        after = graph.take_step(model, state, in_place, prefixes, numbers, given, settings)
+        decision = graph.decide(model, state, in_place, prefixes, numbers, given, settings)
+        last = state.finished, state.soft, numbers.temperature, given, settings
+        after = decision.state(graph.condition(model, decision, *last))
     assert crossings.seen == [] and crossings.operations > 100
     assert all(tensor.is_meta for tensor in after)
     with torch.no_grad():
         arguments = (model, state, in_place, prefixes, numbers, given, settings)
-        assert traced_on_the_host(graph.take_step, *arguments) == []
+        assert traced_on_the_host(graph.decide, *arguments) == []
+        assert traced_on_the_host(graph.condition, model, decision, *last) == []
         assert traced_on_the_host(lambda x: x + torch.tensor(1), whole) != []
     with Crossings() as crossings:
         torch.tensor(0.5).to("meta")
@@ -283,9 +285,7 @@ def test_no_captured_step_runs_past_the_end(model, monkeypatch):
             order.append("known")
             return self.tensors
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
-    monkeypatch.setattr(Again, "made", [])
+    record_on_a_cpu(monkeypatch)
     monkeypatch.setattr(lookout, "copy_of", Waited)
     monkeypatch.setattr(
         capture.CapturedStep, "condition", lambda self: (order.append("second"), half(self))[1]
@@ -312,9 +312,7 @@ def test_a_streamer_has_its_draft_while_the_next_step_is_under_way(model, monkey
             order.append("draft")
             super().put_draft(value)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
-    monkeypatch.setattr(Again, "made", [])
+    record_on_a_cpu(monkeypatch)
     monkeypatch.setattr(lookout, "copy_of", Late)
     for half in halves:
         noted = functools.wraps(half)(lambda self, half=half: (order.append(half.__name__), half(self))[1])

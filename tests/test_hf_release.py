@@ -6,17 +6,15 @@ import weakref
 import pytest
 import torch
 from hf_models import CANVAS, generate, prompt, tiny_model
-from recordings import Again
+from recordings import Again, record_on_a_cpu
 
 import dgemma_accel
-from dgemma_accel import cuda_graph
 from dgemma_accel.hf import patches
 
 
 @pytest.fixture
 def without_gc(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    record_on_a_cpu(monkeypatch)
     # transformers imports its models at first sight, and an exception it keeps from that knows who asked.
     tiny_model()
     gc.collect()

@@ -7,10 +7,9 @@ import logging
 import pytest
 import torch
 from hf_models import CANVAS, IMAGE_TOKEN, WINDOW, as_argument, encode_in_turns, generate, prompt, tiny_model
-from recordings import Again, Crossings
+from recordings import Again, Crossings, record_on_a_cpu
 
 import dgemma_accel
-from dgemma_accel import cuda_graph
 from dgemma_accel.hf import call, graph, patches, products, storing
 
 PreallocatedCache = pytest.importorskip("dgemma_accel.hf.preallocated").PreallocatedCache
@@ -28,10 +27,7 @@ def model():
 @pytest.fixture
 def stored(monkeypatch):
     """Passes are recorded on a CPU too; steps are neither compiled nor recorded apart from them. The recordings."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
-    for kind in ("made", "stored"):
-        monkeypatch.setattr(Again, kind, [])
+    record_on_a_cpu(monkeypatch)
     return Again.stored
 
 

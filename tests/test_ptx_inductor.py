@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 
 def arguments_of_step(model, dtype):
-    """Of `take_step` behind the model: a canvas behind fourteen slots of a cache."""
+    """Of `decide` behind the model: a canvas behind fourteen slots of a cache."""
 
     def noise(*shape):
         return torch.randn(shape, generator=generator).to(dtype)

@@ -2,7 +2,7 @@
 
     python tools/step_launches.py --layers 6 --capability 9.0
 
-The model is made of tensors without memory. torch.compile traces both halves of `dgemma_accel.hf.graph.take_step` over
+The model is made of tensors without memory. torch.compile traces both halves of a step (`dgemma_accel.hf.graph`) over
 them, inductor writes its code for the GPU that is named, and is stopped before it compiles any. That code is then
 carried out on meta tensors, which notes what it launches: inductor's Triton kernels, matrix products, what else PyTorch
 computes by itself, and what is launched by the ops of this package, all of them with backend="triton". A product counts
@@ -358,7 +358,7 @@ def empty_decision(state, model):
 
 
 def arguments_of_step(model) -> tuple:
-    """The arguments of `take_step` behind the model for one canvas, shaped as `dgemma_accel.hf.compiled` makes them."""
+    """The arguments of `decide` behind the model for one canvas, shaped as `dgemma_accel.hf.compiled` makes them."""
     from dgemma_accel.hf import graph, products
 
     text, canvas = model.config.text_config, (1, model.config.canvas_length)

@@ -1,4 +1,4 @@
-"""Running the steps of a canvas through the compiled halves of `graph.take_step`, captured where the device can."""
+"""Running the steps of a canvas through their compiled halves, captured where the device can."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Half:
 
 
 class Step:
-    """`graph.take_step` in its two halves, compiled for one shape. shape: (B, C). calls: steps taken."""
+    """A denoising step in its two halves, compiled for one shape. shape: (B, C). calls: steps taken."""
 
     def __init__(
         self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size

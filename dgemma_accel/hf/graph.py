@@ -100,27 +100,6 @@ class Decision(NamedTuple):
         return State(soft=soft, **{name: getattr(self, name) for name in State._fields if name != "soft"})
 
 
-def take_step(
-    model,
-    state: State,
-    in_place: InPlace,
-    prefixes: dict[str, Prefix],
-    numbers: Numbers,
-    pinned: Tensor | None,
-    settings: Settings,
-) -> State:
-    """One denoising step.
-
-    Args:
-        model: `DiffusionGemmaForBlockDiffusion`.
-        prefixes: by layer kind.
-        pinned: [B, C] bool, or None.
-    """
-    decision = decide(model, state, in_place, prefixes, numbers, pinned, settings)
-    frozen = state.finished, state.soft
-    return decision.state(condition(model, decision, *frozen, numbers.temperature, pinned, settings))
-
-
 def decide(
     model,
     state: State,
@@ -130,7 +109,13 @@ def decide(
     pinned: Tensor | None,
     settings: Settings,
 ) -> Decision:
-    """Decoder, head and `commit`. Arguments as for `take_step`."""
+    """The first half of a denoising step: decoder, head and `commit`.
+
+    Args:
+        model: `DiffusionGemmaForBlockDiffusion`.
+        prefixes: by layer kind.
+        pinned: [B, C] bool, or None.
+    """
     attention_backend, head_backend, commit_backend, _ = settings.backends
     hidden = decode(model.model.decoder, state.canvas, state.soft, in_place, prefixes, attention_backend)
     logits, stats = logits_and_stats(
@@ -179,7 +164,7 @@ def condition(
     pinned: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """[B, C, E]: soft embeddings of the step's logits times embed_scale.
+    """The second half: soft embeddings [B, C, E] of the step's logits, times embed_scale.
 
     Args:
         frozen: [B] bool, rows that were finished before the step. soft: theirs, which they keep.
