@@ -227,20 +227,20 @@ def reading_compiled_code() -> Iterator[None]:
     """
     from torch._inductor.graph import GraphLowering
 
-    from dgemma_accel.hf.compiled import Half
+    from dgemma_accel.hf.compiled import Part
 
     written: list[str] = []
-    right = Half.__call__
+    right = Part.__call__
 
-    def call(half, *arguments):
+    def call(part, *arguments):
         written.clear()
-        result = right(half, *arguments)
+        result = right(part, *arguments)
         if written:
-            half.launches_in_code = launches_of(written[-1])
+            part.launches_in_code = launches_of(written[-1])
         return result
 
     remember = mock.patch.object(GraphLowering, "save_output_code", written.append)
-    with remember, mock.patch.object(Half, "__call__", call):
+    with remember, mock.patch.object(Part, "__call__", call):
         yield
 
 
@@ -260,24 +260,24 @@ def _compiled_steps_counted(counter: LaunchCounter) -> Iterator[None]:
     """Calls of our compiled step count as what is in its code; inside them the trace is off, as it would undo them."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from dgemma_accel.hf.compiled import Half
+    from dgemma_accel.hf.compiled import Part
 
-    right = Half.__call__
+    right = Part.__call__
 
-    def call(half, *arguments):
-        launches = getattr(half, "launches_in_code", None)
+    def call(part, *arguments):
+        launches = getattr(part, "launches_in_code", None)
         if launches is None:
-            return right(half, *arguments)
+            return right(part, *arguments)
         for _ in range(launches):
             counter.count("compiled step")
         counter.inside_compiled = True
         try:
             with _disable_current_modes():
-                return right(half, *arguments)
+                return right(part, *arguments)
         finally:
             counter.inside_compiled = False
 
-    with mock.patch.object(Half, "__call__", call):
+    with mock.patch.object(Part, "__call__", call):
         yield
 
 

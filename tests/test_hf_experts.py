@@ -91,7 +91,7 @@ class TestSideBySide:
                 for layer in layers
             ]  # fmt: skip
             with dgemma_accel.accelerated(model, backend="triton"):
-                how = side_by_side(model.model.decoder.layers, "triton")
+                how = side_by_side(model.model.decoder.layers, "triton", torch.float32)
                 results = [hf_layer._feed_forward(*each) for each in zip(layers, [hidden] * len(layers), how)]
         for result, truth in zip(results, expected, strict=True):
             for ours, theirs in zip(result, truth):
@@ -188,7 +188,7 @@ def test_a_router_of_another_size(name):
     else:
         router.per_expert_scale = torch.nn.Parameter(router.per_expert_scale[:-1].clone())
     with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
-        how = side_by_side(model.model.decoder.layers, "triton")
+        how = side_by_side(model.model.decoder.layers, "triton", torch.float32)
     assert [one.experts_backend for one in how] == ["triton", None, "triton"]
 
 

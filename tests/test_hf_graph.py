@@ -281,7 +281,7 @@ def test_decode_is_the_model_s_forward(model):
         buffers = [
             [getattr(layer, name) for layer in cache.layers] for name in ("key_buffer", "value_buffer")
         ]
-        in_place = graph.InPlace(*buffers, side_by_side(decoder.layers, "auto"))
+        in_place = graph.InPlace(*buffers, side_by_side(decoder.layers, "auto", torch.float32))
         result = graph.decode(decoder, canvas, soft, in_place, prefixes, "auto")
     assert torch.allclose(result, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
 

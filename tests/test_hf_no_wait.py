@@ -192,7 +192,9 @@ def test_a_step_copies_nothing_from_the_host(pinned, depth):
         rotary = [empty(1, CANVAS, attention.head_dim) for _ in range(2)]
         bounds = [empty(batch, dtype=torch.int32) for _ in range(2)]
         prefixes[attention.layer_type] = graph.Prefix(*bounds, *rotary)
-    in_place = graph.InPlace(buffers, buffers, side_by_side(model.model.decoder.layers, "auto"))
+    in_place = graph.InPlace(
+        buffers, buffers, side_by_side(model.model.decoder.layers, "auto", torch.bfloat16)
+    )
     whole, fraction = empty(dtype=torch.int64), empty(dtype=torch.float32)
     numbers = graph.Numbers(whole, whole, fraction, fraction, fraction)
     given = empty(batch, CANVAS, dtype=torch.bool) if pinned else None

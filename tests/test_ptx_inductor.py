@@ -1,4 +1,4 @@
-"""A whole step as PyTorch's compiler writes it for a GPU, carried out on the host: tokens and soft embeddings.
+"""A step and the pass that stores a canvas as PyTorch's compiler writes their parts for a GPU, carried out on the host.
 
 With `make ptx-tests`: inductor's kernels and this package's are compiled for an architecture and what came out is run.
 Products are those of the CPU.
@@ -15,7 +15,7 @@ from hf_models import CANVAS, tiny_model
 from torch.utils._pytree import tree_leaves
 
 import dgemma_accel
-from dgemma_accel.hf import graph, products
+from dgemma_accel.hf import graph, products, storing
 
 pytestmark = [
     pytest.mark.source_tree,
@@ -60,27 +60,43 @@ def arguments_of_step(model, dtype):
     )
     numbers = graph.Numbers(*map(torch.tensor, (5, 2, 0.7, 0.5, 0.3)))
     settings = graph.Settings(30.0, vocab, 1, False, ("triton",) * 4)
-    how = products.side_by_side(model.model.decoder.layers, "triton")
-    assert how == [products.SideBySide(True, "triton")] * len(how)
+    how = products.side_by_side(model.model.decoder.layers, "triton", dtype)
+    assert how == [products.SideBySide(True, "triton", "triton")] * len(how)
     return state, graph.InPlace(keys, values, how), prefixes, numbers, None, settings
 
 
 def trace(dtype):
-    """Of each half of a step (its graph, its inputs, what it returns when its operators run one by one)."""
-    model, seen = tiny_model(dtype).requires_grad_(False), []
+    """Of each part of a step and of the pass that stores a canvas, by its name and its kind of layer: its graph, its
+    inputs, what it returns when its operators run one by one."""
+    model, seen, parts, found = tiny_model(dtype).requires_grad_(False), [], {}, {}
 
     def keep(module, inputs):
         seen.append((module, inputs))
         return module.forward
 
+    def run(part, module, *arguments):
+        kind = getattr(getattr(module, "self_attn", None), "layer_type", None)
+        key = part.__module__.rpartition(".")[2], part.__name__, kind
+        if key not in parts:
+            parts[key] = torch.compile(part, backend=keep, fullgraph=True, dynamic=False)
+        result = parts[key](module, *arguments)
+        if key not in found:
+            found[key] = (*seen[-1], result)
+        return result
+
     with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
         state, in_place, prefixes, numbers, pinned, settings = arguments_of_step(model, dtype)
-        options = {"backend": keep, "fullgraph": True, "dynamic": False}
-        decide, condition = (torch.compile(half, **options) for half in (graph.decide, graph.condition))
-        decision = decide(model, state, in_place, prefixes, numbers, pinned, settings)
+        decision = graph.decide(model, state, in_place, prefixes, numbers, pinned, settings, run)
         others = numbers.temperature, pinned, settings
-        soft = condition(model, decision, state.finished, state.soft, *others)
-    return [(*half, expected) for half, expected in zip(seen, (decision, soft), strict=True)]
+        run(graph.condition, model, decision, state.finished, state.soft, *others)
+        slots = torch.arange(17, 17 + CANVAS)
+        inputs = storing.Inputs(
+            state.soft, {kind: storing.Place(prefix, slots) for kind, prefix in prefixes.items()}
+        )
+        storing.store(model.model.encoder.language_model, inputs, in_place, "triton", run)
+    # Layers of one kind are one graph.
+    assert len(seen) == len(found)
+    return found
 
 
 @pytest.fixture
@@ -107,32 +123,41 @@ def carry_out():
     ],
     ids=["fp32", "fp32-combo_kernels", "bf16"],
 )
-def test_a_step_is_what_its_operators_make_one_by_one(carry_out, dtype, place, options):
+def test_parts_are_what_their_operators_make_one_by_one(carry_out, dtype, place, options):
     """By the first or the last of the tile shapes among which inductor would choose by timing."""
-    launched, half = 0, dtype == torch.bfloat16
-    for module, inputs, expected in trace(dtype):
+    launched, half = {}, dtype == torch.bfloat16
+    for key, (module, inputs, expected) in trace(dtype).items():
         results, ran = carry_out(module, inputs, place, **options)
-        launched += len(ran)
+        launched[key] = len(ran)
         for number, (result, wanted) in enumerate(zip(results, tree_leaves(expected), strict=True)):
             assert result.dtype == wanted.dtype and result.shape == wanted.shape
             if not result.is_floating_point():
                 # Rounding between operators, which fused kernels do without, moves bf16 logits.
-                assert half or torch.equal(result, wanted), number
+                assert half or torch.equal(result, wanted), (key, number)
             else:
                 error = (result.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
-                assert error < (0.05 if half else 1e-4), number
-    assert launched == (15 if options else 21)
+                assert error < (0.05 if half else 1e-4), (key, number)
+    sliding, full, choose = (3, 3, 2) if options else (5, 4, 3)
+    assert launched == {
+        ("graph", "embed", None): 3,
+        ("graph", "layer", "sliding_attention"): sliding,
+        ("graph", "layer", "full_attention"): full,
+        ("graph", "choose", None): choose,
+        ("graph", "condition", None): 1,
+        ("layer", "norm", None): 1,
+        ("storing", "layer", "sliding_attention"): sliding,
+        ("storing", "layer", "full_attention"): full,
+    }
 
 
 def test_a_wrong_kernel_is_seen(carry_out):
     """Norms with another epsilon."""
-    (module, inputs, expected), _ = trace(torch.float32)
+    module, inputs, (expected, _) = trace(torch.float32)["graph", "layer", "sliding_attention"]
     changed = []
 
     def change(code):
         changed.append(code.count("1e-06"))
         return code.replace("1e-06", "1.0")
 
-    results, _ = carry_out(module, inputs, change=change)
-    logits = results[graph.Decision._fields.index("logits")]
-    assert changed[0] and (logits - expected.logits).norm() > 0.1 * expected.logits.norm()
+    (hidden, _), _ = carry_out(module, inputs, change=change)
+    assert changed[0] and (hidden - expected).norm() > 0.1 * expected.norm()

@@ -21,8 +21,10 @@ pytestmark = [
 ]
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "step_launches.py"
-# By kind of layer: the products of query, key and value, all launches, and those that are not beside others.
+# By kind of layer: the products of query, key and value, all launches of a step, and those that are not beside others.
 LAUNCHES = {"sliding_attention": (3, 21, 15), "full_attention": (2, 19, 14)}
+# What the pass that stores a canvas launches besides: it writes keys and values.
+WRITES = 2
 
 
 def leaves(launches: list[dict]) -> list[dict]:
@@ -32,31 +34,38 @@ def leaves(launches: list[dict]) -> list[dict]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_layer_waits_for_one_product_before_attention_and_for_no_op_of_pytorch(tmp_path):
     written = tmp_path / "launches.json"
-    command = [sys.executable, "-W", "ignore", TOOL, "--layers", "2", "--json", written]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", TOOL, "--json", written], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    before, *layers, after = json.loads(written.read_text())["parts"]
-    assert [(part["kind"], part["layers"]) for part in layers] == [
-        ("sliding_attention", [0]),
-        ("full_attention", [1]),
-    ]
-    for part in layers:
-        launches = part["launches"]
-        projections, together, in_a_row = LAUNCHES[part["kind"]]
-        ops = {launch["name"]: launch["launches"] for launch in launches if launch["kind"] == "op"}
-        names = [launch["name"] for launch in launches if launch["kind"] == "op"]
-        assert names == ["linears", "block_attention", "feed_forward"]
-        assert launches[0]["name"] == "linears" and {one["sizes"][2] for one in ops["linears"]} == {2816}
-        assert sorted(one["branch"] for one in ops["linears"]) == [*range(projections)]
-        # The dense MLP beside router and experts.
-        assert sum(one["branch"] for one in ops["feed_forward"]) == 4
-        # A topk or a copy would be PyTorch's own.
-        assert {leaf["kind"] for leaf in leaves(launches)} == {"inductor", "product", "ours"}
-        assert len(leaves(launches)) <= together, done.stdout
-        assert sum(leaf["branch"] == 0 for leaf in leaves(launches)) <= in_a_row, done.stdout
-    assert not any(launch["kind"] == "op" for launch in before["launches"])
-    heads = [launch["name"] for launch in after["launches"] if launch["kind"] == "op"]
-    assert sorted(heads) == ["commit", "head_stats", "soft_embedding"]
+    found = json.loads(written.read_text())
+    for what, more in (("step", 0), ("storing", WRITES)):
+        before, *layers, after = found[what]
+        wide = [*range(5, 30, 6)]
+        assert [(part["kind"], part["layers"]) for part in layers] == [
+            ("sliding_attention", [number for number in range(30) if number not in wide]),
+            ("full_attention", wide),
+        ]
+        for part in layers:
+            launches = part["launches"][: len(part["launches"]) - more]
+            projections, together, in_a_row = LAUNCHES[part["kind"]]
+            ops = {launch["name"]: launch["launches"] for launch in launches if launch["kind"] == "op"}
+            names = [launch["name"] for launch in launches if launch["kind"] == "op"]
+            assert names == ["linears", "block_attention", "feed_forward"]
+            # The norm before is in one kernel with the end of the layer before.
+            assert launches[0]["name"] == "linears" and {one["sizes"][2] for one in ops["linears"]} == {2816}
+            assert sorted(one["branch"] for one in ops["linears"]) == [*range(projections)]
+            # The dense MLP beside router and experts.
+            assert sum(one["branch"] for one in ops["feed_forward"]) == 4
+            # A topk or a copy would be PyTorch's own.
+            assert {leaf["kind"] for leaf in leaves(launches)} == {"inductor", "product", "ours"}
+            assert len(leaves(launches)) <= together, done.stdout
+            assert sum(leaf["branch"] == 0 for leaf in leaves(launches)) <= in_a_row, done.stdout
+            writes = part["launches"][len(launches) :]
+            assert [launch["name"] for launch in writes] == ["index_copy_"] * more
+        assert not any(launch["kind"] == "op" for launch in before["launches"])
+        heads = [launch["name"] for launch in after["launches"] if launch["kind"] == "op"]
+        assert sorted(heads) == (["commit", "head_stats", "soft_embedding"] if what == "step" else [])
 
 
 def test_a_machine_without_a_compiler_gets_one_line(tmp_path):

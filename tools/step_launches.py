@@ -1,12 +1,14 @@
-"""What a compiled denoising step of the full-size DiffusionGemma launches on a CUDA GPU, found without one.
+"""What a compiled denoising step of the full-size DiffusionGemma launches on a CUDA GPU, and the pass that stores a
+finished canvas, found without one.
 
-    python tools/step_launches.py --layers 6 --capability 9.0
+    python tools/step_launches.py --capability 9.0
 
-The model is made of tensors without memory. torch.compile traces both halves of a step (`dgemma_accel.hf.graph`) over
-them, inductor writes its code for the GPU that is named, and is stopped before it compiles any. That code is then
-carried out on meta tensors, which notes what it launches: inductor's Triton kernels, matrix products, what else PyTorch
-computes by itself, and what is launched by the ops of this package, all of them with backend="triton". A product counts
-once, whatever cuBLAS makes of it.
+The model is made of tensors without memory. A step and a pass are taken over them (`dgemma_accel.hf.graph` and
+`storing`): torch.compile traces each part that is compiled, once for each kind of layer, inductor writes its code for
+the GPU that is named, and is stopped before it compiles any. That code is then carried out on meta tensors, which
+notes what it launches: inductor's Triton kernels, matrix products, what else PyTorch computes by itself, and what is
+launched by the ops of this package, all of them with backend="triton". A product counts once, whatever cuBLAS makes of
+it.
 
 Needs a PyTorch that was built without CUDA, whose gaps it fills, and g++ for one of them. Exit status 2 without them.
 """
@@ -104,9 +106,6 @@ class Launch:
         """What reaches the GPU."""
         return [leaf for launch in self.launches for leaf in launch.leaves()] if self.kind == "op" else [self]
 
-    def has_products(self) -> bool:
-        return any(leaf.kind == "product" for leaf in self.leaves())
-
     def shown(self) -> str:
         """The name to print: the same wherever the same is computed, but for the number that inductor gave it."""
         found = re.fullmatch(r"triton_([a-z]+)_fused_(.*)_(\d+)", self.name)
@@ -118,7 +117,7 @@ class Launch:
 
 @dataclass
 class Part:
-    """A stretch of the step. kind: of the layers, None outside of them. layers: their numbers, all launch the same."""
+    """A stretch of a step or of a pass. kind: of the layers, None outside of them. layers: their numbers."""
 
     kind: str | None
     layers: list[int]
@@ -128,14 +127,9 @@ class Part:
         leaves = [leaf for launch in self.launches for leaf in launch.leaves()]
         return Counter([leaf.kind for leaf in leaves] + ["in a row" for leaf in leaves if leaf.branch == 0])
 
-    def alike(self) -> list[str]:
-        """Equal for layers that launch the same, if not in the same order: kernels that do not meet change places."""
-        found = ((re.sub(r" \d+:", "", launch.shown()), launch) for launch in self.launches)
-        return sorted(f"{shown} {launch.sizes} {launch.launches}" for shown, launch in found)
-
 
 class Record(TorchDispatchMode):
-    """While it is entered, notes in order what is launched on meta tensors."""
+    """While it is entered, notes in order what is launched on tensors without memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +157,7 @@ class Record(TorchDispatchMode):
             return result
         result = func(*args, **kwargs)
         tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
-        if func.is_view or name in NO_LAUNCH or not any(tensor.is_meta for tensor in tensors):
+        if func.is_view or name in NO_LAUNCH or not any(map(has_no_memory, tensors)):
             return result
         if name in PRODUCTS:
             a, b = [value for value in args if isinstance(value, Tensor) and value.ndim > 1][-2:]
@@ -180,6 +174,10 @@ class Record(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         finally:
             self.launches = [*outside, Launch("op", name, launches=self.launches)]
+
+
+def has_no_memory(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @functools.cache
@@ -298,13 +296,44 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
         yield
 
 
-def generated_code(config) -> list[str]:
-    """The modules that inductor writes for the halves of a step of a model of `config`."""
+class Walk:
+    """`run` of a step or a pass over tensors without memory: the parts they call in turn, and inductor's code of each.
+
+    called: (kind of the layer, None outside of layers; the part's key in `codes`, or a launch outside of the parts).
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[tuple, str] = {}
+        self.called: list[tuple[str | None, tuple | Launch]] = []
+        self._results: dict[tuple, object] = {}
+
+    def __call__(self, part, module, *arguments):
+        kind = getattr(getattr(module, "self_attn", None), "layer_type", None)
+        key = part.__module__, part.__name__, kind
+        if key not in self.codes:
+            self.codes[key] = code_of(part, module, *arguments)
+            # As good as any other call's: tensors of these shapes.
+            self._results[key] = part(module, *arguments)
+        self.called.append((kind, key))
+        return self._results[key]
+
+    def take(self, record: Record) -> None:
+        """What was launched since the last part."""
+        self.called += [(None, launch) for launch in record.launches]
+        record.launches.clear()
+
+    def after(self, record: Record, *arguments):
+        self.take(record)
+        return self(*arguments)
+
+
+def walks(config) -> tuple[Walk, Walk]:
+    """A step and a pass of a model of `config`."""
     from torch._inductor.graph import GraphLowering
 
     from bench import memory, step_model
     from dgemma_accel import accelerate
-    from dgemma_accel.hf import experts, graph, products
+    from dgemma_accel.hf import experts, graph, products, storing
 
     def stop(code: str) -> None:
         raise CodeWritten(code)
@@ -316,21 +345,36 @@ def generated_code(config) -> list[str]:
         mock.patch.object(products, "Tensor", FakeTensor),
         mock.patch.object(GraphLowering, "save_output_code", stop),
     )
+    step, storing_pass = Walk(), Walk()
     with contextlib.ExitStack() as stack:
         for context in (*patches, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad()):
             stack.enter_context(context)
         model = step_model.build(config, DEVICE, torch.bfloat16)
         accelerate(model, backend="triton")
         arguments = arguments_of_step(model)
-        state, _, _, numbers, *others = arguments
-        halves = (
-            (graph.decide, arguments),
-            (
-                graph.condition,
-                (empty_decision(state, model), state.finished, state.soft, numbers.temperature, *others),
-            ),
+        state, in_place, prefixes, numbers, pinned, settings = arguments
+        decision = graph.decide(model, *arguments, step)
+        step(
+            graph.condition,
+            model,
+            decision,
+            state.finished,
+            state.soft,
+            numbers.temperature,
+            pinned,
+            settings,
         )
-        return [code_of(half, model, *of_half) for half, of_half in halves]
+
+        slots = torch.empty(config.canvas_length, dtype=torch.int64, device=DEVICE)
+        places = {kind: storing.Place(prefix, slots) for kind, prefix in prefixes.items()}
+        text, inputs = model.model.encoder.language_model, storing.Inputs(state.soft, places)
+        storing.store(text, inputs, in_place, "triton", storing_pass)
+        # Once more with nothing left to compile, which no mode may watch: what stands between the parts.
+        storing_pass.called.clear()
+        with Record() as between:
+            storing.store(text, inputs, in_place, "triton", functools.partial(storing_pass.after, between))
+        storing_pass.take(between)
+    return step, storing_pass
 
 
 def code_of(function, *arguments) -> str:
@@ -342,19 +386,6 @@ def code_of(function, *arguments) -> str:
             raise
         return error.inner_exception.args[0]
     raise AssertionError("a step ran that should only have been compiled")
-
-
-def empty_decision(state, model):
-    """What the first half of a step leaves, without what is in it."""
-    from dgemma_accel.hf import graph
-    from dgemma_accel.ops.row_stats import RowStats
-
-    logits = state.soft.new_empty(*state.canvas.shape, model.config.text_config.vocab_size)
-    stats = RowStats(
-        *(state.canvas if name in ("argmax", "sample") else state.entropy for name in RowStats._fields)
-    )
-    kept = {name: getattr(state, name) for name in graph.State._fields if name != "soft"}
-    return graph.Decision(**kept, logits=logits, stats=stats)
 
 
 def arguments_of_step(model) -> tuple:
@@ -395,7 +426,9 @@ def arguments_of_step(model) -> tuple:
         exact=False,
         backends=("triton",) * 4,
     )
-    in_place = graph.InPlace(keys, values, products.side_by_side(model.model.decoder.layers, "triton"))
+    in_place = graph.InPlace(
+        keys, values, products.side_by_side(model.model.decoder.layers, "triton", torch.bfloat16)
+    )
     return state, in_place, prefixes, numbers, None, settings
 
 
@@ -432,29 +465,32 @@ def launches_of(code: str, record: Record) -> list[Launch]:
     return record.launches
 
 
-def parts_of(launches: list[Launch], text) -> list[Part]:
-    """Before the layers, each layer once or, where several launch the same, once for all of them, and after them.
-
-    A layer begins with its first products: the norm before them is in one kernel with the end of what comes before.
-    """
-    begins, behind = [], 0
-    for number, launch in enumerate(launches):
-        if launch.kind == "op" and launch.name == "block_attention":
-            begins.append(next(i for i in range(behind, number) if launches[i].has_products()))
-        last_of_rows = launch.kind == "product" and launch.sizes[-2] == text.hidden_size
-        if last_of_rows or (launch.kind == "op" and launch.name in ("feed_forward", "experts")):
-            behind = number + 1
-    # What ends the last layer ends with the final norm, before the head.
-    end = next(i for i in range(behind, len(launches)) if launches[i].kind != "inductor")
-    parts = [Part(None, [], launches[: begins[0]])]
-    for index, (begin, after) in enumerate(zip(begins, [*begins[1:], end])):
-        layer = Part(text.layer_types[index], [index], launches[begin:after])
-        same = [part for part in parts if part.kind == layer.kind and part.alike() == layer.alike()]
-        if same:
-            same[0].layers.append(index)
+def parts_of(walk: Walk, record: Record) -> list[Part]:
+    """Before the layers, the layers of each kind, which all launch the same, and after them."""
+    launches = {}
+    for key, code in walk.codes.items():
+        record.launches = []
+        launches[key] = launches_of(code, record)
+    parts, behind, count = [Part(None, [], [])], None, 0
+    for kind, what in walk.called:
+        if kind is not None:
+            parts.append(Part(kind, [count], [*launches[what]]))
+            count += 1
+        elif isinstance(what, Launch):
+            # Belongs to the layer before it.
+            parts[-1].launches.append(what)
+        elif count:
+            behind = behind or Part(None, [], [])
+            behind.launches += launches[what]
         else:
-            parts.append(layer)
-    return [*parts, Part(None, [], launches[end:])]
+            parts[0].launches += launches[what]
+    found: dict[str | None, Part] = {}
+    for part in parts:
+        first = found.setdefault(part.kind, part)
+        assert first.launches == part.launches
+        if first is not part:
+            first.layers += part.layers
+    return [*found.values(), behind or Part(None, [], [])]
 
 
 def folded(launches: list[Launch]) -> list[tuple[int, list[Launch]]]:
@@ -490,21 +526,30 @@ def kind_of(part: Part) -> str:
     return {"full_attention": "global"}.get(part.kind, part.kind.removesuffix("_attention"))
 
 
-def table(parts: list[Part], layer_types: Sequence[str]) -> Iterator[str]:
-    """Launches of each part and of a step by kind, and of a step of the whole model if its layers are among them."""
-    layers = parts[1:-1]
-    heads = ["before", *(f"{len(part.layers)} {kind_of(part)}" for part in layers), "after"]
-    steps = {sum(len(part.layers) for part in layers): [len(part.layers) for part in layers]}
-    if Counter(part.kind for part in layers) == Counter(set(layer_types)):
-        steps[len(layer_types)] = [layer_types.count(part.kind) for part in layers]
-    heads += [f"{count} layers" for count in steps]
+def table(parts: list[Part]) -> Iterator[str]:
+    """Launches of each part and of all of them by kind."""
+    times = [len(part.layers) or 1 for part in parts]
+    heads = ["before", *(f"{n} {kind_of(part)}" for n, part in zip(times[1:-1], parts[1:-1])), "after", "all"]
     yield f"{'':<28}" + "".join(f"{head:>12}" for head in heads)
     counts = [part.counts() for part in parts]
     rows = [(label, [kind]) for kind, label in KINDS.items()]
     for label, kinds in (*rows, ("all", [*KINDS]), ("in a row", ["in a row"])):
         numbers = [sum(count[kind] for kind in kinds) for count in counts]
-        whole = [sum(map(operator.mul, numbers, (1, *times, 1))) for times in steps.values()]
-        yield f"{label:<28}" + "".join(f"{number:>12}" for number in (*numbers, *whole))
+        yield f"{label:<28}" + "".join(
+            f"{number:>12}" for number in (*numbers, sum(map(operator.mul, numbers, times)))
+        )
+
+
+def report(title: str, parts: list[Part]) -> Iterator[str]:
+    yield f"\n== {title}"
+    for part in parts:
+        count = len([leaf for launch in part.launches for leaf in launch.leaves()])
+        where = "before the layers" if part is parts[0] else "after the layers"
+        if part.kind is not None:
+            where = f"each {kind_of(part)} layer ({', '.join(map(str, part.layers))})"
+        if count:
+            yield from (f"\n{where}: {count} launches", *lines_of(part.launches))
+    yield from ("", *table(parts))
 
 
 def check_machine() -> None:
@@ -518,13 +563,10 @@ def check_machine() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=6, help="default 6: five sliding, one global")
     parser.add_argument("--capability", choices=GPUS, default="9.0", help="of the GPU (default 9.0)")
     parser.add_argument("--code", type=Path, metavar="FILE", help="write the generated code there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all launches there")
     options = parser.parse_args()
-    if options.layers < 1:
-        parser.error("--layers: at least 1")
     try:
         check_machine()
         load_guard()
@@ -536,15 +578,13 @@ def main() -> int:
 
     from bench.step_model import full_config
 
-    config, record = full_config(options.layers), Record()
+    config, record = full_config(), Record()
     with tempfile.TemporaryDirectory() as cache, pretended_gpu(options.capability, record):
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
-            codes = generated_code(config)
+            found = walks(config)
         if options.code is not None:
-            options.code.write_text("\n\n".join(codes))
-        for code in codes:
-            launches_of(code, record)
-        parts = parts_of(record.launches, config.text_config)
+            options.code.write_text("\n\n".join(code for walk in found for code in walk.codes.values()))
+        step, storing = (parts_of(walk, record) for walk in found)
 
     name, multiprocessors = GPUS[options.capability]
     gpu = f"{name}, compute capability {options.capability}, {multiprocessors} multiprocessors"
@@ -552,16 +592,15 @@ def main() -> int:
     releases = {module: imported.__version__ for module, imported in modules.items()}
     print(gpu, ", ".join(map(" ".join, releases.items())), sep="\n")
     print(f"1 canvas of {config.canvas_length} tokens, {SLOTS} slots of cache, backend triton")
-    for part in parts:
-        count = len([leaf for launch in part.launches for leaf in launch.leaves()])
-        where = "before the layers" if part is parts[0] else "after the layers"
-        if part.kind is not None:
-            where = f"each {kind_of(part)} layer ({', '.join(map(str, part.layers))})"
-        print(f"\n{where}: {count} launches", *lines_of(part.launches), sep="\n")
-    print("", *table(parts, full_config().text_config.layer_types), sep="\n")
+    for title, parts in (("a step", step), ("the pass that stores a canvas", storing)):
+        print(*report(title, parts), sep="\n")
     if options.json is not None:
         found = {"gpu": name, "capability": options.capability, "multiprocessors": multiprocessors}
-        found |= {"releases": releases, "layers": options.layers, "parts": list(map(asdict, parts))}
+        found |= {
+            "releases": releases,
+            "step": list(map(asdict, step)),
+            "storing": list(map(asdict, storing)),
+        }
         options.json.write_text(json.dumps(found, indent=1))
     return 0
 

@@ -1,7 +1,8 @@
-"""Running the steps of a canvas through their compiled halves, captured where the device can."""
+"""Running the steps of a canvas through their compiled parts, captured where the device can."""
 
 from __future__ import annotations
 
+import functools
 import time
 import types
 import weakref
@@ -25,11 +26,7 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
     for each step that may be taken."""
     call, criteria = denoiser.call, denoiser.criteria
     inputs = _inputs(denoiser, canvas, argmax, carry, finished)
-    keys = [layer.key_buffer for layer in denoiser.cache.layers]
-    values = [layer.value_buffer for layer in denoiser.cache.layers]
-    for buffer in (*keys, *values):
-        # Only the attention's own kernel reads how long a buffer is, so a longer cache is not compiled anew.
-        torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    keys, values = buffers_of(denoiser.cache)
     step = _step_for(denoiser, inputs, keys)
     taken = 0
     with _running(denoiser, step, inputs, keys, values, carry.offset, temperatures) as steps:
@@ -56,17 +53,19 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
     return state.canvas, state.draft, carry, torch.ones_like(finished)
 
 
-class Half:
-    """`graph.decide` or `graph.condition` compiled for one shape, and as it is where it cannot be compiled.
+class Part:
+    """A function compiled for one shape, and as it is where it cannot be compiled.
 
-    seconds: of the first call, the compiler's time and one run; None before it. failure: why it runs uncompiled.
+    what: it is a part of, for the log. seconds: of the first call with each module, the compiler's time and one run;
+    None before any. failure: why it runs uncompiled.
     """
 
-    def __init__(self, function: Callable, acceleration: Acceleration) -> None:
-        # It holds the steps.
-        self.function, self._acceleration = function, weakref.ref(acceleration)
+    def __init__(self, function: Callable, what: str, acceleration: Acceleration) -> None:
+        # It holds what is compiled.
+        self.function, self.what, self._acceleration = function, what, weakref.ref(acceleration)
         self.seconds: float | None = None
         self.failure: str | None = None
+        self._seen: set[int] = set()
         # A code object of its own, so that no limit on recompiling counts across shapes or models.
         code = function.__code__.replace()
         own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
@@ -77,28 +76,32 @@ class Half:
         except Exception as error:
             self._give_up(error)
 
-    def __call__(self, device: torch.device, *arguments):
+    def __call__(self, device: torch.device, module, *arguments):
         if self.failure is not None:
-            return self.function(*arguments)
-        if self.seconds is not None:
-            return self._run(device, arguments)
+            return self.function(module, *arguments)
+        if id(module) in self._seen:
+            return self._run(device, (module, *arguments), first=False)
+        # A module that differs from those before in more than its weights is compiled anew.
         with quiet(device):
             begun = time.perf_counter()
-            result = self._run(device, arguments)
-            self.seconds = time.perf_counter() - begun
+            result = self._run(device, (module, *arguments), first=True)
+            self.seconds = (self.seconds or 0.0) + time.perf_counter() - begun
+        self._seen.add(id(module))
         return result
 
-    def _run(self, device: torch.device, arguments: tuple):
+    def _run(self, device: torch.device, arguments: tuple, first: bool):
         try:
             return self.compiled(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            raise
         except Exception as error:
             if torch.OutOfMemoryError in (type(error), type(getattr(error, "inner_exception", None))):
                 # Says nothing about the compiler, and the uncompiled step takes more.
                 raise
-            if self.seconds is not None and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            if not first and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             if is_recorded(device):
-                # Half of the step may be in the recording already.
+                # Part of the step may be in the recording already.
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.
             result = self.function(*arguments)
@@ -107,39 +110,78 @@ class Half:
 
     def _give_up(self, error: Exception) -> None:
         self.failure = one_line(error)
-        self._acceleration().say("graph", f"torch.compile: {self.failure}", "the step, uncompiled, serves")
+        reason = f"torch.compile: {self.failure}"
+        self._acceleration().say("graph", reason, f"a part of the {self.what}, uncompiled, serves")
 
 
-class Step:
-    """A denoising step in its two halves, compiled for one shape. shape: (B, C). calls: steps taken."""
+class Parts:
+    """The parts of a step or of a pass, compiled for one shape as they are first called. Layers of one kind share one.
+
+    what: "step", say. shape: (B, C). calls: of the whole.
+    """
+
+    def __init__(self, what: str, acceleration: Acceleration, shape: torch.Size) -> None:
+        # It holds these.
+        self._acceleration = weakref.ref(acceleration)
+        self.what, self.shape, self.calls = what, tuple(shape), 0
+        self.parts: dict[tuple, Part] = {}
+        self._alone: set[int] = set()
+
+    def run(self, device: torch.device, function: Callable, module, *arguments):
+        """`function(module, *arguments)`, compiled.
+
+        Args:
+            module: a layer, or what the parts that are no layers have to do with.
+        """
+        attention = getattr(module, "self_attn", None)
+        kind = None if attention is None else attention.layer_type
+        if id(module) not in self._alone:
+            try:
+                return self._part(function, kind)(device, module, *arguments)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                # Of layers that are all different the compiler takes only so many for one function.
+                self._alone.add(id(module))
+        return self._part(function, id(module))(device, module, *arguments)
+
+    def _part(self, function: Callable, kind) -> Part:
+        if (function, kind) not in self.parts:
+            self.parts[function, kind] = Part(function, self.what, self._acceleration())
+        return self.parts[function, kind]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the first call, the compiler's time included; None before it."""
+        spent = [part.seconds for part in self.parts.values()]
+        return None if None in spent or not spent else sum(spent)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a part runs uncompiled, or None."""
+        return next((part.failure for part in self.parts.values() if part.failure is not None), None)
+
+
+class Step(Parts):
+    """A denoising step in its two halves, compiled for one shape: in parts where it is recorded, else by half."""
 
     def __init__(
         self, model, settings: graph.Settings, acceleration: Acceleration, shape: torch.Size
     ) -> None:
+        super().__init__(STEP, acceleration, shape)
         # It holds this step.
-        self._model = weakref.ref(model)
-        self.settings, self.shape, self.calls = settings, tuple(shape), 0
-        self.halves = Half(graph.decide, acceleration), Half(graph.condition, acceleration)
+        self._model, self.settings = weakref.ref(model), settings
 
     def decide(self, state, in_place, prefixes, numbers, pinned) -> graph.Decision:
         self.calls += 1
+        device = state.canvas.device
         arguments = (self._model(), state, in_place, prefixes, numbers, pinned, self.settings)
-        return self.halves[0](state.canvas.device, *arguments)
+        if device.type in RECORDINGS:
+            return graph.decide(*arguments, functools.partial(self.run, device))
+        # In every step the host calls what is compiled, and compares what it was compiled for: few calls are best.
+        return self.run(device, graph.decide, *arguments)
 
     def condition(self, decision: graph.Decision, frozen, soft, temperature, pinned) -> Tensor:
         arguments = (self._model(), decision, frozen, soft, temperature, pinned, self.settings)
-        return self.halves[1](soft.device, *arguments)
-
-    @property
-    def seconds(self) -> float | None:
-        """Of the first step, the compiler's time included; None before it."""
-        spent = [half.seconds for half in self.halves]
-        return None if None in spent else sum(spent)
-
-    @property
-    def failure(self) -> str | None:
-        """Why it runs uncompiled, or None."""
-        return next((half.failure for half in self.halves if half.failure is not None), None)
+        return self.run(soft.device, graph.condition, *arguments)
 
 
 class Stepwise:
@@ -180,8 +222,8 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     device, acceleration = inputs.state.canvas.device, denoiser.acceleration
 
     def in_place() -> graph.InPlace:
-        layers = layers_of(denoiser.model.model.decoder)
-        return graph.InPlace(keys, values, side_by_side(layers, acceleration.backend))
+        layers, dtype = graph.layers_of(denoiser.model.model.decoder), inputs.state.soft.dtype
+        return graph.InPlace(keys, values, side_by_side(layers, acceleration.backend, dtype))
 
     recording = RECORDINGS.get(device.type)
     if recording is None:
@@ -272,10 +314,14 @@ def _first_state(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tens
     )
 
 
-def layers_of(text_model) -> list[torch.nn.Module]:
-    """Those of a decoder's or a text encoder's layers that its forward runs."""
-    config = getattr(text_model, "text_config", text_model.config)
-    return list(text_model.layers[: config.num_hidden_layers])
+def buffers_of(cache) -> tuple[list[Tensor], list[Tensor]]:
+    """A cache's buffers of keys and of values [B, Hkv, capacity, D], by layer, for compiled parts."""
+    keys = [layer.key_buffer for layer in cache.layers]
+    values = [layer.value_buffer for layer in cache.layers]
+    for buffer in (*keys, *values):
+        # Only the attention's own kernel reads how long a buffer is, so a longer cache is not compiled anew.
+        torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    return keys, values
 
 
 def prefixes_of(
@@ -288,7 +334,7 @@ def prefixes_of(
         like: [B, ...] on the device and in the dtype of the hidden states.
     """
     batch, prefixes = like.shape[0], {}
-    for index, layer in enumerate(layers_of(text_model)):
+    for index, layer in enumerate(graph.layers_of(text_model)):
         kind = layer.self_attn.layer_type
         if kind in prefixes:
             continue

@@ -23,6 +23,8 @@ from .patches import Patch
 # The activation of a module by the name of its class in transformers or PyTorch.
 ACTIVATIONS = {"GELUTanh": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu"}
 KERNELS = ("triton",)
+# Ways of calling a layer's experts besides the backends of the op.
+MODULE, METHOD = "module", "method"
 # Classes of experts: transformers' own, what its FineGrainedFP8 quantisation makes of them, and `quantize_experts`.
 PLAIN, FINE_GRAINED, OURS = "DiffusionGemmaTextExperts", "FP8Experts", "QuantizedExperts"
 # Attributes of an `FP8Experts` and the values with which it computes what the op does.
@@ -45,26 +47,57 @@ def experts_forward(
     Returns:
         [R, E]. What the op does not serve is served by the original and said once per model.
     """
-    module = patch.owner
-    backend = kernel_for(patch.acceleration.backend, hidden_states.device, hidden_states.dtype)
-    if backend is None and type(module).__name__ == OURS:
-        backend = "reference"
+    backend, reason = _backend_for(patch, patch.acceleration.backend, hidden_states)
+    if reason is not None and not torch.compiler.is_compiling():
+        patch.acceleration.say("experts", reason)
     if backend is None:
         return _original(patch, hidden_states, top_k_index, top_k_weights)
-    reason = _reason_for_original(patch, module, hidden_states)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            patch.acceleration.say("experts", reason)
-        return _original(patch, hidden_states, top_k_index, top_k_weights)
-    activation = ACTIVATIONS[type(module.act_fn).__name__]
+    return _through_op(patch.owner, backend, hidden_states, top_k_index, top_k_weights)
+
+
+def call_experts(module: nn.Module, how: str, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What `module(rows, index, weights)` returns; arguments and result as of `experts_forward`.
+
+    Args:
+        how: MODULE for calling it; in a step that is traced what that comes to, so that the code which the compiler
+            makes of one layer, and which would go with the patch of its experts alone, serves all: METHOD for the
+            forward of its class, else a backend of the op.
+    """
+    if how == MODULE:
+        return module(rows, index, weights)
+    if how == METHOD:
+        return type(module).forward(module, rows, index, weights)
+    return _through_op(module, how, rows, index, weights)
+
+
+def how_called(module: nn.Module, backend: str, dtype: torch.dtype) -> str:
+    """`how` of `call_experts` for rows of `dtype`; backend: that of `accelerate`."""
+    patch = _own_patch(module)
+    if patch is None or patch.had:
+        return MODULE
+    device = getattr(getattr(module, "down_proj", None), "device", None)
+    return _backend_for(patch, backend, torch.empty(0, dtype=dtype, device=device))[0] or METHOD
+
+
+def _backend_for(patch: Patch, backend: str, rows: Tensor) -> tuple[str | None, str | None]:
+    """(backend of the op that serves a layer's experts, or None for the original; why not, where that is worth a
+    word)."""
+    kernel = kernel_for(backend, rows.device, rows.dtype)
+    if kernel is None and type(patch.owner).__name__ == OURS:
+        kernel = "reference"
+    reason = None if kernel is None else _reason_for_original(patch, patch.owner, rows)
+    return (kernel if reason is None else None), reason
+
+
+def _through_op(module: nn.Module, backend: str, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
+        rows,
+        index,
+        weights,
         module.gate_up_proj,
         module.down_proj,
         **scales_of(module),
-        activation=activation,
+        activation=ACTIVATIONS[type(module.act_fn).__name__],
         backend=backend,
     )
 

@@ -1,5 +1,10 @@
 """A denoising step as two functions of tensors, which `torch.compile(fullgraph=True)` traces once per shape.
 
+They are traced whole, or in parts where the step is recorded and nobody calls the parts again.
+
+`embed`, `layer`, `choose` and `condition` are the parts. Layers of one kind do the same with other weights, so what is
+compiled for one serves all of them, and the compiler has two layers to work on instead of thirty. A layer ends with the
+norm that the next one begins with, so nothing that the compiler could fuse is cut in two.
 `decide` ends with the canvas and the flags that say which rows are finished; `condition` makes the soft embeddings that
 the next step begins with. So the host learns whether there is a next step while the device is at work on this one.
 Everything that changes between steps, canvases, prompts or calls is a tensor: range of the prefix, temperature, seed,
@@ -14,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
@@ -23,7 +28,7 @@ from ..ops.soft_embedding import soft_embedding
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
 from .head import logits_and_stats
-from .layer import through
+from .layer import norm, through
 from .products import SideBySide
 from .statistics import as_given
 
@@ -100,6 +105,11 @@ class Decision(NamedTuple):
         return State(soft=soft, **{name: getattr(self, name) for name in State._fields if name != "soft"})
 
 
+def as_it_is(part: Callable, *arguments):
+    """A part of a step, run uncompiled."""
+    return part(*arguments)
+
+
 def decide(
     model,
     state: State,
@@ -108,6 +118,7 @@ def decide(
     numbers: Numbers,
     pinned: Tensor | None,
     settings: Settings,
+    run: Callable = as_it_is,
 ) -> Decision:
     """The first half of a denoising step: decoder, head and `commit`.
 
@@ -115,9 +126,18 @@ def decide(
         model: `DiffusionGemmaForBlockDiffusion`.
         prefixes: by layer kind.
         pinned: [B, C] bool, or None.
+        run: called with each part and its arguments.
     """
-    attention_backend, head_backend, commit_backend, _ = settings.backends
-    hidden = decode(model.model.decoder, state.canvas, state.soft, in_place, prefixes, attention_backend)
+    hidden = decode(
+        model.model.decoder, state.canvas, state.soft, in_place, prefixes, settings.backends[0], run
+    )
+    return run(choose, model, hidden, state, numbers, pinned, settings)
+
+
+def choose(
+    model, hidden: Tensor, state: State, numbers: Numbers, pinned: Tensor | None, settings: Settings
+) -> Decision:
+    """Head and `commit` of the last hidden states [B, C, E]."""
     logits, stats = logits_and_stats(
         model.lm_head,
         hidden,
@@ -125,7 +145,7 @@ def decide(
         softcap=settings.softcap,
         seed=numbers.seed,
         offset=numbers.offset,
-        backend=head_backend,
+        backend=settings.backends[1],
     )
     given = as_given(stats, state.canvas, pinned)
     stop = None if settings.depth is None else StableAndConfident(settings.depth, numbers.confidence)
@@ -139,7 +159,7 @@ def decide(
         offset=numbers.offset,
         state=CanvasState(state.draft, state.history, state.finished),
         stop=stop,
-        backend=commit_backend,
+        backend=settings.backends[2],
     )
     frozen = state.finished[:, None]
     return Decision(
@@ -185,25 +205,56 @@ def condition(
     return torch.where(frozen[:, None, None], soft, fresh)
 
 
-def decode(decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, backend: str) -> Tensor:
+def decode(
+    decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, backend: str, run: Callable = as_it_is
+) -> Tensor:
     """The last hidden states [B, C, E] of `DiffusionGemmaDecoderModel`, from soft embeddings instead of logits."""
+    hidden, rows = run(embed, decoder, canvas, soft)
+    for index, (module, following) in enumerate(with_following(decoder)):
+        held, how = (in_place.keys[index], in_place.values[index]), in_place.how[index]
+        prefix = prefixes[module.self_attn.layer_type]
+        hidden, rows = run(layer, module, following, hidden, rows, held, how, prefix, backend)
+    return rows
+
+
+def layers_of(text_model) -> list[nn.Module]:
+    """Those of a decoder's or a text encoder's layers that its forward runs."""
+    config = getattr(text_model, "text_config", text_model.config)
+    return list(text_model.layers[: config.num_hidden_layers])
+
+
+def with_following(text_model) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers of a decoder or a text encoder, each with the norm that its result goes through next."""
+    layers = layers_of(text_model)
+    return list(zip(layers, [*(one.input_layernorm for one in layers[1:]), text_model.norm]))
+
+
+def embed(decoder, canvas: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+    """(what goes into the first layer [B, C, E], the same behind that layer's first norm)."""
     conditioning = decoder.self_conditioning
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
-    for index, layer in enumerate(decoder.layers[: decoder.text_config.num_hidden_layers]):
-        attention, how = layer.self_attn, in_place.how[index]
-        held = in_place.keys[index], in_place.values[index]
-        prefix = prefixes[attention.layer_type]
-        hidden = through(layer, hidden, _attention(attention, *held, how, prefix, backend), how)
-    return decoder.norm(hidden)
+    return hidden, norm(decoder.layers[0].input_layernorm, hidden)
 
 
-def _attention(
-    attention, keys: Tensor, values: Tensor, how: SideBySide, prefix: Prefix, backend: str
-) -> Callable[[Tensor], Tensor]:
-    """`DiffusionGemmaDecoderTextAttention.forward` over what the cache's buffers hold."""
+def layer(
+    module: nn.Module,
+    following: nn.Module,
+    hidden: Tensor,
+    rows: Tensor,
+    held: tuple[Tensor, Tensor],
+    how: SideBySide,
+    prefix: Prefix,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(hidden [B, C, E] behind one layer, the same behind the norm `following`).
 
-    return lambda rows: attend(attention, rows, keys, values, how, prefix, backend)[0]
+    Args:
+        rows: hidden behind the layer's first norm. held: the layer's buffers of keys and values.
+    """
+    attended, _, _ = attend(module.self_attn, rows, *held, how, prefix, backend)
+    hidden = through(module, hidden, attended, how)
+    return hidden, norm(following, hidden)
 
 
 def attend(

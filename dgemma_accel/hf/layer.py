@@ -6,15 +6,13 @@ needs to launch them. More than half are the arithmetic of eleven norms, each of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.feed_forward import feed_forward
 from ..reference.feed_forward import FeedForwardCall
-from .experts import ACTIVATIONS, scales_of
+from .experts import ACTIVATIONS, call_experts, scales_of
 from .hooks import has_hooks
 from .naming import takes_cache
 from .overrides import is_own
@@ -51,7 +49,8 @@ def layer_forward(
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _stays(patch):
         return patch.original()(hidden_states, **arguments)
     attention = patch.owner.self_attn
-    return through(patch.owner, hidden_states, lambda rows: attention(hidden_states=rows, **arguments)[0])
+    attended, _ = attention(hidden_states=norm(patch.owner.input_layernorm, hidden_states), **arguments)
+    return through(patch.owner, hidden_states, attended)
 
 
 def _stays(patch: Patch) -> bool:
@@ -60,19 +59,16 @@ def _stays(patch: Patch) -> bool:
     return patch.overridden or patch.had or not is_own(type(patch.owner).forward)
 
 
-def through(
-    layer: nn.Module, hidden: Tensor, attend: Callable[[Tensor], Tensor], how: SideBySide = ONE_BY_ONE
-) -> Tensor:
+def through(layer: nn.Module, hidden: Tensor, attended: Tensor, how: SideBySide = ONE_BY_ONE) -> Tensor:
     """hidden [B, C, E] through a layer: attention, then what a dense MLP and experts make of the same rows.
 
     Args:
-        attend: the layer's attention, projections included, of its normed rows.
+        attended: [B, C, E], the result of the layer's attention, projections included, of its normed rows.
         how: what of it is one op where its modules allow that; eagerly nothing is.
 
     Source: `forward` of DiffusionGemmaDecoderTextLayer and DiffusionGemmaEncoderTextLayer in transformers'
     modeling_diffusion_gemma.py.
     """
-    attended = attend(norm(layer.input_layernorm, hidden))
     hidden = hidden + norm(layer.post_attention_layernorm, attended)
     dense, mixed = _feed_forward(layer, hidden, how)
     dense, mixed = (
@@ -115,7 +111,7 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         # Traced no call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
         choose = router.forward if torch.compiler.is_compiling() else router
         _, weights, index = choose(rows)
-        return mlp(dense), experts(routed, index, weights).reshape(hidden.shape)
+        return mlp(dense), call_experts(experts, how.experts, routed, index, weights).reshape(hidden.shape)
     call = FeedForwardCall(
         dense.reshape(rows.shape),
         router.norm(rows) * router.scale * router.scalar_root_size,

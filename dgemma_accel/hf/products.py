@@ -5,30 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .experts import served_by
+from .experts import MODULE, how_called, served_by
 from .overrides import is_overridden
 
 
 class SideBySide(NamedTuple):
-    """What of a layer does.
+    """What of a layer does, and what its experts are where they do not.
 
     projections: query, key and value, by the op `linears`. experts_backend: that of the op `feed_forward` where it can
-    stand for the layer's dense MLP, router and experts, else None.
+    stand for the layer's dense MLP, router and experts, else None. experts: see `call_experts`.
     """
 
     projections: bool
     experts_backend: str | None
+    experts: str
 
 
-ONE_BY_ONE = SideBySide(False, None)
+ONE_BY_ONE = SideBySide(False, None, MODULE)
 
 
-def side_by_side(layers: Iterable[nn.Module], backend: str) -> list[SideBySide]:
-    """By layer of a decoder or encoder; backend: that of `accelerate`."""
+def side_by_side(layers: Iterable[nn.Module], backend: str, dtype: torch.dtype) -> list[SideBySide]:
+    """By layer of a decoder or encoder; backend: that of `accelerate`; dtype: of the hidden states."""
     return [
-        SideBySide(all(map(is_product, projections(layer.self_attn))), _feed_forward_backend(layer, backend))
+        SideBySide(
+            all(map(is_product, projections(layer.self_attn))),
+            _feed_forward_backend(layer, backend),
+            how_called(layer.experts, backend, dtype),
+        )
         for layer in layers
     ]
 

@@ -12,11 +12,11 @@ from .registry import STEP
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """One step that was compiled, and captured where the device can, or one captured pass that stores a canvas.
+    """One step, or one pass that stores a canvas, that was compiled, and captured where the device can.
 
     batch, canvas: rows and positions. cache_length: tokens of the cache that it reads, 0 without a capture, which is
     the only one to depend on it. compiled, captured: whether it is. compile_seconds: the first call, compiler and step.
-    capture_seconds: warm-up, which holds the compiler's time if it is the first step with its shape, and recording.
+    capture_seconds: warm-up, which holds the compiler's time if it is the first with its shape, and recording.
     memory_bytes: of the graph and its own tensors; captures of one model share working memory, which counts for the
     first. replays: steps or passes taken with it. problem: why it is not compiled or not captured, or None.
     what: "step" or "storing".
@@ -40,36 +40,36 @@ def captures(model: nn.Module) -> list[CaptureReport]:
     acceleration = acceleration_of(model) if isinstance(model, nn.Module) else None
     if acceleration is None:
         return []
-    found, steps_with_capture = [], set()
+    found, captured_parts = [], set()
     registry = acceleration.captures
     for key, captured in list(registry.found.items()):
-        what, _, step, lengths, shape, *_ = key
-        steps_with_capture.add(id(step))
-        problem, is_step = registry.failures.get(key), what == STEP
+        what, _, parts, lengths, shape, *_ = key
+        captured_parts.add(id(parts))
+        problem = registry.failures.get(key)
         found.append(
             CaptureReport(
                 *shape,
                 max(lengths),
-                is_step and step.failure is None,
+                parts.failure is None,
                 captured is not None,
-                step.seconds if is_step else None,
+                parts.seconds,
                 None if captured is None else captured.seconds,
                 0 if captured is None else captured.bytes,
                 0 if captured is None else captured.replays,
-                f"not captured: {problem}" if problem else _uncompiled(step) if is_step else None,
+                f"not captured: {problem}" if problem else _uncompiled(parts),
                 what,
             )
         )
-    for step in list(acceleration.compiled.values()):
-        if id(step) not in steps_with_capture:
-            problem = _uncompiled(step)
+    for parts in list(acceleration.compiled.values()):
+        if id(parts) not in captured_parts:
+            costs = parts.seconds, None, 0, parts.calls
             found.append(
                 CaptureReport(
-                    *step.shape, 0, step.failure is None, False, step.seconds, None, 0, step.calls, problem
+                    *parts.shape, 0, parts.failure is None, False, *costs, _uncompiled(parts), parts.what
                 )
             )
     return found
 
 
-def _uncompiled(step) -> str | None:
-    return None if step.failure is None else f"not compiled: {step.failure}"
+def _uncompiled(parts) -> str | None:
+    return None if parts.failure is None else f"not compiled: {parts.failure}"

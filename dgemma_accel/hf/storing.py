@@ -1,24 +1,25 @@
 """The pass that stores a finished canvas: the encoder writes its keys and values into the cache behind what that holds.
 
-It has a canvas's shape whatever the context, so on a GPU it is recorded once for each shape and replayed, as denoising
-steps are: launched one by one its operators take the host longer than the device. It is not compiled, since it
-comes once a canvas and would make the first call's wait for the compiler twice as long.
+It has a canvas's shape whatever the context, so on a GPU its layers are compiled, and it is recorded, once for each
+shape, and replayed, as denoising steps are: launched one by one its operators take the host longer than the device.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..cuda_graph import RECORDINGS
 from . import graph
 from .call import active_call
-from .compiled import capture_key, layers_of, leased, prefixes_of
+from .compiled import Parts, buffers_of, capture_key, leased, prefixes_of
 from .eager import why_not_stored
 from .layer import norm, through
 from .naming import takes_cache
@@ -86,7 +87,7 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
     if None in slots:
         return None
 
-    text, layers = patch.owner, layers_of(patch.owner)
+    text, layers = patch.owner, graph.layers_of(patch.owner)
     prefixes = prefixes_of(text, cache, masks, position_ids, embeds)
     places = {}
     for layer, slot in zip(layers, slots):
@@ -94,15 +95,15 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
         if kind not in places:
             places[kind] = Place(prefixes[kind], torch.arange(slot, slot + count, device=device))
     inputs = Inputs(embeds, places)
-    keys = [layer.key_buffer for layer in cache.layers]
-    values = [layer.value_buffer for layer in cache.layers]
+    keys, values = buffers_of(cache)
     backend = acceleration.backend_of("block_attention")
+    parts = _parts_for(acceleration, embeds, keys, backend)
 
     def make(pool) -> CapturedPass:
-        in_place = graph.InPlace(keys, values, side_by_side(layers, acceleration.backend))
-        return CapturedPass(text, in_place, inputs, backend, recording, pool)
+        in_place = graph.InPlace(keys, values, side_by_side(layers, acceleration.backend, embeds.dtype))
+        return CapturedPass(text, in_place, inputs, backend, parts, recording, pool)
 
-    key = capture_key(STORING, device, backend, embeds[..., 0], pytree.tree_leaves(inputs), keys, values)
+    key = capture_key(STORING, device, parts, embeds[..., 0], pytree.tree_leaves(inputs), keys, values)
     with ExitStack() as stack:
         captured = leased(stack, model, acceleration, recording, key, modules_of(text), make)
         if captured is None:
@@ -113,35 +114,64 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
     return hidden
 
 
-def store(text, inputs: Inputs, in_place: graph.InPlace, backend: str) -> Tensor:
+def _parts_for(acceleration, embeds: Tensor, keys: list[Tensor], backend: str) -> Parts:
+    """What is compiled of a pass over `embeds` [B, C, E]. How long the cache is does not count, as in steps."""
+    buffers = tuple((buffer.shape[:2], buffer.shape[3]) for buffer in keys)
+    key = STORING, embeds.shape, embeds.dtype, embeds.device, buffers, backend
+    if key not in acceleration.compiled:
+        acceleration.compiled[key] = Parts(STORING, acceleration, embeds.shape[:2])
+    return acceleration.compiled[key]
+
+
+def store(
+    text,
+    inputs: Inputs,
+    in_place: graph.InPlace,
+    backend: str,
+    run: Callable = graph.as_it_is,
+) -> Tensor:
     """Write keys and values of a canvas into the buffers; returns the last hidden states [B, C, E].
 
     Args:
         text: `DiffusionGemmaEncoderTextModel`.
+        run: called with each part and its arguments.
     """
-    hidden = inputs.embeds
-    for index, layer in enumerate(layers_of(text)):
-        attention, how = layer.self_attn, in_place.how[index]
-        place = inputs.places[attention.layer_type]
+    hidden, pairs = inputs.embeds, graph.with_following(text)
+    rows = run(norm, pairs[0][0].input_layernorm, hidden)
+    for index, (module, following) in enumerate(pairs):
+        held, how = (in_place.keys[index], in_place.values[index]), in_place.how[index]
+        kind = module.self_attn.layer_type
+        place = inputs.places[kind]
         # A window as wide as the cache hides nothing, so it is a window at every length.
-        window = text.config.sliding_window if attention.layer_type == "sliding_attention" else None
-        held = in_place.keys[index], in_place.values[index]
-        hidden = through(layer, hidden, _attention(attention, held, how, place, window, backend), how)
-    return norm(text.norm, hidden)
-
-
-def _attention(attention, held: tuple[Tensor, Tensor], how: SideBySide, place: Place, window, backend: str):
-    """`DiffusionGemmaEncoderTextAttention.forward` over what the buffers hold, which then hold the canvas too."""
-
-    def attend(rows: Tensor) -> Tensor:
-        attended, *fresh = graph.attend(
-            attention, rows, *held, how, place.prefix, backend, causal=True, window=window
-        )
+        window = text.config.sliding_window if kind == "sliding_attention" else None
+        arguments = (following, hidden, rows, held, how, place.prefix, window, backend)
+        hidden, rows, *fresh = run(layer, module, *arguments)
+        # Not in the part: a compiler that fails to see that nobody reads the buffer meanwhile would copy all of it.
         for buffer, states in zip(held, fresh):
             buffer.index_copy_(2, place.slots, states)
-        return attended
+    return rows
 
-    return attend
+
+def layer(
+    module: nn.Module,
+    following: nn.Module,
+    hidden: Tensor,
+    rows: Tensor,
+    held: tuple[Tensor, Tensor],
+    how: SideBySide,
+    prefix: graph.Prefix,
+    window: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden [B, C, E] behind one layer, the same behind the norm `following`, the canvas's keys and values).
+
+    Args:
+        rows: hidden behind the layer's first norm. held: the layer's buffers, which are not written.
+    """
+    mask = {"causal": True, "window": window}
+    attended, key, value = graph.attend(module.self_attn, rows, *held, how, prefix, backend, **mask)
+    hidden = through(module, hidden, attended, how)
+    return hidden, norm(following, hidden), key, value
 
 
 class CapturedPass:
@@ -152,7 +182,14 @@ class CapturedPass:
     """
 
     def __init__(
-        self, text, in_place: graph.InPlace, inputs: Inputs, backend: str, recording: type, pool
+        self,
+        text,
+        in_place: graph.InPlace,
+        inputs: Inputs,
+        backend: str,
+        parts: Parts,
+        recording: type,
+        pool,
     ) -> None:
         device, begun = inputs.embeds.device, time.perf_counter()
         # Tensors of inference mode could not be written outside of it.
@@ -166,7 +203,8 @@ class CapturedPass:
 
         # No `self` in it: a function that a recording keeps does not keep this object, nor its memory.
         def store_canvas() -> None:
-            result.copy_(store(text, held, in_place, backend))
+            parts.calls += 1
+            result.copy_(store(text, held, in_place, backend, functools.partial(parts.run, device)))
 
         self.recording = recording(store_canvas, device, pool)
         self.seconds = time.perf_counter() - begun
