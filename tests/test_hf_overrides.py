@@ -326,15 +326,15 @@ def test_a_forward_can_be_traced_whole():
 @pytest.mark.parametrize("way", ["forward", "call"])
 def test_a_compiled_part_is_conditioned_as_ever(caplog, part, way):
     """A trace sees no soft embeddings but those of logits, so the original makes them."""
-    model = tiny_model()
-    expected = generate(model, prompt(1, 5)[0]).sequences
+    model, options = tiny_model(), {"max_new_tokens": CANVAS, "max_denoising_steps": 3}
+    expected = generate(model, prompt(1, 5)[0], **options).sequences
     module = model.model if part == "model" else model.model.decoder
     if way == "forward":
         module.forward = torch.compile(module.forward, backend="eager")
     else:
         module.compile(backend="eager")
     with dgemma_accel.accelerated(model, graph=False), caplog.at_level(logging.WARNING):
-        assert torch.equal(generate(model, prompt(1, 5)[0]).sequences, expected)
+        assert torch.equal(generate(model, prompt(1, 5)[0], **options).sequences, expected)
     assert "forward is compiled" in caplog.text
     with pytest.raises(TypeError, match="what torch.compile made"):
         model.model.decoder = torch.compile(model.model.decoder)
