@@ -52,6 +52,7 @@ class Call:
     ended: [B] bool, rows that ended with an earlier canvas and write nothing but padding, or None.
     given_mask: the caller's attention mask, which it may write.
     masks_on_host: attention masks of the device by id, with how often they were written and their values then.
+    undisturbed: no code of the caller's runs while the call goes on, so it finds the model as it has found it.
     """
 
     seed: Tensor | None = None
@@ -69,6 +70,8 @@ class Call:
     ended: Tensor | None = None
     given_mask: Tensor | None = None
     masks_on_host: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    undisturbed: bool = False
+    _found: dict[tuple, object] = field(default_factory=dict)
     reports: list[CanvasReport] = field(default_factory=list)
 
     def options_in_use(self) -> list[str]:
@@ -91,6 +94,18 @@ class Call:
         """The values of a mask that are known on the host, unless it was written since."""
         _, written, host = self.masks_on_host.get(id(mask), (None, None, None))
         return host if host is not None and written == version(mask) else None
+
+    def once(self, find: Callable, *arguments):
+        """`find(*arguments)`, a question about modules of the model; in an undisturbed call it is asked once.
+
+        To go through the modules takes the host milliseconds, before each canvas.
+        """
+        if not self.undisturbed:
+            return find(*arguments)
+        # Modules are known by identity, and whatever else is asked about has a hash.
+        if (find, arguments) not in self._found:
+            self._found[find, arguments] = find(*arguments)
+        return self._found[find, arguments]
 
     def begin_canvas(self, batch: int, device: torch.device) -> int:
         """The offset of the first draw of the next canvas."""

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cuda_graph import RECORDINGS, is_recorded, quiet
 from . import graph
+from .call import Call
 from .capture import CapturedStep, Inputs
+from .eager import ask_ahead
 from .lookout import Lookout
 from .patches import Acceleration
 from .products import side_by_side
-from .registry import STEP, UNCAPTURED, fingerprint, modules_of
+from .registry import STEP, UNCAPTURED, fingerprint
 
 
 def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, temperatures: Tensor):
@@ -28,7 +30,7 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
     inputs = _inputs(denoiser, canvas, argmax, carry, finished)
     keys, values = buffers_of(denoiser.cache)
     step = _step_for(denoiser, inputs, keys)
-    taken = 0
+    taken, device = 0, canvas.device
     with _running(denoiser, step, inputs, keys, values, carry.offset, temperatures) as steps:
         lookout = Lookout(call.take_drafts(), may_finish=criteria is not None, ahead=steps.AHEAD)
         for _ in range(len(temperatures)):
@@ -38,6 +40,9 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
             steps.condition()
             lookout.hand_over()
             taken += 1
+            if taken == 1 and call.undisturbed and device.type in RECORDINGS:
+                # The device is at work, and when the canvas is finished it is not.
+                ask_ahead(denoiser.model, call)
             if lookout.is_over():
                 break
         lookout.close()
@@ -229,14 +234,13 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
     if recording is None:
         yield Stepwise(step, inputs, in_place(), offset, schedule)
         return
-    modules = [denoiser.model.lm_head, *modules_of(denoiser.model.model.decoder)]
     key = capture_key(STEP, device, step, inputs.state.canvas, inputs.tensors(), keys, values)
 
     def make(pool) -> CapturedStep:
         return CapturedStep(step, inputs, in_place(), offset, schedule, recording, pool)
 
     with ExitStack() as stack:
-        captured = leased(stack, denoiser.model, acceleration, recording, key, modules, make)
+        captured = leased(stack, denoiser.call, acceleration, recording, key, parts_of(denoiser.model), make)
         if captured is not None:
             captured.load(inputs, offset, schedule)
         yield Stepwise(step, inputs, in_place(), offset, schedule) if captured is None else captured
@@ -250,13 +254,28 @@ def capture_key(kind: str, device, what, canvas: Tensor, inputs: list[Tensor], k
     return kind, device, what, lengths, tuple(canvas.shape), shapes, addresses
 
 
+def parts_of(model) -> tuple[nn.Module, ...]:
+    """The modules that a step runs, with all that is in them."""
+    return model.lm_head, model.model.decoder
+
+
 def leased(
-    stack: ExitStack, model, acceleration: Acceleration, recording, key: tuple, modules: list, make: Callable
+    stack: ExitStack,
+    call: Call,
+    acceleration: Acceleration,
+    recording,
+    key: tuple,
+    modules: tuple[nn.Module, ...],
+    make: Callable,
 ):
-    """The capture for `key`, until `stack` is closed; None where there is none, which is said once."""
+    """The capture for `key`, until `stack` is closed; None where there is none, which is said once.
+
+    Args:
+        modules: what it runs, with all that is in them.
+    """
     captures = acceleration.captures
     try:
-        weights = fingerprint(model, modules)
+        weights = call.once(fingerprint, acceleration.model, *modules)
         found = stack.enter_context(captures.lease(key, weights, recording.make_pool, make))
     except Exception as error:
         captures.failures[key] = one_line(error)

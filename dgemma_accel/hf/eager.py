@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError, choose, requirements
+from .call import Call
 from .experts import why_looping
 from .head import is_plain
 from .hooks import collected, has_hooks
 from .masks import CausalRange, PrefixRange
 from .overrides import in_front, is_compiled_module, is_overridden, other_attention, other_experts
 from .patches import Patch, patch_of
-from .registry import modules_of
+from .registry import fingerprint, modules_of
 from .split_head import crosses_ranks
 
 
@@ -36,13 +38,15 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
         return reason
     # `fallback.why_original` has seen to the forwards of the model, of its `model` and of the decoder.
     decoder = model.model.decoder
-    reason = _why_not_traced("decoder", decoder, (model.model, decoder), (model.lm_head,))
+    reason = denoiser.call.once(why_not_traced, "decoder", decoder, (model.model, decoder), (model.lm_head,))
     if reason is not None:
         return reason
     return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
 
 
-def why_not_stored(patch: Patch, embeds: Tensor, masks, cache, others: Mapping[str, object]) -> str | None:
+def why_not_stored(
+    patch: Patch, call: Call, embeds: Tensor, masks, cache, others: Mapping[str, object]
+) -> str | None:
     """Why the pass over a finished canvas cannot be captured, or None.
 
     Args:
@@ -68,12 +72,21 @@ def why_not_stored(patch: Patch, embeds: Tensor, masks, cache, others: Mapping[s
         for layer in cache.layers
     ):
         return "the cache is of another dtype or batch size"
-    reason = _why_not_in_one_piece(model, cache, embeds) or _why_not_traced("encoder", text)
+    reason = _why_not_in_one_piece(model, cache, embeds) or call.once(why_not_traced, "encoder", text)
     if reason is not None:
         return reason
     if patch.had or patch.overridden:
         return "the forward of the text encoder is more than transformers' own"
     return _why_waiting(text, patch.acceleration, embeds, []) if embeds.is_cuda else None
+
+
+def ask_ahead(model, call: Call) -> None:
+    """What the pass over the finished canvas will ask about the encoder's modules, in a call that asks once."""
+    text = model.model.encoder.language_model
+    # What cannot be answered is asked again then.
+    with contextlib.suppress(Exception):
+        call.once(why_not_traced, "encoder", text)
+        call.once(fingerprint, model, text)
 
 
 def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
@@ -84,7 +97,7 @@ def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
     return "the weights are split over ranks" if crosses_ranks(model) else None
 
 
-def _why_not_traced(what: str, text_model, outer: Sequence = (), also: Sequence = ()) -> str | None:
+def why_not_traced(what: str, text_model, outer: Sequence = (), also: Sequence = ()) -> str | None:
     """Which code of another's a function that goes through the layers itself would go round, or run once where it
     belongs into every run.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -115,16 +116,16 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 _PLAIN = frozenset({bool, int, float, str, torch.dtype})
 
 
-def fingerprint(model: nn.Module, modules: list[nn.Module]) -> tuple:
-    """What a recording of `modules` depends on besides its inputs: the configuration, their code, the numbers, names
-    and switches among their attributes (an adapter is off by one, and scaled by another), and the addresses of their
-    weights.
+def fingerprint(model: nn.Module, *roots: nn.Module) -> tuple:
+    """What a recording of `roots` and all modules in them depends on besides its inputs: the configuration, their code,
+    the numbers, names and switches among their attributes (an adapter is off by one, and scaled by another), and the
+    addresses of their weights.
 
     Values that are written in place (`load_state_dict`, `copy_`) are read anew by every replay and are not in it.
     """
     configs = (model.config, model.config.get_text_config())
     found: list = [getattr(model.config, "_experts_implementation", None), *map(_plain, map(vars, configs))]
-    for module in modules:
+    for module in itertools.chain.from_iterable(map(modules_of, roots)):
         attributes = module.__dict__
         found.append((id(module), type(module), id(attributes.get("forward"))))
         found.extend([value for value in attributes.values() if type(value) in _PLAIN])

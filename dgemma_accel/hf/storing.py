@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 
 from ..cuda_graph import RECORDINGS
 from . import graph
-from .call import active_call
+from .call import Call, active_call
 from .compiled import Parts, buffers_of, capture_key, leased, prefixes_of
 from .eager import why_not_stored
 from .layer import norm, through
 from .naming import takes_cache
 from .patches import Patch
 from .products import SideBySide, side_by_side
-from .registry import STORING, UNCAPTURED, modules_of
+from .registry import STORING, UNCAPTURED
 
 
 class Place(NamedTuple):
@@ -48,9 +48,9 @@ def text_encoder_forward(patch: Patch, *args, **kwargs):
 
     Arguments and result are the original's, which serves everything else: prompts, images, devices without a recording.
     """
-    stored = None
-    if not (args or torch.compiler.is_compiling() or active_call() is None):
-        stored = _stored(patch, kwargs)
+    # Looked up last: it cannot be traced.
+    call = None if args or torch.compiler.is_compiling() else active_call()
+    stored = None if call is None else _stored(patch, call, kwargs)
     if stored is not None:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -60,7 +60,7 @@ def text_encoder_forward(patch: Patch, *args, **kwargs):
     return patch.original()(*args, **cache, **kwargs)
 
 
-def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
+def _stored(patch: Patch, call: Call, kwargs: dict) -> Tensor | None:
     """The last hidden states [B, C, E] of a canvas that the cache has taken up, or None where nothing was done."""
     acceleration, model = patch.acceleration, patch.acceleration.model
     # What tokens become before the layers is the encoder's own business, and not the same in all releases.
@@ -77,7 +77,7 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
         # A prompt, which comes once.
         return None
     others = {name: value for name, value in kwargs.items() if name not in names}
-    reason = why_not_stored(patch, embeds, masks, cache, others)
+    reason = why_not_stored(patch, call, embeds, masks, cache, others)
     if reason is not None:
         acceleration.say("graph", reason, UNCAPTURED[STORING])
         return None
@@ -105,7 +105,7 @@ def _stored(patch: Patch, kwargs: dict) -> Tensor | None:
 
     key = capture_key(STORING, device, parts, embeds[..., 0], pytree.tree_leaves(inputs), keys, values)
     with ExitStack() as stack:
-        captured = leased(stack, model, acceleration, recording, key, modules_of(text), make)
+        captured = leased(stack, call, acceleration, recording, key, (text,), make)
         if captured is None:
             return None
         hidden = captured.run(inputs)
