@@ -471,7 +471,7 @@ def parts_of(walk: Walk, record: Record) -> list[Part]:
     for key, code in walk.codes.items():
         record.launches = []
         launches[key] = launches_of(code, record)
-    parts, behind, count = [Part(None, [], [])], None, 0
+    parts, behind, count = [Part(None, [], [])], Part(None, [], []), 0
     for kind, what in walk.called:
         if kind is not None:
             parts.append(Part(kind, [count], [*launches[what]]))
@@ -480,7 +480,6 @@ def parts_of(walk: Walk, record: Record) -> list[Part]:
             # Belongs to the layer before it.
             parts[-1].launches.append(what)
         elif count:
-            behind = behind or Part(None, [], [])
             behind.launches += launches[what]
         else:
             parts[0].launches += launches[what]
@@ -490,7 +489,7 @@ def parts_of(walk: Walk, record: Record) -> list[Part]:
         assert first.launches == part.launches
         if first is not part:
             first.layers += part.layers
-    return [*found.values(), behind or Part(None, [], [])]
+    return [*found.values(), behind]
 
 
 def folded(launches: list[Launch]) -> list[tuple[int, list[Launch]]]:
