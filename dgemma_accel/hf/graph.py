@@ -220,7 +220,8 @@ def decode(
 def layers_of(text_model) -> list[nn.Module]:
     """Those of a decoder's or a text encoder's layers that its forward runs."""
     config = getattr(text_model, "text_config", text_model.config)
-    return list(text_model.layers[: config.num_hidden_layers])
+    # A slice of a ModuleList would be another one.
+    return list(text_model.layers)[: config.num_hidden_layers]
 
 
 def with_following(text_model) -> list[tuple[nn.Module, nn.Module]]:
