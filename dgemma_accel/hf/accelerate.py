@@ -48,10 +48,10 @@ def accelerate(model, *, backend: str = "auto", exact: bool = False, graph: bool
         exact: False computes self-conditioning from fp32, nearer the truth than the original. True repeats the
             original's roundings (bf16 logits, bf16 probabilities), for comparing a bf16 model's tokens with the
             original's. Neither makes a table of the vocabulary in fp32, except with backend="reference".
-        graph: compile the whole step (`torch.compile(fullgraph=True)`) and on a GPU capture it in a CUDA graph, once
-            per batch size and cache size; calls without a cache of their own then get a `PreallocatedCache`. None: on a
-            GPU and not on a CPU, where only the compiler's minutes would be felt. What cannot be compiled or captured
-            runs without, and says so once.
+        graph: compile the whole step (`torch.compile(fullgraph=True)`), once per batch size, and on a GPU capture it in
+            CUDA graphs, once per batch size and cache size; calls without a cache of their own then get a
+            `PreallocatedCache`. None: on a GPU and not on a CPU, where only the compiler's minutes would be felt. What
+            cannot be compiled or captured runs without, and says so once.
 
     Returns:
         The model.

@@ -52,7 +52,7 @@ class Call:
     ended: [B] bool, rows that ended with an earlier canvas and write nothing but padding, or None.
     given_mask: the caller's attention mask, which it may write.
     masks_on_host: attention masks of the device by id, with how often they were written and their values then.
-    undisturbed: no code of the caller's runs while the call goes on, so it finds the model as it has found it.
+    undisturbed: no code of the caller's is known to run while the call goes on, so the model stays as it was found.
     """
 
     seed: Tensor | None = None
@@ -106,6 +106,11 @@ class Call:
         if (find, arguments) not in self._found:
             self._found[find, arguments] = find(*arguments)
         return self._found[find, arguments]
+
+    def disturb(self) -> None:
+        """Code of the caller's runs after all, or may: from now on everything is asked each time."""
+        self.undisturbed = False
+        self._found.clear()
 
     def begin_canvas(self, batch: int, device: torch.device) -> int:
         """The offset of the first draw of the next canvas."""

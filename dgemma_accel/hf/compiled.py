@@ -70,7 +70,7 @@ class Part:
         self.function, self.what, self._acceleration = function, what, weakref.ref(acceleration)
         self.seconds: float | None = None
         self.failure: str | None = None
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, bool]] = set()
         # A code object of its own, so that no limit on recompiling counts across shapes or models.
         code = function.__code__.replace()
         own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
@@ -79,19 +79,20 @@ class Part:
             options = {"triton.cudagraphs": False}
             self.compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         except Exception as error:
-            self._give_up(error)
+            self.give_up(error)
 
     def __call__(self, device: torch.device, module, *arguments):
         if self.failure is not None:
             return self.function(module, *arguments)
-        if id(module) in self._seen:
+        called = id(module), torch.is_inference_mode_enabled()
+        if called in self._seen:
             return self._run(device, (module, *arguments), first=False)
         # A module that differs from those before in more than its weights is compiled anew.
         with quiet(device):
             begun = time.perf_counter()
             result = self._run(device, (module, *arguments), first=True)
             self.seconds = (self.seconds or 0.0) + time.perf_counter() - begun
-        self._seen.add(id(module))
+        self._seen.add(called)
         return result
 
     def _run(self, device: torch.device, arguments: tuple, first: bool):
@@ -110,10 +111,10 @@ class Part:
                 raise
             # What is wrong with the step itself is raised once more here, as the caller should see it.
             result = self.function(*arguments)
-            self._give_up(error)
+            self.give_up(error)
             return result
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
         self.failure = one_line(error)
         reason = f"torch.compile: {self.failure}"
         self._acceleration().say("graph", reason, f"a part of the {self.what}, uncompiled, serves")
@@ -130,7 +131,7 @@ class Parts:
         self._acceleration = weakref.ref(acceleration)
         self.what, self.shape, self.calls = what, tuple(shape), 0
         self.parts: dict[tuple, Part] = {}
-        self._alone: set[int] = set()
+        self._alone: set[tuple[Callable, int]] = set()
 
     def run(self, device: torch.device, function: Callable, module, *arguments):
         """`function(module, *arguments)`, compiled.
@@ -138,15 +139,19 @@ class Parts:
         Args:
             module: a layer, or what the parts that are no layers have to do with.
         """
-        attention = getattr(module, "self_attn", None)
-        kind = None if attention is None else attention.layer_type
-        if id(module) not in self._alone:
+        if (function, id(module)) not in self._alone:
             try:
-                return self._part(function, kind)(device, module, *arguments)
+                return self._part(function, kind_of(module))(device, module, *arguments)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
                 # Of layers that are all different the compiler takes only so many for one function.
-                self._alone.add(id(module))
-        return self._part(function, id(module))(device, module, *arguments)
+                self._alone.add((function, id(module)))
+        part = self._part(function, id(module))
+        try:
+            return part(device, module, *arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            # One that is different each time.
+            part.give_up(error)
+            return part(device, module, *arguments)
 
     def _part(self, function: Callable, kind) -> Part:
         if (function, kind) not in self.parts:
@@ -156,13 +161,23 @@ class Parts:
     @property
     def seconds(self) -> float | None:
         """Of the first call, the compiler's time included; None before it."""
-        spent = [part.seconds for part in self.parts.values()]
-        return None if None in spent or not spent else sum(spent)
+        spent = [part.seconds for part in self.parts.values() if part.seconds is not None]
+        return sum(spent) if spent else None
 
     @property
     def failure(self) -> str | None:
         """Why a part runs uncompiled, or None."""
         return next((part.failure for part in self.parts.values() if part.failure is not None), None)
+
+
+def kind_of(module: nn.Module) -> tuple | None:
+    """What is compiled for one layer serves those of its kind; None for what is no layer."""
+    attention = getattr(module, "self_attn", None)
+    if attention is None:
+        return None
+    # Inductor takes the weights of others to be aligned as those that it has seen.
+    aligned = all(weight.storage_offset() * weight.itemsize % 16 == 0 for weight in module.parameters())
+    return attention.layer_type, aligned
 
 
 class Step(Parts):

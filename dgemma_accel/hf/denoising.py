@@ -57,8 +57,10 @@ def denoising_step(
     call = active_call()
     reason = why_original(model, call, sampler, logits_processor, diffusion_stopping_criteria)
     if reason is not None:
-        if call is not None and (options := call.options_in_use()):
-            raise ValueError(refusal(options, reason))
+        if call is not None:
+            call.disturb()
+            if options := call.options_in_use():
+                raise ValueError(refusal(options, reason))
         acceleration.say("sampler", reason)
         return patch.original()(
             decoder_forward=decoder_forward,
@@ -118,6 +120,7 @@ class Denoiser:
                 left = torch.arange(steps, last - 1, -1, dtype=torch.int32, device="cpu")
                 temperatures = temperature_of_step(self.logits_processor, left).expand(len(left))
                 return compiled.run(self, canvas, argmax, carry, finished, temperatures)
+            self.call.disturb()
             self.acceleration.say("graph", reason, "step by step without compilation goes")
         lookout = Lookout(
             self.call.take_drafts(),

@@ -85,8 +85,10 @@ def ask_ahead(model, call: Call) -> None:
     text = model.model.encoder.language_model
     # What cannot be answered is asked again then.
     with contextlib.suppress(Exception):
-        call.once(why_not_traced, "encoder", text)
-        call.once(fingerprint, model, text)
+        if call.once(why_not_traced, "encoder", text) is not None:
+            call.disturb()
+        else:
+            call.once(fingerprint, model, text)
 
 
 def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:

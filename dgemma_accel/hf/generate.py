@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cuda_graph import quiet
 from ..ops import checks
 from .call import Call, active_call, calling
 from .fallback import refusal, why_original
-from .hooks import has_hooks
 from .naming import takes_cache
 from .patches import Patch
 from .split_head import crosses_ranks
+from .undisturbed import is_undisturbed
 
 
 @takes_cache
@@ -76,7 +76,7 @@ def generate(
         logprobs_of=None if return_logprobs is None else _token_list(return_logprobs, vocab),
         given_mask=kwargs.get("attention_mask"),
     )
-    call.undisturbed = not stopping_criteria and _is_transformers_own(streamer) and _is_alone(patch)
+    call.undisturbed = is_undisturbed(patch, streamer, stopping_criteria, logits_processor)
     if call.logprobs_of is not None and isinstance(input_ids, Tensor):
         # Once, and not in every step, which would wait for the device.
         call.logprobs_of = call.logprobs_of.to(input_ids.device)
@@ -149,21 +149,6 @@ def compute_tokens_per_forward(
         counted = canvases < decoder_forward_passes[:, None]
         decoder_forward_passes = (steps * counted).sum(-1).to(decoder_forward_passes.dtype)
     return patch.original()(input_ids, decoder_forward_passes, initial_input_ids_len, pad_token_id)
-
-
-def _is_transformers_own(streamer) -> bool:
-    return streamer is None or type(streamer).__module__.split(".")[0] == "transformers"
-
-
-def _is_alone(patch: Patch) -> bool:
-    """Whether the code around encoder and decoder layers, which runs between canvases, is transformers' own."""
-    model = patch.owner
-    around = (model, model.model, model.model.encoder)
-    if nn.modules.module._has_any_global_hook() or any(map(has_hooks, around)):
-        return False
-    between = (one for one in patch.acceleration.patches if one.owner in around)
-    # How a model is copied is no part of a call.
-    return not any(one.overridden for one in between if one.name != "__reduce_ex__")
 
 
 class _DraftsOnce:

@@ -79,6 +79,7 @@ def _stored(patch: Patch, call: Call, kwargs: dict) -> Tensor | None:
     others = {name: value for name, value in kwargs.items() if name not in names}
     reason = why_not_stored(patch, call, embeds, masks, cache, others)
     if reason is not None:
+        call.disturb()
         acceleration.say("graph", reason, UNCAPTURED[STORING])
         return None
     count = embeds.shape[1]
@@ -203,7 +204,6 @@ class CapturedPass:
 
         # No `self` in it: a function that a recording keeps does not keep this object, nor its memory.
         def store_canvas() -> None:
-            parts.calls += 1
             result.copy_(store(text, held, in_place, backend, functools.partial(parts.run, device)))
 
         self.recording = recording(store_canvas, device, pool)
