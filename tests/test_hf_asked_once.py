@@ -4,7 +4,6 @@ A recording that keeps the number of experts to a token stands in for the CUDA g
 """
 
 import contextlib
-import types
 
 import pytest
 import torch
@@ -118,7 +117,16 @@ def a_method(path, name):
 
 
 def a_streamer(model, changes, monkeypatch, stack):
-    return {"streamer": types.SimpleNamespace(put=changes, end=lambda: None)}
+    class Streamer:
+        __slots__ = ()
+
+        def put(self, value):
+            changes()
+
+        def end(self):
+            pass
+
+    return {"streamer": Streamer()}
 
 
 def a_method_of_a_streamer(model, changes, monkeypatch, stack):

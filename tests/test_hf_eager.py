@@ -11,6 +11,7 @@ from hf_models import CANVAS, generate, prompt, tiny_model
 import dgemma_accel
 from dgemma_accel import backends
 from dgemma_accel.hf import eager, experts, lookout, patches
+from dgemma_accel.hf.call import Call
 
 CUDA = torch.device("cuda", 0)
 OPS = ("head_stats", "commit", "soft_embedding", "block_attention")
@@ -60,6 +61,26 @@ class TestWhatACaptureDoesNotSurvive:
         kernels[op] = "reference"
         with torch.no_grad():
             assert why_not_captured(model) == f"{op} is the reference, which waits for the device"
+
+    def test_asked_once_in_an_undisturbed_call(self, model, kernels, monkeypatch):
+        """What the pass would wait for, ahead of it and for all canvases."""
+        asked, right = [], eager._why_waiting
+
+        def waiting(*arguments):
+            asked.append(right(*arguments))
+            return asked[-1]
+
+        monkeypatch.setattr(eager, "_why_waiting", waiting)
+        acceleration, text = patches.acceleration_of(model), model.model.encoder.language_model
+        call = Call(undisturbed=True)
+        with torch.no_grad():
+            for _ in range(2):
+                eager.ask_ahead(model, acceleration, call, Canvas())
+                assert call.once(eager._why_pass_waits, text, acceleration, on=Canvas()) is None
+            assert asked == [None]
+            call.disturb()
+            kernels["block_attention"] = "reference"
+            assert "reference" in call.once(eager._why_pass_waits, text, acceleration, on=Canvas())
 
     def test_a_machine_without_kernels(self, model, monkeypatch):
         monkeypatch.setattr(backends, "compute_capability", lambda device: (9, 0))

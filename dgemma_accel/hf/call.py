@@ -95,17 +95,22 @@ class Call:
         _, written, host = self.masks_on_host.get(id(mask), (None, None, None))
         return host if host is not None and written == version(mask) else None
 
-    def once(self, find: Callable, *arguments):
+    def once(self, find: Callable, *arguments, on: Tensor | None = None):
         """`find(*arguments)`, a question about modules of the model; in an undisturbed call it is asked once.
 
         To go through the modules takes the host milliseconds, before each canvas.
+
+        Args:
+            on: a last argument, of which the answer depends on the device.
         """
+        given = arguments if on is None else (*arguments, on)
         if not self.undisturbed:
-            return find(*arguments)
+            return find(*given)
         # Modules are known by identity, and whatever else is asked about has a hash.
-        if (find, arguments) not in self._found:
-            self._found[find, arguments] = find(*arguments)
-        return self._found[find, arguments]
+        key = find, arguments, None if on is None else on.device
+        if key not in self._found:
+            self._found[key] = find(*given)
+        return self._found[key]
 
     def disturb(self) -> None:
         """Code of the caller's runs after all, or may: from now on everything is asked each time."""

@@ -42,7 +42,7 @@ def run(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tensor, tempe
             taken += 1
             if taken == 1 and call.undisturbed and device.type in RECORDINGS:
                 # The device is at work, and when the canvas is finished it is not.
-                ask_ahead(denoiser.model, call)
+                ask_ahead(denoiser.model, denoiser.acceleration, call, canvas)
             if lookout.is_over():
                 break
         lookout.close()

@@ -41,7 +41,9 @@ def why_eager(denoiser, canvas: Tensor) -> str | None:
     reason = denoiser.call.once(why_not_traced, "decoder", decoder, (model.model, decoder), (model.lm_head,))
     if reason is not None:
         return reason
-    return why_not_captured(model, denoiser.acceleration, canvas) if canvas.is_cuda else None
+    if not canvas.is_cuda:
+        return None
+    return denoiser.call.once(why_not_captured, model, denoiser.acceleration, on=canvas)
 
 
 def why_not_stored(
@@ -77,18 +79,20 @@ def why_not_stored(
         return reason
     if patch.had or patch.overridden:
         return "the forward of the text encoder is more than transformers' own"
-    return _why_waiting(text, patch.acceleration, embeds, []) if embeds.is_cuda else None
+    return call.once(_why_pass_waits, text, patch.acceleration, on=embeds) if embeds.is_cuda else None
 
 
-def ask_ahead(model, call: Call) -> None:
+def ask_ahead(model, acceleration, call: Call, canvas: Tensor) -> None:
     """What the pass over the finished canvas will ask about the encoder's modules, in a call that asks once."""
     text = model.model.encoder.language_model
     # What cannot be answered is asked again then.
     with contextlib.suppress(Exception):
         if call.once(why_not_traced, "encoder", text) is not None:
             call.disturb()
-        else:
-            call.once(fingerprint, model, text)
+            return
+        if canvas.is_cuda:
+            call.once(_why_pass_waits, text, acceleration, on=canvas)
+        call.once(fingerprint, model, text)
 
 
 def _why_not_in_one_piece(model, cache, canvas: Tensor) -> str | None:
@@ -148,6 +152,10 @@ def why_not_captured(model, acceleration, canvas: Tensor) -> str | None:
         ("soft_embedding", {"dtype": dtype}),
     ]
     return _why_waiting(decoder, acceleration, canvas, needs)
+
+
+def _why_pass_waits(text_model, acceleration, embeds: Tensor) -> str | None:
+    return _why_waiting(text_model, acceleration, embeds, [])
 
 
 def _why_waiting(text_model, acceleration, canvas: Tensor, needs: list[tuple[str, dict]]) -> str | None:

@@ -14,7 +14,8 @@ from .patches import Patch
 
 
 def is_undisturbed(patch: Patch, streamer, stopping_criteria, logits_processor) -> bool:
-    """
+    """Whether no such code is known.
+
     Args:
         patch: of the model's `generate`.
         The others are its arguments.
@@ -35,9 +36,10 @@ def is_undisturbed(patch: Patch, streamer, stopping_criteria, logits_processor) 
     if any(has_hooks(module) or "_hf_hook" in module.__dict__ for module in around):
         return False
     instances = around if streamer is None else (*around, streamer)
-    if any(_has_method(instance, replaced) for instance in instances):
+    classes = {kind for instance in instances for kind in type(instance).__mro__}
+    if not all(map(_is_transformers_own, classes)):
         return False
-    return all(map(_is_transformers_own, {kind for instance in instances for kind in type(instance).__mro__}))
+    return not any(_has_method(instance, replaced) for instance in instances)
 
 
 def _has_method(instance, replaced: dict) -> bool:
