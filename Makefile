@@ -29,17 +29,17 @@ demo: prepare
 	@echo "== a masked diffusion model, every sampler: exact match and evaluations per answer"
 	@$(RUN) examples/tiny-masked/evaluate.py --prompts 50
 
-BUDGETS = tests/test_compile_budgets.py tests/test_triton_compiled.py
+BUDGETS = tests/test_compile_budgets.py tests/test_triton_compiled.py tests/test_cuda_budgets.py
 
 # Two workers with one thread each use two cores better than one process with two threads does.
 test: prepare
 	@echo "== tests: $(TESTS)$(if $(filter tests,$(TESTS)), but for those of make budgets)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --durations 10 $(TESTS) \
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS) \
 		$(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(BUDGETS))) $(PYTEST_ARGS)
 
-# As long as all other tests together: every Triton kernel, compiled for six architectures, two at a time.
+# As long as all other tests together: every Triton kernel, compiled for six architectures, two at a time, and what is in `_C`.
 budgets: prepare
-	@echo "== compile budgets of the Triton kernels"
+	@echo "== compile budgets of the kernels"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(BUDGETS) $(PYTEST_ARGS)
 
 # What the compilers make of the kernels, carried out on the host: Triton's, and nvcc's where there is one.

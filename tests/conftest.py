@@ -76,7 +76,19 @@ def device(request) -> str:
     return DEVICES[backend]
 
 
+# Files of half a minute and more go first: a worker that begins with one when the other has nothing left is waited for.
+LONG = {
+    f"test_{name}.py"
+    for name in (
+        "triton_generate", "triton_head", "triton_experts_nvfp4", "triton_experts", "hf_quantize", "hf_overrides",
+        "hf_tiny", "hf_parts", "hf_graph", "row_stats", "demo", "bench_step", "experts_nvfp4",
+        "step_launches",
+    )
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
