@@ -4,6 +4,7 @@ With `make ptx-tests`: inductor's kernels and this package's are compiled for an
 Products are those of the CPU.
 """
 
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -74,9 +75,9 @@ def trace(dtype):
         seen.append((module, inputs))
         return module.forward
 
-    def run(part, module, *arguments):
+    def run(what, part, module, *arguments):
         kind = getattr(getattr(module, "self_attn", None), "layer_type", None)
-        key = part.__module__.rpartition(".")[2], part.__name__, kind
+        key = what, part.__name__, kind
         if key not in parts:
             parts[key] = torch.compile(part, backend=keep, fullgraph=True, dynamic=False)
         result = parts[key](module, *arguments)
@@ -86,14 +87,15 @@ def trace(dtype):
 
     with dgemma_accel.accelerated(model, backend="triton"), torch.no_grad():
         state, in_place, prefixes, numbers, pinned, settings = arguments_of_step(model, dtype)
-        decision = graph.decide(model, state, in_place, prefixes, numbers, pinned, settings, run)
+        step, storing_pass = (functools.partial(run, what) for what in ("step", "storing"))
+        decision = graph.decide(model, state, in_place, prefixes, numbers, pinned, settings, step)
         others = numbers.temperature, pinned, settings
-        run(graph.condition, model, decision, state.finished, state.soft, *others)
+        step(graph.condition, model, decision, state.finished, state.soft, *others)
         slots = torch.arange(17, 17 + CANVAS)
         inputs = storing.Inputs(
             state.soft, {kind: storing.Place(prefix, slots) for kind, prefix in prefixes.items()}
         )
-        storing.store(model.model.encoder.language_model, inputs, in_place, "triton", run)
+        storing.store(model.model.encoder.language_model, inputs, in_place, "triton", storing_pass)
     # Layers of one kind are one graph.
     assert len(seen) == len(found)
     return found
@@ -139,12 +141,12 @@ def test_parts_are_what_their_operators_make_one_by_one(carry_out, dtype, place,
                 assert error < (0.05 if half else 1e-4), (key, number)
     sliding, full, choose = (3, 3, 2) if options else (5, 4, 3)
     assert launched == {
-        ("graph", "embed", None): 3,
-        ("graph", "layer", "sliding_attention"): sliding,
-        ("graph", "layer", "full_attention"): full,
-        ("graph", "choose", None): choose,
-        ("graph", "condition", None): 1,
-        ("layer", "norm", None): 1,
+        ("step", "embed", None): 3,
+        ("step", "layer", "sliding_attention"): sliding,
+        ("step", "layer", "full_attention"): full,
+        ("step", "choose", None): choose,
+        ("step", "condition", None): 1,
+        ("storing", "norm", None): 1,
         ("storing", "layer", "sliding_attention"): sliding,
         ("storing", "layer", "full_attention"): full,
     }
@@ -152,12 +154,12 @@ def test_parts_are_what_their_operators_make_one_by_one(carry_out, dtype, place,
 
 def test_a_wrong_kernel_is_seen(carry_out):
     """Norms with another epsilon."""
-    module, inputs, (expected, _) = trace(torch.float32)["graph", "layer", "sliding_attention"]
+    module, inputs, (expected, *_) = trace(torch.float32)["step", "layer", "sliding_attention"]
     changed = []
 
     def change(code):
         changed.append(code.count("1e-06"))
         return code.replace("1e-06", "1.0")
 
-    (hidden, _), _ = carry_out(module, inputs, change=change)
+    (hidden, *_), _ = carry_out(module, inputs, change=change)
     assert changed[0] and (hidden - expected).norm() > 0.1 * expected.norm()

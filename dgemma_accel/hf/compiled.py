@@ -255,7 +255,8 @@ def _running(denoiser, step: Step, inputs: Inputs, keys, values, offset: int, sc
         return CapturedStep(step, inputs, in_place(), offset, schedule, recording, pool)
 
     with ExitStack() as stack:
-        captured = leased(stack, denoiser.call, acceleration, recording, key, parts_of(denoiser.model), make)
+        modules = denoiser.model.lm_head, denoiser.model.model.decoder
+        captured = leased(stack, denoiser.call, acceleration, recording, key, modules, make)
         if captured is not None:
             captured.load(inputs, offset, schedule)
         yield Stepwise(step, inputs, in_place(), offset, schedule) if captured is None else captured
@@ -267,11 +268,6 @@ def capture_key(kind: str, device, what, canvas: Tensor, inputs: list[Tensor], k
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
     lengths = tuple(buffer.shape[2] for buffer in keys)
     return kind, device, what, lengths, tuple(canvas.shape), shapes, addresses
-
-
-def parts_of(model) -> tuple[nn.Module, ...]:
-    """The modules that a step runs, with all that is in them."""
-    return model.lm_head, model.model.decoder
 
 
 def leased(

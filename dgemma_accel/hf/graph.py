@@ -213,7 +213,7 @@ def decode(
     for index, (module, following) in enumerate(with_following(decoder)):
         held, how = (in_place.keys[index], in_place.values[index]), in_place.how[index]
         prefix = prefixes[module.self_attn.layer_type]
-        hidden, rows = run(layer, module, following, hidden, rows, held, how, prefix, backend)
+        hidden, rows, *_ = run(layer, module, following, hidden, rows, held, how, prefix, backend, {})
     return rows
 
 
@@ -247,42 +247,27 @@ def layer(
     how: SideBySide,
     prefix: Prefix,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(hidden [B, C, E] behind one layer, the same behind the norm `following`).
+    mask: dict,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden [B, C, E] behind one layer, the same behind the norm `following`, the rows' keys and values
+    [B, Hkv, C, D]).
 
     Args:
-        rows: hidden behind the layer's first norm. held: the layer's buffers of keys and values.
+        rows: hidden behind the layer's first norm. held: the layer's buffers of keys and values, which are not written.
+        mask: `causal` and `window` of `block_attention`.
     """
-    attended, _, _ = attend(module.self_attn, rows, *held, how, prefix, backend)
-    hidden = through(module, hidden, attended, how)
-    return hidden, norm(following, hidden)
-
-
-def attend(
-    attention,
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    how: SideBySide,
-    prefix: Prefix,
-    backend: str,
-    **mask,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(result of an attention module [B, C, E], keys and values of its rows [B, Hkv, C, D]) behind what buffers hold.
-
-    mask: `causal` and `window` of `block_attention`.
-    """
+    attention = module.self_attn
     query, key, value = project(attention, rows, (prefix.cos, prefix.sin), how.projections)
     attended = block_attention(
         query,
         key,
         value,
-        keys,
-        values,
+        *held,
         prefix_start=prefix.start,
         prefix_end=prefix.end,
         scale=float(attention.scaling),
         backend=backend,
         **mask,
     )
-    return attention.o_proj(attended.transpose(1, 2).flatten(2)), key, value
+    hidden = through(module, hidden, attention.o_proj(attended.transpose(1, 2).flatten(2)), how)
+    return hidden, norm(following, hidden), key, value

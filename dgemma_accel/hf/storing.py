@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..cuda_graph import RECORDINGS
@@ -21,10 +21,10 @@ from . import graph
 from .call import Call, active_call
 from .compiled import Parts, buffers_of, capture_key, leased, prefixes_of
 from .eager import why_not_stored
-from .layer import norm, through
+from .layer import norm
 from .naming import takes_cache
 from .patches import Patch
-from .products import SideBySide, side_by_side
+from .products import side_by_side
 from .registry import STORING, UNCAPTURED
 
 
@@ -145,34 +145,12 @@ def store(
         place = inputs.places[kind]
         # A window as wide as the cache hides nothing, so it is a window at every length.
         window = text.config.sliding_window if kind == "sliding_attention" else None
-        arguments = (following, hidden, rows, held, how, place.prefix, window, backend)
-        hidden, rows, *fresh = run(layer, module, *arguments)
+        arguments = (following, hidden, rows, held, how, place.prefix, backend)
+        hidden, rows, *fresh = run(graph.layer, module, *arguments, {"causal": True, "window": window})
         # Not in the part: a compiler that fails to see that nobody reads the buffer meanwhile would copy all of it.
         for buffer, states in zip(held, fresh):
             buffer.index_copy_(2, place.slots, states)
     return rows
-
-
-def layer(
-    module: nn.Module,
-    following: nn.Module,
-    hidden: Tensor,
-    rows: Tensor,
-    held: tuple[Tensor, Tensor],
-    how: SideBySide,
-    prefix: graph.Prefix,
-    window: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(hidden [B, C, E] behind one layer, the same behind the norm `following`, the canvas's keys and values).
-
-    Args:
-        rows: hidden behind the layer's first norm. held: the layer's buffers, which are not written.
-    """
-    mask = {"causal": True, "window": window}
-    attended, key, value = graph.attend(module.self_attn, rows, *held, how, prefix, backend, **mask)
-    hidden = through(module, hidden, attended, how)
-    return hidden, norm(following, hidden), key, value
 
 
 class CapturedPass:
