@@ -69,6 +69,8 @@ def arguments_of_step(model, dtype):
 def trace(dtype):
     """Of each part of a step and of the pass that stores a canvas, by its name and its kind of layer: its graph, its
     inputs, what it returns when its operators run one by one."""
+    # What other tests compiled counts towards the limit on variants of a function.
+    torch._dynamo.reset()
     model, seen, parts, found = tiny_model(dtype).requires_grad_(False), [], {}, {}
 
     def keep(module, inputs):
