@@ -345,6 +345,28 @@ def test_a_tile_without_mass_is_left_out_but_its_nan_is_not(monkeypatch, isa):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("places", [[], [20_000], [3, 9_000, 9_001, 40_001]], ids=len)
+@pytest.mark.parametrize("kwargs", [{"temperature": 0.04}, {"temperature": 0.9, "stats_temperature": 0.05}], ids=str)
+def test_tokens_ruled_out_by_any_number_are_the_same(monkeypatch, isa, places, kwargs):
+    """Powers of the other logits lie on both sides of the least normal number, and are summed by other instructions
+    from the first -inf on."""
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    uniform = torch.linspace(0, 0.999, 6)
+    logits = torch.rand(6, 40_002) * 6 - 6
+    logits[:, 30_000] = 0.0
+    found = []
+    for number in (float("-inf"), torch.finfo(torch.float32).min, -1e4):
+        logits[:, places] = number
+        stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp", **kwargs)
+        problems = check_row_stats(stats, logits, uniform=uniform, **kwargs)
+        assert not problems, (number, problems)
+        found.append(stats)
+    for others in found[1:]:
+        assert torch.equal(others.sample, found[0].sample)
+        torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_tokens_without_mass_leave_an_entropy_of_exactly_zero(monkeypatch, isa):
     monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
     logits = torch.full((2, 5_000), float("-inf"))

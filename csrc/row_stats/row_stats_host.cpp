@@ -44,7 +44,7 @@ struct Tile {
   int64_t full;  // vectors that are all logits
   Vector tail;   // what follows them; -inf after the end
   float max;     // -inf where there is nothing; a NaN is passed over
-  bool ordered;  // no NaN; only looked for by kCheck
+  bool ordered;  // no NaN; only looked for by Reading::kMax
   alignas(64) float copy[kHostTile];
 
   DGEMMA_MEMBER Vector at(int64_t i) const { return i < full ? load(x + i * DGEMMA_LANES) : tail; }
@@ -66,26 +66,52 @@ struct CarryingSum {
   }
 };
 
-template <class T, bool kSoftcap, bool kCheck>
+// What of a tile is wanted.
+enum class Reading {
+  kMax,     // its maximum, and whether there is a NaN
+  kPowers,  // its maximum and the logits, in any order
+  kPlaces,  // its maximum and the logits, each in its place
+};
+
+// Bytes by which a maximum fetches ahead. It is done sooner than memory answers, and a processor's own fetching stops
+// at each new page.
+constexpr int64_t kAhead = 4096;
+
+template <class T, bool kSoftcap, Reading kReading>
 void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
-  constexpr bool kCopy = kSoftcap || sizeof(T) != sizeof(float);
+  constexpr bool kCopy = kReading != Reading::kMax && (kSoftcap || sizeof(T) != sizeof(float));
+  constexpr bool kCheck = kReading == Reading::kMax;
   const float inverse_softcap = 1.0f / softcap;
   Vector max[kChains];
   for (Vector& chain : max) chain = splat(-INFINITY);
-  VectorInt ordered = VectorInt{} - 1;
-  const auto capped = [&](Vector x) { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; };
-  const auto take = [&](int64_t i, Vector& chain) {
-    const Vector x = capped(load(logits + i * DGEMMA_LANES));
-    if (kCheck) ordered &= x == x;
+  VectorInt ordered[2] = {VectorInt{} - 1, VectorInt{} - 1};
+  const auto capped = [&](Vector x) DGEMMA_INLINE { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; };
+  const auto take = [&](int64_t i, Vector x, int c) DGEMMA_INLINE {
+    x = capped(x);
+    if (kCheck) ordered[c % 2] &= x == x;
     if (kCopy) store(tile.copy + i * DGEMMA_LANES, x);
-    chain = larger(x, chain);
+    max[c] = larger(x, max[c]);
   };
   tile.x = kCopy ? tile.copy : reinterpret_cast<const float*>(logits);
   tile.full = count / DGEMMA_LANES;
   int64_t i = 0;
-  for (; i + kChains <= tile.full; i += kChains)
-    for (int c = 0; c < kChains; ++c) take(i + c, max[c]);
-  for (; i < tile.full; ++i) take(i, max[0]);
+  for (; i + kChains <= tile.full; i += kChains) {
+    for (int c = 0; c < kChains; c += 2) {
+      const T* place = logits + (i + c) * DGEMMA_LANES;
+      Vector one, other;
+      if (kReading == Reading::kPlaces) {
+        one = load(place);
+        other = load(place + DGEMMA_LANES);
+      } else {
+        load_two(place, one, other);
+      }
+      for (int64_t line = 0; kCheck && line < 2 * DGEMMA_LANES * int64_t(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(place) + kAhead + line);
+      take(i + c, one, c);
+      take(i + c + 1, other, c + 1);
+    }
+  }
+  for (; i < tile.full; ++i) take(i, load(logits + i * DGEMMA_LANES), 0);
 
   tile.tail = splat(-INFINITY);
   const int64_t rest = count - tile.full * DGEMMA_LANES;
@@ -94,31 +120,30 @@ void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
     __builtin_memcpy(last, logits + tile.full * DGEMMA_LANES, rest * sizeof(T));
     tile.tail = capped(load(last));
     for (int64_t lane = rest; lane < DGEMMA_LANES; ++lane) tile.tail[lane] = -INFINITY;
-    if (kCheck) ordered &= tile.tail == tile.tail;
+    if (kCheck) ordered[0] &= tile.tail == tile.tail;
     max[1] = larger(tile.tail, max[1]);
   }
   tile.max = largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
-  tile.ordered = true;
-  for (int lane = 0; lane < DGEMMA_LANES; ++lane) tile.ordered = tile.ordered && ordered[lane];
+  tile.ordered = !any_lane(~(ordered[0] & ordered[1]));
 }
 
-template <bool kCheck, class T>
+template <Reading kReading, class T>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   const T* logits = reinterpret_cast<const T*>(row.logits) + index * kHostTile;
   const int64_t left = params.vocab - index * kHostTile;
   const int64_t count = left < kHostTile ? left : kHostTile;
   if (params.softcap > 0)
-    read_tile<T, true, kCheck>(logits, count, params.softcap, tile);
+    read_tile<T, true, kReading>(logits, count, params.softcap, tile);
   else
-    read_tile<T, false, kCheck>(logits, count, 1.0f, tile);
+    read_tile<T, false, kReading>(logits, count, 1.0f, tile);
 }
 
-template <bool kCheck>
+template <Reading kReading>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   switch (params.dtype) {
-    case Dtype::kFloat32: return read_tile<kCheck, float>(params, row, index, tile);
-    case Dtype::kFloat16: return read_tile<kCheck, Float16>(params, row, index, tile);
-    case Dtype::kBFloat16: return read_tile<kCheck, Bfloat16>(params, row, index, tile);
+    case Dtype::kFloat32: return read_tile<kReading, float>(params, row, index, tile);
+    case Dtype::kFloat16: return read_tile<kReading, Float16>(params, row, index, tile);
+    case Dtype::kBFloat16: return read_tile<kReading, Bfloat16>(params, row, index, tile);
   }
 }
 
@@ -128,47 +153,92 @@ DGEMMA_HD float power_factor(float inverse) {
   return factor > kLargestFloat ? kLargestFloat : factor;
 }
 
-// z, s and mass of a tile whose max is known. `ahead` is where the next tile begins.
+struct Power {
+  Vector t, e;  // the exponent, and 2 to it
+};
+
+// Of a difference of logits. Bounded, t is kLowestPower at least; else it may be -inf.
+template <bool kBounded>
+DGEMMA_HD Power power_of(Vector difference, float factor) {
+  const Vector t = difference * factor;
+#if DGEMMA_HAS_FREE_EXP2
+  if (!kBounded) return {t, exp2_of_any(t)};
+#endif
+  const Vector bounded = at_least(t, kLowestPower);
+  return {bounded, exp2_of_difference(bounded)};
+}
+
 template <bool kTwoTemperatures>
-void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahead_step, TileStatistics& result) {
-  const float reference = tile.max < -kLargestFloat ? -kLargestFloat : tile.max;
-  const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
+struct PowerSums {
+  float stats, sampling;  // the factors of both temperatures
   Vector z[kChains] = {}, s[kChains] = {}, mass[kChains] = {};
-  CarryingSum all_z, all_s, all_mass;
-  const auto take = [&](Vector x, int c) {
-    const Vector difference = x - reference;
-    const Vector t = at_least(difference * stats, kLowestPower);
-    const Vector e = exp2_of_difference(t);
-    z[c] += e;
-    s[c] += t * e;
-    if (kTwoTemperatures) mass[c] += exp2_of_difference(at_least(difference * sampling, kLowestPower));
-  };
-  const auto add_up = [](Vector* chains, CarryingSum& all) {
+  CarryingSum all_z = {}, all_s = {}, all_mass = {};
+
+  template <bool kBounded>
+  DGEMMA_MEMBER void take(Vector difference, int c) {
+    const Power power = power_of<kBounded>(difference, stats);
+    z[c] += power.e;
+    s[c] += power.t * power.e;
+    if (kTwoTemperatures) mass[c] += power_of<kBounded>(difference, sampling).e;
+  }
+
+  DGEMMA_MEMBER static void add_up(Vector* chains, CarryingSum& all) {
     all.add((chains[0] + chains[1]) + (chains[2] + chains[3]));
     for (int c = 0; c < kChains; ++c) chains[c] = Vector{};
-  };
-  const auto end_round = [&] {
+  }
+
+  DGEMMA_MEMBER void end_round() {
     add_up(z, all_z);
     add_up(s, all_s);
     if (kTwoTemperatures) add_up(mass, all_mass);
+  }
+};
+
+// z, s and mass of a tile whose max is known. `ahead` is where the next tile begins. Unless it is bounded, s is NaN
+// where a logit lies infinitely far below the max.
+template <bool kTwoTemperatures, bool kBounded>
+__attribute__((noinline)) void add_powers(const Tile& tile, float stats, float sampling, const char* ahead,
+                                          int64_t ahead_step, TileStatistics& result) {
+#if DGEMMA_HAS_FREE_EXP2
+  // Not where the factors are made: that of a huge temperature is no normal number, and no 0 either.
+  const FlushToZero flush;
+#endif
+  const float reference = tile.max < -kLargestFloat ? -kLargestFloat : tile.max;
+  PowerSums<kTwoTemperatures> sums{stats, sampling};
+  const auto take = [&](int64_t i, int c) DGEMMA_INLINE {
+    sums.template take<kBounded>(load(tile.x + i * DGEMMA_LANES) - reference, c);
   };
   int64_t i = 0;
-  for (; i + kChains * kRound <= tile.full; end_round()) {
+  for (; i + kChains * kRound <= tile.full; sums.end_round()) {
     for (int n = 0; n < kRound; ++n, i += kChains) {
       for (int c = 0; c < kChains; ++c) {
-        take(load(tile.x + (i + c) * DGEMMA_LANES), c);
+        take(i + c, c);
         __builtin_prefetch(ahead + (i + c) * ahead_step);
       }
     }
   }
   for (; i + kChains <= tile.full; i += kChains)
-    for (int c = 0; c < kChains; ++c) take(load(tile.x + (i + c) * DGEMMA_LANES), c);
-  for (; i < tile.full; ++i) take(load(tile.x + i * DGEMMA_LANES), 0);
-  take(tile.tail, 1);
-  end_round();
-  result.z = sum_of_lanes(all_z.sum);
-  result.s = sum_of_lanes(all_s.sum) * 0.693147180559945f;
-  result.mass = kTwoTemperatures ? sum_of_lanes(all_mass.sum) : result.z;
+    for (int c = 0; c < kChains; ++c) take(i + c, c);
+  for (; i < tile.full; ++i) take(i, 0);
+  // After the row's end it is -inf.
+  sums.template take<true>(tile.tail - reference, 1);
+  sums.end_round();
+  result.z = sum_of_lanes(sums.all_z.sum);
+  result.s = sum_of_lanes(sums.all_s.sum) * 0.693147180559945f;
+  result.mass = kTwoTemperatures ? sum_of_lanes(sums.all_mass.sum) : result.z;
+}
+
+// A bound costs a tenth of the time, so it comes with the first tile that turns out to need it, and stays for the next.
+template <bool kTwoTemperatures>
+void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahead_step, bool& bounded,
+                TileStatistics& result) {
+  const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
+  if (!bounded) {
+    add_powers<kTwoTemperatures, false>(tile, stats, sampling, ahead, ahead_step, result);
+    bounded = isnan(result.s) && !isnan(result.z);
+    if (!bounded) return;
+  }
+  add_powers<kTwoTemperatures, true>(tile, stats, sampling, ahead, ahead_step, result);
 }
 
 DGEMMA_HD TileStatistics* tiles_of(const RowStatsParams& params, int64_t row) {
@@ -187,21 +257,27 @@ void run_segment(const RowStatsParams& params, bool statistics, int64_t row_inde
   const int64_t end = first + kHostSegment < tiles ? first + kHostSegment : tiles;
   const float slower = row.inverse_stats < row.inverse_sampling ? row.inverse_stats : row.inverse_sampling;
   float highest = -INFINITY;
+  bool bounded = !DGEMMA_HAS_FREE_EXP2;
   Tile tile;
   for (int64_t index = first; index < end; ++index) {
     TileStatistics& result = tiles_of(params, row_index)[index];
     result = TileStatistics{-INFINITY, -INFINITY, 0, 0, 0};
-    // Powers show a NaN by themselves; without them it has to be looked for.
-    read_tile<true>(params, row, index, tile);
+    if (powers) read_tile<Reading::kPowers>(params, row, index, tile);
+    if (!powers || scaled_difference(tile.max, larger(tile.max, highest), slower) < kNegligible) {
+      // Powers show a NaN by themselves; without them it has to be looked for.
+      read_tile<Reading::kMax>(params, row, index, tile);
+      if (!tile.ordered) result.z = result.mass = NAN;
+      result.max = tile.max;
+      highest = larger(tile.max, highest);
+      continue;
+    }
     result.max = tile.max;
     highest = larger(tile.max, highest);
-    if (!tile.ordered) result.z = result.mass = NAN;
-    if (!powers || !tile.ordered || scaled_difference(tile.max, highest, slower) < kNegligible) continue;
     const char* ahead = row.logits + (index + 1) * kHostTile * size;
     if (row.two_temperatures)
-      add_powers<true>(tile, row, ahead, DGEMMA_LANES * size, result);
+      add_powers<true>(tile, row, ahead, DGEMMA_LANES * size, bounded, result);
     else
-      add_powers<false>(tile, row, ahead, DGEMMA_LANES * size, result);
+      add_powers<false>(tile, row, ahead, DGEMMA_LANES * size, bounded, result);
   }
 }
 
@@ -230,28 +306,43 @@ Top top_of(const Tile& tile) {
 
 // The first token of the tile at which the cumulated mass exceeds `target`, never one without mass.
 int64_t invert_tile(const Tile& tile, float max, float inverse_sampling, double target) {
-  int64_t last = 0;
-  double sum = 0;
   const float factor = power_factor(inverse_sampling);
-  for (int64_t i = 0; i <= tile.full; ++i) {
-    const Vector t = at_least((tile.at(i) - max) * factor, kLowestPower);
-    const Vector e = exp2_of_difference(t);
-    // A vector that does not reach the target is passed over as a whole.
+  const auto power = [&](int64_t i) DGEMMA_INLINE {
+    return exp2_of_difference(at_least((tile.at(i) - max) * factor, kLowestPower));
+  };
+  double sum = 0;
+  int64_t i = 0;
+  // What does not reach the target is passed over, a round of vectors at a time and then one.
+  for (; i + kRound <= tile.full; i += kRound) {
+    Vector round = power(i);
+    for (int n = 1; n < kRound; ++n) round += power(i + n);
+    const double own = sum_of_lanes(round);
+    if (sum + own > target) break;
+    sum += own;
+  }
+  for (; i <= tile.full; ++i) {
+    const Vector e = power(i);
     const double own = sum_of_lanes(e);
-    if (own > 0 && !(sum + own > target)) {
+    if (!(sum + own > target)) {
       sum += own;
-      for (int lane = 0; lane < DGEMMA_LANES; ++lane)
-        if (e[lane] > 0) last = i * DGEMMA_LANES + lane;
       continue;
     }
-    for (int lane = 0; lane < DGEMMA_LANES; ++lane) {
-      if (!(e[lane] > 0)) continue;
-      last = i * DGEMMA_LANES + lane;
-      sum += e[lane];
-      if (sum > target) return last;
+    int lane = 0;
+    for (int n = 0; n < DGEMMA_LANES; ++n) {
+      if (!(e[n] > 0)) continue;
+      lane = n;
+      sum += e[n];
+      if (sum > target) break;
     }
+    return i * DGEMMA_LANES + lane;
   }
-  return last;
+  // Sums in another order may have reached it: the last with mass.
+  for (i = tile.full; i >= 0; --i) {
+    const Vector e = power(i);
+    for (int lane = DGEMMA_LANES - 1; lane >= 0; --lane)
+      if (e[lane] > 0) return i * DGEMMA_LANES + lane;
+  }
+  return 0;
 }
 
 void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index) {
@@ -274,11 +365,13 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
     const double factor = weight(float(d));
     z += tiles[t].z * factor;
     s += (tiles[t].s + tiles[t].z * d) * factor;
-    mass += tiles[t].mass * weight(scaled_difference(tiles[t].max, max, row.inverse_sampling));
+    mass += tiles[t].mass * (row.inverse_sampling == row.inverse_stats
+                                 ? factor
+                                 : weight(scaled_difference(tiles[t].max, max, row.inverse_sampling)));
   }
 
   Tile tile;
-  read_tile<false>(params, row, argmax_tile, tile);
+  read_tile<Reading::kPlaces>(params, row, argmax_tile, tile);
   const Top top = top_of(tile);
   second = larger(top.second, second);
   if (row.greedy && !statistics) {
@@ -315,7 +408,7 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
     before += own;
     if (before > target) break;
   }
-  if (chosen != argmax_tile) read_tile<false>(params, row, chosen, tile);
+  if (chosen != argmax_tile) read_tile<Reading::kPlaces>(params, row, chosen, tile);
   const int64_t index = invert_tile(tile, max, row.inverse_sampling, target - chosen_before);
   const float d = scaled_difference(tile.at(index / DGEMMA_LANES)[index % DGEMMA_LANES], max, row.inverse_stats);
   params.sample[row_index] = chosen * kHostTile + index;
