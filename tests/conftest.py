@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -150,6 +151,13 @@ def pytest_fixture_setup(fixturedef):
     """What several tests share is made before `_seeded` of the first of them, whichever that is."""
     if fixturedef.scope != "function":
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_compiled():
+    """What other modules of tests have compiled counts towards the compiler's limit on variants of a function."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
