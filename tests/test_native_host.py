@@ -367,6 +367,19 @@ def test_tokens_ruled_out_by_any_number_are_the_same(monkeypatch, isa, places, k
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kwargs", [{"temperature": 1e-38}, {"stats_temperature": 1e-38}], ids=str)
+def test_differences_that_are_no_normal_numbers_count_at_tiny_temperatures(monkeypatch, isa, kwargs):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    logits = torch.full((2, 200), -1.0)
+    logits[0, [3, 130]] = torch.tensor([0.0, -1e-38])
+    logits[1, [3, 130]] = torch.tensor([1.05e-37, 1e-37])
+    uniform = torch.full((2,), 0.6)
+    stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp", **kwargs)
+    assert not check_row_stats(stats, logits, uniform=uniform, **kwargs)
+    torch.testing.assert_close(stats.top1_prob + stats.top2_prob, torch.ones(2))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_tokens_without_mass_leave_an_entropy_of_exactly_zero(monkeypatch, isa):
     monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
     logits = torch.full((2, 5_000), float("-inf"))

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-// DGEMMA_INLINE stands behind the parameters of a lambda whose captures are to stay in registers.
 // Everything here has internal linkage on purpose: host files are compiled several times for different
 // instruction sets, and a shared inline function could be linked from the wrong one.
 #if defined(__CUDACC__)
@@ -17,4 +16,5 @@
 #define DGEMMA_MEMBER inline __attribute__((always_inline))
 #define DGEMMA_UNROLL
 #endif
+// Behind the parameters of a lambda, whose captures then stay in registers.
 #define DGEMMA_INLINE __attribute__((always_inline))

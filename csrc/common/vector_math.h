@@ -143,7 +143,8 @@ DGEMMA_HD Vector exp2_of_difference(Vector t) {
 }
 
 #if defined(DGEMMA_ISA_AVX512)
-// The same for any t <= 1/2, by instructions that split and scale: fewer, as no bound is needed.
+// The same for any t <= 0, -inf included, by instructions that split and scale: fewer, as no bound is needed. Below
+// -126 it is 0 where results are flushed (FlushToZero), else no normal number.
 #define DGEMMA_HAS_FREE_EXP2 1
 
 DGEMMA_HD Vector exp2_of_any(Vector t) {
@@ -151,10 +152,12 @@ DGEMMA_HD Vector exp2_of_any(Vector t) {
   return (Vector)_mm512_maskz_scalef_ps(kAllLanes, (__m512)exp2_of_fraction(f), (__m512)(t - f));
 }
 
-// While one lives, results that are no normal numbers are 0. They cost a processor a hundred times an ordinary one.
+// While one lives, results that are no normal numbers are 0, if that is wanted. They cost twenty times an ordinary one.
 struct FlushToZero {
   unsigned before;
-  DGEMMA_MEMBER FlushToZero() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8000u); }
+  DGEMMA_MEMBER explicit FlushToZero(bool wanted) : before(_mm_getcsr()) {
+    if (wanted) _mm_setcsr(before | 0x8000u);
+  }
   DGEMMA_MEMBER ~FlushToZero() { _mm_setcsr(before); }
 };
 #else

@@ -147,6 +147,16 @@ void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile
   }
 }
 
+// Whether there is no NaN in a tile that was kept.
+bool is_ordered(const Tile& tile) {
+  VectorInt ordered = VectorInt{} - 1;
+  for (int64_t i = 0; i <= tile.full; ++i) {
+    const Vector x = tile.at(i);
+    ordered &= x == x;
+  }
+  return !any_lane(~ordered);
+}
+
 // Powers of two: e^(difference / temperature) = 2^(difference * factor).
 DGEMMA_HD float power_factor(float inverse) {
   const float factor = inverse * 1.44269504089f;
@@ -201,7 +211,7 @@ __attribute__((noinline)) void add_powers(const Tile& tile, float stats, float s
                                           int64_t ahead_step, TileStatistics& result) {
 #if DGEMMA_HAS_FREE_EXP2
   // Not where the factors are made: that of a huge temperature is no normal number, and no 0 either.
-  const FlushToZero flush;
+  const FlushToZero flush(!kBounded);
 #endif
   const float reference = tile.max < -kLargestFloat ? -kLargestFloat : tile.max;
   PowerSums<kTwoTemperatures> sums{stats, sampling};
@@ -233,6 +243,8 @@ template <bool kTwoTemperatures>
 void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahead_step, bool& bounded,
                 TileStatistics& result) {
   const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
+  // Where a difference that is no normal number makes a power of its own, it must not be flushed.
+  bounded = bounded || larger(stats, sampling) > 0x1p100f;
   if (!bounded) {
     add_powers<kTwoTemperatures, false>(tile, stats, sampling, ahead, ahead_step, result);
     bounded = isnan(result.s) && !isnan(result.z);
@@ -262,17 +274,17 @@ void run_segment(const RowStatsParams& params, bool statistics, int64_t row_inde
   for (int64_t index = first; index < end; ++index) {
     TileStatistics& result = tiles_of(params, row_index)[index];
     result = TileStatistics{-INFINITY, -INFINITY, 0, 0, 0};
-    if (powers) read_tile<Reading::kPowers>(params, row, index, tile);
-    if (!powers || scaled_difference(tile.max, larger(tile.max, highest), slower) < kNegligible) {
-      // Powers show a NaN by themselves; without them it has to be looked for.
+    if (powers)
+      read_tile<Reading::kPowers>(params, row, index, tile);
+    else
       read_tile<Reading::kMax>(params, row, index, tile);
-      if (!tile.ordered) result.z = result.mass = NAN;
-      result.max = tile.max;
-      highest = larger(tile.max, highest);
-      continue;
-    }
     result.max = tile.max;
     highest = larger(tile.max, highest);
+    if (!powers || scaled_difference(tile.max, highest, slower) < kNegligible) {
+      // Powers show a NaN by themselves; without them it has to be looked for.
+      if (powers ? !is_ordered(tile) : !tile.ordered) result.z = result.mass = NAN;
+      continue;
+    }
     const char* ahead = row.logits + (index + 1) * kHostTile * size;
     if (row.two_temperatures)
       add_powers<true>(tile, row, ahead, DGEMMA_LANES * size, bounded, result);
