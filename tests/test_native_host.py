@@ -346,7 +346,9 @@ def test_a_tile_without_mass_is_left_out_but_its_nan_is_not(monkeypatch, isa):
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("places", [[], [20_000], [3, 9_000, 9_001, 40_001]], ids=len)
-@pytest.mark.parametrize("kwargs", [{"temperature": 0.04}, {"temperature": 0.9, "stats_temperature": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"temperature": 0.04}, {"temperature": 0.9, "stats_temperature": 0.05}], ids=str
+)
 def test_tokens_ruled_out_by_any_number_are_the_same(monkeypatch, isa, places, kwargs):
     """Powers of the other logits lie on both sides of the least normal number, and are summed by other instructions
     from the first -inf on."""
