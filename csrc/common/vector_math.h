@@ -143,10 +143,10 @@ DGEMMA_HD Vector exp2_of_difference(Vector t) {
 }
 
 #if defined(DGEMMA_ISA_AVX512)
+#define DGEMMA_HAS_EXP2_OF_ANY 1
+
 // The same for any t <= 0, -inf included, by instructions that split and scale: fewer, as no bound is needed. Below
 // -126 it is 0 where results are flushed (FlushToZero), else no normal number.
-#define DGEMMA_HAS_FREE_EXP2 1
-
 DGEMMA_HD Vector exp2_of_any(Vector t) {
   const Vector f = (Vector)_mm512_maskz_reduce_ps(kAllLanes, (__m512)t, 0);
   return (Vector)_mm512_maskz_scalef_ps(kAllLanes, (__m512)exp2_of_fraction(f), (__m512)(t - f));
@@ -161,7 +161,7 @@ struct FlushToZero {
   DGEMMA_MEMBER ~FlushToZero() { _mm_setcsr(before); }
 };
 #else
-#define DGEMMA_HAS_FREE_EXP2 0
+#define DGEMMA_HAS_EXP2_OF_ANY 0
 #endif
 
 // e^x = 2^n e^r with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2.

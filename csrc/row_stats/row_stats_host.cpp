@@ -44,7 +44,7 @@ struct Tile {
   int64_t full;  // vectors that are all logits
   Vector tail;   // what follows them; -inf after the end
   float max;     // -inf where there is nothing; a NaN is passed over
-  bool ordered;  // no NaN; only looked for by Reading::kMax
+  bool ordered;  // no NaN; said by Reading::kMax alone, which leaves no logits to look at
   alignas(64) float copy[kHostTile];
 
   DGEMMA_MEMBER Vector at(int64_t i) const { return i < full ? load(x + i * DGEMMA_LANES) : tail; }
@@ -79,8 +79,8 @@ constexpr int64_t kAhead = 4096;
 
 template <class T, bool kSoftcap, Reading kReading>
 void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
-  constexpr bool kCopy = kReading != Reading::kMax && (kSoftcap || sizeof(T) != sizeof(float));
-  constexpr bool kCheck = kReading == Reading::kMax;
+  constexpr bool kOnlyMax = kReading == Reading::kMax;
+  constexpr bool kCopy = !kOnlyMax && (kSoftcap || sizeof(T) != sizeof(float));
   const float inverse_softcap = 1.0f / softcap;
   Vector max[kChains];
   for (Vector& chain : max) chain = splat(-INFINITY);
@@ -88,7 +88,7 @@ void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
   const auto capped = [&](Vector x) DGEMMA_INLINE { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; };
   const auto take = [&](int64_t i, Vector x, int c) DGEMMA_INLINE {
     x = capped(x);
-    if (kCheck) ordered[c % 2] &= x == x;
+    if (kOnlyMax) ordered[c % 2] &= x == x;
     if (kCopy) store(tile.copy + i * DGEMMA_LANES, x);
     max[c] = larger(x, max[c]);
   };
@@ -105,7 +105,7 @@ void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
       } else {
         load_two(place, one, other);
       }
-      for (int64_t line = 0; kCheck && line < 2 * DGEMMA_LANES * int64_t(sizeof(T)); line += 64)
+      for (int64_t line = 0; kOnlyMax && line < 2 * DGEMMA_LANES * int64_t(sizeof(T)); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(place) + kAhead + line);
       take(i + c, one, c);
       take(i + c + 1, other, c + 1);
@@ -120,11 +120,11 @@ void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
     __builtin_memcpy(last, logits + tile.full * DGEMMA_LANES, rest * sizeof(T));
     tile.tail = capped(load(last));
     for (int64_t lane = rest; lane < DGEMMA_LANES; ++lane) tile.tail[lane] = -INFINITY;
-    if (kCheck) ordered[0] &= tile.tail == tile.tail;
+    if (kOnlyMax) ordered[0] &= tile.tail == tile.tail;
     max[1] = larger(tile.tail, max[1]);
   }
   tile.max = largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
-  tile.ordered = !any_lane(~(ordered[0] & ordered[1]));
+  if (kOnlyMax) tile.ordered = !any_lane(~(ordered[0] & ordered[1]));
 }
 
 template <Reading kReading, class T>
@@ -171,7 +171,7 @@ struct Power {
 template <bool kBounded>
 DGEMMA_HD Power power_of(Vector difference, float factor) {
   const Vector t = difference * factor;
-#if DGEMMA_HAS_FREE_EXP2
+#if DGEMMA_HAS_EXP2_OF_ANY
   if (!kBounded) return {t, exp2_of_any(t)};
 #endif
   const Vector bounded = at_least(t, kLowestPower);
@@ -209,7 +209,7 @@ struct PowerSums {
 template <bool kTwoTemperatures, bool kBounded>
 __attribute__((noinline)) void add_powers(const Tile& tile, float stats, float sampling, const char* ahead,
                                           int64_t ahead_step, TileStatistics& result) {
-#if DGEMMA_HAS_FREE_EXP2
+#if DGEMMA_HAS_EXP2_OF_ANY
   // Not where the factors are made: that of a huge temperature is no normal number, and no 0 either.
   const FlushToZero flush(!kBounded);
 #endif
@@ -240,11 +240,8 @@ __attribute__((noinline)) void add_powers(const Tile& tile, float stats, float s
 
 // A bound costs a tenth of the time, so it comes with the first tile that turns out to need it, and stays for the next.
 template <bool kTwoTemperatures>
-void add_powers(const Tile& tile, const Row& row, const char* ahead, int64_t ahead_step, bool& bounded,
+void add_powers(const Tile& tile, float stats, float sampling, const char* ahead, int64_t ahead_step, bool& bounded,
                 TileStatistics& result) {
-  const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
-  // Where a difference that is no normal number makes a power of its own, it must not be flushed.
-  bounded = bounded || larger(stats, sampling) > 0x1p100f;
   if (!bounded) {
     add_powers<kTwoTemperatures, false>(tile, stats, sampling, ahead, ahead_step, result);
     bounded = isnan(result.s) && !isnan(result.z);
@@ -269,7 +266,9 @@ void run_segment(const RowStatsParams& params, bool statistics, int64_t row_inde
   const int64_t end = first + kHostSegment < tiles ? first + kHostSegment : tiles;
   const float slower = row.inverse_stats < row.inverse_sampling ? row.inverse_stats : row.inverse_sampling;
   float highest = -INFINITY;
-  bool bounded = !DGEMMA_HAS_FREE_EXP2;
+  const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
+  // Where a difference of logits that is no normal number makes a power of its own, it must not be flushed.
+  bool bounded = !DGEMMA_HAS_EXP2_OF_ANY || larger(stats, sampling) > 0x1p100f;
   Tile tile;
   for (int64_t index = first; index < end; ++index) {
     TileStatistics& result = tiles_of(params, row_index)[index];
@@ -282,14 +281,15 @@ void run_segment(const RowStatsParams& params, bool statistics, int64_t row_inde
     highest = larger(tile.max, highest);
     if (!powers || scaled_difference(tile.max, highest, slower) < kNegligible) {
       // Powers show a NaN by themselves; without them it has to be looked for.
-      if (powers ? !is_ordered(tile) : !tile.ordered) result.z = result.mass = NAN;
+      const bool ordered = powers ? is_ordered(tile) : tile.ordered;
+      if (!ordered) result.z = result.mass = NAN;
       continue;
     }
     const char* ahead = row.logits + (index + 1) * kHostTile * size;
     if (row.two_temperatures)
-      add_powers<true>(tile, row, ahead, DGEMMA_LANES * size, bounded, result);
+      add_powers<true>(tile, stats, sampling, ahead, DGEMMA_LANES * size, bounded, result);
     else
-      add_powers<false>(tile, row, ahead, DGEMMA_LANES * size, bounded, result);
+      add_powers<false>(tile, stats, sampling, ahead, DGEMMA_LANES * size, bounded, result);
   }
 }
 
