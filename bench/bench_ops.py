@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no further case after this time"
     )
+    parser.add_argument(
+        "--seconds", type=float, help="time for the samples of one variant (1; 0.2 with --quick)"
+    )
     parser.add_argument("--rows", type=int, help="rows of a table instead of 256")
     parser.add_argument("--vocab", type=int, help="vocabulary instead of 262144")
     parser.add_argument("--batch", type=int, help="canvases, for block_attention and commit")
@@ -88,6 +91,9 @@ def check_sizes(options: argparse.Namespace) -> list[str]:
         if value is not None and value < 1:
             problems.append(f"--{name}: must be at least 1, got {value}")
             setattr(options, name, None)
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        problems.append(f"--seconds: must be a time above 0, got {options.seconds:g}")
+        options.seconds = None
     return problems
 
 
@@ -201,6 +207,7 @@ def run_cases(
         present,
         backends=set(options.backend) if options.backend else None,
         quick=options.quick,
+        seconds=options.seconds,
         say=say,
     )
     lost = None

@@ -72,6 +72,7 @@ class Runner:
     Args:
         peers: modules of bench.peers that are present.
         backends: the implementations to time, None for all that are present.
+        seconds: time for the samples of one variant; None for the usual.
         say: takes each line that is worth telling at once.
     """
 
@@ -83,13 +84,14 @@ class Runner:
         *,
         backends: set[str] | None = None,
         quick: bool = False,
+        seconds: float | None = None,
         say: Callable[[str], None] = print,
     ):
         self.device = device
         self.ceilings = ceilings
         self.peers = peers
         self.backends = backends
-        self.seconds = QUICK_SECONDS if quick else SECONDS
+        self.seconds = seconds or (QUICK_SECONDS if quick else SECONDS)
         self.least = 2 if quick else 3
         self.say = say
 

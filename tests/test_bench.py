@@ -71,6 +71,7 @@ def test_a_run_writes_a_result_of_the_schema(tmp_path, capsys, fixed_ceilings):
         (["row_stat"], "unknown op 'row_stat'"),
         (["--peer", "nobody"], "unknown peer 'nobody'"),
         (["--rows", "0"], "--rows: must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds: must be a time above 0, got 0"),
         (["block_attention", "--context", "-5"], "--context: must be at least 1"),
         (["block_attention", "--context", "100000000000"], "does not fit"),
     ],
