@@ -77,7 +77,8 @@ def test_shapes_and_views(backend, device):
 
 def test_rows_may_lie_far_apart(backend, device):
     """Further than 32 bits count elements. What is not touched of the memory between them is never there on a CPU."""
-    near = make_logits(2, 5003, torch.bfloat16, device=device)
+    # Both lie alike on 16-byte boundaries, which decide about the order of a sum.
+    near = make_logits(2, 5008, torch.bfloat16, device=device)[:, :5003]
     stride = 2**31 + 8
     try:
         storage = torch.empty(stride + near.shape[1], dtype=near.dtype, device=device)

@@ -47,7 +47,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     whole = torch.nn.functional.pad(weight, (0, across * SCALE_BLOCK - columns, 0, down * SCALE_BLOCK - rows))
     blocks = whole.unflatten(-1, (across, SCALE_BLOCK)).unflatten(-3, (down, SCALE_BLOCK))
     largest = blocks.abs().amax((-3, -1))
-    scale = (largest / torch.finfo(FP8).max).clamp(min=TINY)
+    scale = _quotient(largest, torch.finfo(FP8).max).clamp(min=TINY)
     return (weight / _spread(scale, rows, columns)).to(FP8), scale
 
 
@@ -71,12 +71,17 @@ def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = blocks.abs().amax(-1)
     top = torch.finfo(FP8).max
     # Below this a block's quotient with the global scale would not be finite.
-    total = (largest.amax((-2, -1)) / (E2M1[-1] * top)).clamp(min=TINY)
-    scale = (largest / E2M1[-1] / total[..., None, None]).clamp(max=top).to(FP8)
+    total = _quotient(largest.amax((-2, -1)), E2M1[-1] * top).clamp(min=TINY)
+    scale = (_quotient(largest, E2M1[-1]) / total[..., None, None]).clamp(max=top).to(FP8)
     unit = scale.float() * total[..., None, None]
     numbers = torch.where(unit[..., None] > 0, blocks / unit[..., None], 0.0).flatten(-2)
     codes = _e2m1(numbers)
     return codes[..., ::2] | codes[..., 1::2] << 4, scale, total
+
+
+def _quotient(numbers: Tensor, divisor: float) -> Tensor:
+    """The same bits on every device: PyTorch multiplies by the reciprocal of a number on a GPU, not of a tensor."""
+    return numbers / numbers.new_full((), divisor)
 
 
 def _e2m1(numbers: Tensor) -> Tensor:
