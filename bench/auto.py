@@ -1,7 +1,7 @@
 """`python -m bench auto`: let measurements decide which kernel `backend="auto"` takes.
 
-For each op and compute capability with a GPU result file, the kernel of the lowest geometric mean time comes
-first, over the cases that both passed. Entries without a measurement stay as they are, resting on their budget.
+For each op and compute capability (of attention, each head_dim too) with a GPU result file, the kernel of the lowest
+geometric mean time comes first, over the cases that both passed. Entries without a measurement stay as they are, resting on their budget.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -33,8 +34,14 @@ def device_of(results: list[dict]) -> dict[str, str]:
     return {one["capability"]: one["device"] for one in sorted(facts, key=lambda one: one["date"])}
 
 
+def group(row: dict) -> str:
+    """What sets kernels of one op apart, as the table's keys name it; empty where one order serves the whole op."""
+    found = re.search(r"\bD(\d+)\b", row["shape"]) if row["op"] == "block_attention" else None
+    return f" head_dim {found[1]}" if found else ""
+
+
 def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """{(op, compute capability): {backend: geometric mean microseconds}} of cases that all its kernels passed.
+    """{(op, key of the table): {backend: geometric mean microseconds}} of cases that all its kernels passed.
 
     Of several devices of one compute capability the one measured last counts, and no quick run does.
     """
@@ -48,7 +55,7 @@ def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
         for row in result["rows"]:
             if row["op"] in MODULES and row["backend"] in KERNELS and row["status"] == "ok":
                 case = row["shape"], row["dtype"], row["case"]
-                times[row["op"], capability][case][row["backend"]] = row["median_us"]
+                times[row["op"], capability + group(row)][case][row["backend"]] = row["median_us"]
     means = {}
     for key, cases in times.items():
         complete = [case for case in cases.values() if set(case) == set(KERNELS)]
@@ -62,11 +69,11 @@ def measured(results: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
 
 def updated(table: dict, means: dict[tuple[str, str], dict[str, float]], devices: dict[str, str]) -> dict:
     """The table with an entry for everything that was measured."""
-    for (op, capability), by_backend in sorted(means.items()):
+    for (op, key), by_backend in sorted(means.items()):
         first, second = sorted(KERNELS, key=by_backend.__getitem__)
         ratio = by_backend[second] / by_backend[first]
-        basis = f"measured on {devices[capability]}: {first} {ratio:.2f}x faster than {second}"
-        table.setdefault(op, {})[capability] = {"order": [first, second, "reference"], "basis": basis}
+        basis = f"measured on {devices[key.split()[0]]}: {first} {ratio:.2f}x faster than {second}"
+        table.setdefault(op, {})[key] = {"order": [first, second, "reference"], "basis": basis}
     return table
 
 

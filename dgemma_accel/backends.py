@@ -185,7 +185,11 @@ def choose(op: str, backend: str, requirements: Mapping[str, object]) -> Choice:
 
 @functools.cache
 def auto_table() -> dict:
-    """{op: {compute capability or "default": {"order": [...], "basis": text}}} for NVIDIA GPUs."""
+    """{op: {key: {"order": [...], "basis": text}}} for NVIDIA GPUs.
+
+    A key is a compute capability ("9.0"), one with a requirement of the call ("9.0 head_dim 512") that goes before it, or
+    "default".
+    """
     return json.loads(AUTO_FILE.read_text())
 
 
@@ -197,7 +201,8 @@ def auto_order(op: str, requirements: Mapping[str, object]) -> tuple[tuple[str, 
         return ("reference",), f"no kernels for {requirements['device']}"
     entries = auto_table().get(op, {})
     major_minor = ".".join(map(str, requirements.get("compute_capability", ())))
-    entry = entries.get(major_minor) or entries.get("default")
+    keys = [f"{major_minor} {name} {value}" for name, value in requirements.items()]
+    entry = next((entries[key] for key in (*keys, major_minor, "default") if key in entries), None)
     if entry is None:
         return ("triton", "cuda", "reference"), "no entry for this op"
     return tuple(entry["order"]), entry["basis"]

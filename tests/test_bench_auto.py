@@ -47,6 +47,27 @@ def test_shapes_of_one_label_count_each():
     assert means["row_stats", "9.0"] == pytest.approx({"cuda": 100.0, "triton": 200.0})
 
 
+def test_attention_is_ranked_by_head_dim():
+    rows = [("block_attention", "", backend, "ok", us) for backend, us in (("cuda", 10.0), ("triton", 20.0))]
+    wide, narrow = result("9.0", rows), result("9.0", rows)
+    for row in wide["rows"]:
+        row["shape"] = "B1 Hq16 Hkv2 C256 D512 prefix 8192"
+    for row in narrow["rows"]:
+        row |= {"shape": "B1 Hq16 Hkv8 C256 D256 prefix 1023", "median_us": 30.0 - row["median_us"]}
+    table = auto.updated({}, auto.measured([wide, narrow]), {"9.0": "a card"})["block_attention"]
+    assert set(table) == {"9.0 head_dim 256", "9.0 head_dim 512"}
+    assert table["9.0 head_dim 512"]["order"][0] == "cuda" and table["9.0 head_dim 256"]["order"][0] == "triton"
+
+
+def test_an_order_for_one_head_dim_goes_before_that_of_the_capability(monkeypatch):
+    entry = {"basis": "measured on x: ..."}
+    table = {"9.0": entry | {"order": ["triton"]}, "9.0 head_dim 512": entry | {"order": ["cuda"]}}
+    monkeypatch.setattr(backends, "auto_table", lambda: {"block_attention": table | {"default": {}}})
+    needs = {"device": "cuda", "head_dim": 512, "compute_capability": (9, 0)}
+    assert backends.auto_order("block_attention", needs)[0] == ("cuda",)
+    assert backends.auto_order("block_attention", needs | {"head_dim": 256})[0] == ("triton",)
+
+
 def test_one_device_of_a_capability_counts_and_neither_quick_runs_nor_other_benches():
     slower = [(op, case, kernel, status, us and 2 * us) for op, case, kernel, status, us in ROWS]
     results = [

@@ -85,37 +85,46 @@ def test_rows_without_any_key_and_splits_without_a_tile(program, tmp_path):
 
 KERNEL = "sm_90a/kernel.cuh"
 BARRIER = r"no barrier after|copy to it is running"
-TOP = "hw::wait_copies<1>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    fill_values"
-BOTTOM = "hw::wait_copies<1>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp"
-MEETING = "hw::arrive_cluster();\n    hw::wait_cluster();\n    fill_keys"
+TOP = "hw::show_copies_to_multiplies();\n    // The other block is there, and so are the copies of all threads.\n    "
+MEETING = "hw::arrive_cluster();\n    hw::wait_cluster();\n    "
+BOTTOM = "hw::wait_copies<0>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp.start_values"
+FENCE, WAIT = "hw::show_copies_to_multiplies();\n    ", "hw::wait_cluster();\n    "
 # {name: (text that stands there once, what takes its place, what the report says)}; where the report is empty, the
 # kernel runs to its end and the error budget has to fail.
 MUTANTS = {
-    "first_barrier_dropped": (TOP, TOP.replace("hw::sync_block();\n    ", ""), BARRIER),
+    "first_meeting_dropped": (MEETING + "warp.start_keys", "warp.start_keys", BARRIER + "|may not have begun"),
+    "first_keys_refilled_too_soon": (
+        "hw::sync_block();\n    fill_keys(walk.first + 2", "fill_keys(walk.first + 2", BARRIER,
+    ),
+    "values_refilled_too_soon": ("hw::sync_block();\n    fill_values", "fill_values", BARRIER),
     "second_barrier_dropped": (BOTTOM, BOTTOM.replace("hw::sync_block();\n    ", ""), BARRIER),
-    "first_fence_dropped": (TOP, TOP.replace("hw::show_copies_to_multiplies();\n    ", ""), "no fence after"),
-    "second_fence_dropped": (BOTTOM, BOTTOM.replace("hw::show_copies_to_multiplies();\n    ", ""), "no fence after"),
-    "waits_for_one_group_less": (BOTTOM, BOTTOM.replace("<1>", "<2>"), BARRIER),
-    "scores_read_before_the_cluster_met": (MEETING, "fill_keys", BARRIER),
-    "arrives_and_does_not_wait": (MEETING, MEETING.replace("hw::wait_cluster();\n    ", ""), "no barrier after|twice"),
+    "first_fence_dropped": (TOP, TOP.replace(FENCE[:-4], ""), "no fence after"),
+    "second_fence_dropped": (BOTTOM, BOTTOM.replace(FENCE, ""), "no fence after"),
+    "waits_for_one_group_less": (BOTTOM, BOTTOM.replace("<0>", "<1>"), BARRIER),
+    "first_scores_read_before_the_cluster_met": (
+        "hw::wait_cluster();\n  }\n  DGEMMA_NO_UNROLL", "}\n  DGEMMA_NO_UNROLL", "no barrier after|twice",
+    ),
+    "scores_read_before_the_cluster_met": (WAIT + "warp.finish_values", "warp.finish_values", "no barrier after|twice"),
     "exchange_in_one_place": (
-        "exchange = 2 * Shape::kExchangeOffset + Shape::kExchangeBytes - exchange;", "",
-        "no barrier of the cluster after a read",
+        "exchange = other_exchange();", "", "no barrier of the cluster after a read",
     ),
     "other_block_may_not_have_begun": (
-        "hw::arrive_cluster();\n  hw::wait_cluster();\n  uint32_t keys", "uint32_t keys", "may not have begun",
+        MEETING + "warp.start_keys", "hw::sync_block();\n    warp.start_keys", "may not have begun",
     ),
-    "shows_scores_to_itself": ("show_scores_to(1 - half", "show_scores_to(half", "writes into block"),
-    "keys_filled_where_they_are_needed_next": (
-        "fill_keys(tile + 2, keys)", "fill_keys(tile + 2, 2 * Shape::kKeysOffset + Shape::kTileBytes - keys)", BARRIER,
+    "shows_scores_to_itself": (
+        "if (more) warp.finish_keys(1 - half", "if (more) warp.finish_keys(half", "writes into block",
     ),
-    "scores_used_before_the_products_are_done": (
-        "hw::wait_multiplies(this->scores[0]);", "", "without a fence|not committed",
+    "keys_filled_where_they_are_needed_next": ("fill_keys(tile + 3, keys)", "fill_keys(tile + 3, other_keys())", BARRIER),
+    "keys_of_one_tile_further": ("fill_keys(tile + 3, keys)", "fill_keys(tile + 4, keys)", ""),
+    "scores_used_before_the_products_are_done": ("hw::wait_multiplies(ahead);", "", "without a fence|not committed"),
+    "values_refilled_while_they_are_multiplied": (
+        "{ hw::wait_multiplies(this->output[0]); }", "{}", "without a fence|not committed|running",
     ),
     "products_without_a_fence": ("hw::begin_multiplies(this->output[0]);", "", "without a fence"),
+    "scores_without_a_fence": ("hw::begin_multiplies(ahead);", "", "without a fence"),
     "products_not_committed": (
-        "hw::commit_multiplies();\n    hw::wait_multiplies(this->output[0]);",
-        "hw::wait_multiplies(this->output[0]);", "has not committed",
+        "hw::commit_multiplies();\n  }\n\n  DGEMMA_DEVICE_MEMBER void finish_values",
+        "}\n\n  DGEMMA_DEVICE_MEMBER void finish_values", "has not committed",
     ),
     "scores_added_to_the_last_ones": ("right, step > 0)", "right, true)", ""),
     "swizzle_of_half_the_rows": ("(chunk % 8 ^ (row & 7))", "(chunk % 8 ^ (row & 3))", ""),
@@ -127,7 +136,7 @@ MUTANTS = {
     ),
     "both_blocks_take_the_first_half_of_the_queries": ("half * Shape::kColumns + chunk * 8;", "chunk * 8;", ""),
     "both_warpgroups_take_the_first_rows": (
-        "uint32_t(this->row_warp / 4) * 64 * Shape::kPanelRowBytes", "0", "",
+        "uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * Shape::kPanelRowBytes", "0", "",
     ),
 }  # fmt: skip
 

@@ -73,11 +73,22 @@ def _op_backends(op: str, device: str) -> dict:
         implementation, reason = backends.load(op, name)
         missing = [reason] if implementation is None else implementation.missing(needs)
         rows[name] = "; ".join(missing) or "ready"
+    found = _auto(op, needs) | {"all": rows, "for": {}}
+    if device == "cuda":
+        capability = ".".join(map(str, needs["compute_capability"]))
+        for key in backends.auto_table().get(op, {}):
+            if key.startswith(f"{capability} "):
+                _, name, value = key.split()
+                found["for"][f"{name} {value}"] = _auto(op, needs | {name: int(value)})
+    return found
+
+
+def _auto(op: str, needs: dict) -> dict:
     try:
         choice = backends.choose(op, "auto", needs)
-        return {"auto": choice.implementation.backend, "why": choice.reason, "all": rows}
+        return {"auto": choice.implementation.backend, "why": choice.reason}
     except (backends.BackendError, ValueError) as error:
-        return {"auto": None, "why": str(error), "all": rows}
+        return {"auto": None, "why": str(error)}
 
 
 def _version(name: str) -> str | None:
@@ -193,6 +204,8 @@ def as_text(report: dict) -> str:
     for op, devices in report["backends"].items():
         for device, row in devices.items():
             lines.append(f"{op} on {device}: auto takes {row['auto'] or 'nothing'} ({row['why']})")
+            for case, own in row["for"].items():
+                lines.append(f"    {case}: auto takes {own['auto'] or 'nothing'} ({own['why']})")
             lines.extend(f"    {name:<10} {state}" for name, state in row["all"].items())
     if "step" in report:
         lines.extend(lines_of(report["step"]))

@@ -52,20 +52,23 @@ template <class T>
 struct BlockAttentionClusterWarp : BlockAttentionWarp<T, BlockAttentionClusterShape::kHeadDim, BlockAttentionClusterShape> {
   using Shape = BlockAttentionClusterShape;
 
-  // Scores of this block's columns. The 64 rows of a warpgroup are one operand.
-  DGEMMA_DEVICE_MEMBER void multiply_keys(uint32_t buffer) {
-    const uint32_t queries = uint32_t(this->row_warp / 4) * 64 * Shape::kPanelRowBytes;
-    hw::begin_multiplies(this->scores[0]);
+  // This block's part of the scores of the tile after the one whose `scores` are at work.
+  float ahead[Shape::kKeyTiles][4];
+
+  // Starts on the scores of this block's columns. The 64 rows of a warpgroup are one operand.
+  DGEMMA_DEVICE_MEMBER void start_keys(uint32_t buffer) {
+    // Addresses kept through the loop would cost the registers that the accumulators need.
+    const uint32_t queries = uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * Shape::kPanelRowBytes;
+    hw::begin_multiplies(ahead);
     DGEMMA_UNROLL
     for (int step = 0; step < Shape::kColumns / 16; ++step) {
       const uint32_t within = uint32_t(step % 4) * 32;
       const hw::SharedMatrix left{queries + uint32_t(step / 4) * Shape::kQueryPanelBytes + within, 0,
                                   Shape::kGroupBytes};
       const hw::SharedMatrix right{buffer + uint32_t(step / 4) * Shape::kPanelBytes + within, 0, Shape::kGroupBytes};
-      hw::multiply_rows<T>(this->scores[0], left, right, step > 0);
+      hw::multiply_rows<T>(ahead, left, right, step > 0);
     }
     hw::commit_multiplies();
-    hw::wait_multiplies(this->scores[0]);
   }
 
   DGEMMA_DEVICE_MEMBER uint32_t place_of(int n, uint32_t exchange) const {
@@ -73,28 +76,30 @@ struct BlockAttentionClusterWarp : BlockAttentionWarp<T, BlockAttentionClusterSh
            uint32_t(n * 32 + this->lane) * 16;
   }
 
-  DGEMMA_DEVICE_MEMBER void show_scores_to(int block, uint32_t exchange) const {
+  // Waits for what was started and shows it to the other block.
+  DGEMMA_DEVICE_MEMBER void finish_keys(int block, uint32_t exchange) {
+    hw::wait_multiplies(ahead);
     DGEMMA_UNROLL
     for (int n = 0; n < Shape::kKeyTiles; ++n) {
       hw::Words4 words;
       DGEMMA_UNROLL
-      for (int j = 0; j < 4; ++j) words.word[j] = bits_from_float(this->scores[0][n][j]);
+      for (int j = 0; j < 4; ++j) words.word[j] = bits_from_float(ahead[n][j]);
       hw::store_in_cluster(block, place_of(n, exchange), words);
     }
   }
 
-  // Addition commutes, so both blocks get the same bits.
-  DGEMMA_DEVICE_MEMBER void add_shown_scores(uint32_t exchange) {
+  // The scores of the next tile, of both blocks' columns. Addition commutes, so both blocks get the same bits.
+  DGEMMA_DEVICE_MEMBER void take_scores(uint32_t exchange) {
     DGEMMA_UNROLL
     for (int n = 0; n < Shape::kKeyTiles; ++n) {
       const hw::Words4 words = hw::Shared<hw::Words4>{place_of(n, exchange)}.load(0);
       DGEMMA_UNROLL
-      for (int j = 0; j < 4; ++j) this->scores[0][n][j] += float_from_bits(words.word[j]);
+      for (int j = 0; j < 4; ++j) this->scores[0][n][j] = ahead[n][j] + float_from_bits(words.word[j]);
     }
   }
 
-  // output += probabilities x values, over this block's columns.
-  DGEMMA_DEVICE_MEMBER void multiply_values(uint32_t buffer) {
+  // Starts on output += probabilities x values, over this block's columns.
+  DGEMMA_DEVICE_MEMBER void start_values(uint32_t buffer) {
     uint32_t probabilities[Shape::kKeyTiles / 2][4];
     DGEMMA_UNROLL
     for (int k = 0; k < Shape::kKeyTiles; k += 2) {
@@ -111,8 +116,9 @@ struct BlockAttentionClusterWarp : BlockAttentionWarp<T, BlockAttentionClusterSh
       hw::multiply_columns<T>(this->output[0], probabilities[k], right);
     }
     hw::commit_multiplies();
-    hw::wait_multiplies(this->output[0]);
   }
+
+  DGEMMA_DEVICE_MEMBER void finish_values() { hw::wait_multiplies(this->output[0]); }
 };
 
 // Grid: x = the two blocks of every tile of rows of every batch row and KV head; y = splits.
@@ -146,32 +152,47 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(BlockAttentionClusterShape::kThreads, 1) DGEMMA_CLUS
   warp.begin();
   warp.column_warp = half;
 
-  // The other block is there.
-  hw::arrive_cluster();
-  hw::wait_cluster();
+  // The scores run one tile ahead, so that their products overlap the softmax of the tile before, and the way from block
+  // to block the product of its values.
   uint32_t keys = Shape::kKeysOffset, exchange = Shape::kExchangeOffset;
-  DGEMMA_NO_UNROLL
-  for (int tile = walk.first; tile < walk.end; ++tile) {
-    // The keys of this tile are here, and nobody multiplies the values of the last one any more.
-    hw::wait_copies<1>();
+  const auto other_keys = [&] { return 2 * Shape::kKeysOffset + Shape::kTileBytes - keys; };
+  const auto other_exchange = [&] { return 2 * Shape::kExchangeOffset + Shape::kExchangeBytes - exchange; };
+  if (walk.first < walk.end) {
+    hw::wait_copies<0>();
     hw::show_copies_to_multiplies();
-    hw::sync_block();
-    fill_values(tile, Shape::kValuesOffset);
-    warp.multiply_keys(keys);
-    // What lay in this half of the exchange was read two tiles ago, before the other block arrived for the last one.
-    warp.show_scores_to(1 - half, exchange);
+    // The other block is there, and so are the copies of all threads.
     hw::arrive_cluster();
     hw::wait_cluster();
-    fill_keys(tile + 2, keys);
-    warp.add_shown_scores(exchange);
+    warp.start_keys(keys);
+    warp.finish_keys(1 - half, exchange);
+    hw::arrive_cluster();
+    hw::sync_block();
+    fill_keys(walk.first + 2, keys);
+    hw::wait_cluster();
+  }
+  DGEMMA_NO_UNROLL
+  for (int tile = walk.first; tile < walk.end; ++tile) {
+    warp.take_scores(exchange);
+    keys = other_keys();
+    exchange = other_exchange();
+    const bool more = tile + 1 < walk.end;
+    // The keys of the next tile came before the values of the last one.
+    if (more) warp.start_keys(keys);
+    // Nobody multiplies the values of the last tile any more.
+    hw::sync_block();
+    fill_values(tile, Shape::kValuesOffset);
     warp.finish_scores(p, walk, tile, rows);
     warp.update_softmax();
-    hw::wait_copies<1>();
+    // What lay in this half of the exchange was read before the other block arrived for the last tile.
+    if (more) warp.finish_keys(1 - half, exchange);
+    hw::arrive_cluster();
+    hw::wait_copies<0>();
     hw::show_copies_to_multiplies();
     hw::sync_block();
-    warp.multiply_values(Shape::kValuesOffset);
-    keys = 2 * Shape::kKeysOffset + Shape::kTileBytes - keys;
-    exchange = 2 * Shape::kExchangeOffset + Shape::kExchangeBytes - exchange;
+    warp.start_values(Shape::kValuesOffset);
+    fill_keys(tile + 3, keys);
+    hw::wait_cluster();
+    warp.finish_values();
   }
   hw::wait_copies<0>();
   warp.finish(p, walk, rows);
