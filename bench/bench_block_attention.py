@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 import dgemma_accel
 from dgemma_accel.backends import compute_capability
 from dgemma_accel.native import block_attention_sm_90a
+from dgemma_accel.native.block_attention_launch import launch
 from dgemma_accel.reference.budget import check_block_attention
 
 from . import planted
@@ -84,27 +84,22 @@ def variant(backend: str) -> Variant:
     return Variant(backend, prepare, capturable=backend != "reference")
 
 
-def sm_90a_variant(device: torch.device) -> tuple[Variant | None, str]:
-    """The wgmma kernel where the environment asks for it, beside which backend "cuda" stays the portable one.
-
-    None and a line where it cannot run; an empty line where it was not asked for.
-    """
-    if not block_attention_sm_90a.wanted():
-        return None, ""
-    os.environ[block_attention_sm_90a.VARIABLE] = "portable"
-    missing = block_attention_sm_90a.unavailable()
-    if missing is None and compute_capability(device) != (9, 0):
-        missing = "not a GPU of compute capability 9.0"
-    if missing:
-        return None, f"block_attention: no cuda sm_90a here: {missing}"
+def portable_variant(device: torch.device, head_dim: int) -> Variant | None:
+    """The kernel of all architectures, where backend "cuda" takes another one."""
+    special = block_attention_sm_90a
+    if special.unavailable() or not special.wanted() or compute_capability(device) != (9, 0):
+        return None
+    if head_dim not in special.FEATURES["head_dim"]:
+        return None
 
     def prepare(inputs: Inputs):
         prefix = (inputs.prefix_key, inputs.prefix_value)
-        return lambda: block_attention_sm_90a.block_attention(
-            inputs.query, inputs.key, inputs.value, *prefix, inputs.start, None, SCALE, None, False
-        )
+        return lambda: launch(
+            "block_attention_cuda",
+            inputs.query, inputs.key, inputs.value, *prefix, inputs.start, None, SCALE, None, False,
+        )  # fmt: skip
 
-    return Variant("cuda sm_90a", prepare), ""
+    return Variant("cuda portable", prepare)
 
 
 def check(result, inputs: Inputs) -> list[str]:
@@ -142,7 +137,7 @@ def _case(
     padded: bool,
     dtype: torch.dtype,
     backends: list[Variant],
-    label: str = "",
+    device: torch.device,
 ) -> Case:
     head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
     keys = prefix + CANVAS
@@ -150,10 +145,12 @@ def _case(
     visible = int(prefix_lengths(batch, prefix).sum() if padded else batch * prefix) + batch * CANVAS
     size = dtype.itemsize
     moved = size * head_dim * (2 * visible * kv_heads + 2 * batch * QUERY_HEADS * CANVAS)
+    portable = portable_variant(device, head_dim)
+    backends = [*backends, portable] if portable else backends
     kv_bytes = 2 * batch * kv_heads * keys * head_dim * size
     return Case(
         op="block_attention",
-        label=" ".join(filter(None, ("padded" if padded else "", label))),
+        label="padded" if padded else "",
         shape=f"B{batch} Hq{QUERY_HEADS} Hkv{kv_heads} C{CANVAS} D{head_dim} prefix {prefix}",
         dtype=dtype,
         bytes=moved,
@@ -182,19 +179,12 @@ def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:
     else:
         batches = [(1, False), (4, True)]
     backends = [variant(name) for name in present]
-    wgmma, line = sm_90a_variant(device)
-    lines += [line] if line else []
-    label = ""
-    if wgmma:
-        # Cases of their own: what it takes part in is not the measurement of what a user gets.
-        backends, label = [*backends, wgmma], "beside sm_90a"
     found = []
     # One canvas first, and of it the longest prefixes: what a budget may not reach is the least asked for.
     for batch, padded in batches:
         for context in sorted(contexts, reverse=True):
             # A batch at 128k does not fit beside the copies that its peers expand.
             if batch == 1 or context <= 32_768 or sizes.batch:
-                found.append(_case(GLOBAL, context, batch, padded, dtype, backends, label))
-        if not wgmma:
-            found.append(_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, backends))
+                found.append(_case(GLOBAL, context, batch, padded, dtype, backends, device))
+        found.append(_case(SLIDING, SLIDING["prefix"], batch, padded, dtype, backends, device))
     return found, lines

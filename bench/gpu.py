@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import INCOMPLETE, OPS
@@ -27,29 +27,22 @@ ROOT = Path(__file__).resolve().parent.parent
 ALIASES = {"attention": "block_attention", "ops": OPS}
 # Seconds that a part has at least where they are left: importing PyTorch alone takes a few.
 LEAST = 20.0
-WGMMA_TEST = "tests/test_cuda_block_attention_sm_90a.py::test_on_a_gpu"
 NO_GPU = "no NVIDIA GPU that PyTorch can use is present; nothing was run"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, what it is called, the share of the time it may take, and environment variables of its own.
-
-    after: the part without whose success this one does not run.
-    least: seconds that it has at least, where they are left.
-    """
+    """A command, what it is called, the share of the time it may take, and environment variables of its own."""
 
     name: str
     command: tuple[str, ...]
     weight: float
     environment: tuple[tuple[str, str], ...] = ()
-    after: str | None = None
-    least: float = LEAST
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended. status: "ok", "failed", "incomplete", "timeout", "no time left" or "left out"."""
+    """How a part ended. status: "ok", "failed", "incomplete", "timeout" or "no time left"."""
 
     name: str
     status: str
@@ -105,7 +98,7 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
         # Without a limit PyTorch's compiler starts a process for each core in each of pytest's.
         Part(
             "test",
-            (*pytest, "--deselect", WGMMA_TEST, *side_by_side()),
+            (*pytest, *side_by_side()),
             3.0,
             (("TORCHINDUCTOR_COMPILE_THREADS", "2"),),
         ),
@@ -118,12 +111,6 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     parts += [timed(op, op, weights.get(op, 1.0)) for op in OPS]
     step = (python, "-m", "bench", "step", "--model", "full", "--json", str(out / "step-full.json"))
     parts.append(Part("step", step, 3.0))
-    if major == 9:
-        # It has never run. After all others, a kernel that hangs costs none of them anything.
-        parts.append(Part("test_sm_90a", (*pytest, WGMMA_TEST), 0.5, least=60.0))
-        name, wgmma = "block_attention_sm_90a", ("DGEMMA_ACCEL_BLOCK_ATTENTION", "sm_90a")
-        part = timed(name, "block_attention", 0.5, wgmma)
-        parts.append(replace(part, command=(*part.command, "--peer", "none"), after="test_sm_90a"))
     return parts
 
 
@@ -216,10 +203,7 @@ def run_parts(
     for position, part in enumerate(parts):
         left = end - now()
         share = left * part.weight / sum(other.weight for other in parts[position:])
-        share = max(share, min(left, part.least))
-        if any(outcome.name == part.after and outcome.status != "ok" for outcome in outcomes):
-            outcomes.append(Outcome(part.name, "left out", None, 0.0))
-            continue
+        share = max(share, min(left, LEAST))
         if share < 1:
             outcomes.append(Outcome(part.name, "no time left", None, 0.0))
             continue

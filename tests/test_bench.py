@@ -498,23 +498,17 @@ def test_on_a_gpu_short_calls_are_timed_in_a_graph_and_inputs_are_cold(tmp_path)
     assert result["environment"]["driver"] and result["clocks"]["before"]["sm"] > 0
 
 
-def test_the_wgmma_kernel_is_timed_where_the_environment_asks_for_it(monkeypatch):
-    module, sizes = bench_block_attention.block_attention_sm_90a, Sizes(quick=True)
+def test_the_portable_attention_is_timed_where_another_kernel_takes_its_place(monkeypatch):
+    module = bench_block_attention.block_attention_sm_90a
 
     def names():
-        found, lines = bench_block_attention.cases(CPU, sizes)
-        return [[variant.name for variant in case.backends] for case in found], lines
+        found, _ = bench_block_attention.cases(CPU, Sizes(quick=True))
+        return {case.shape.split(" D")[1][:3]: case.backends[-1].name for case in found}
 
     monkeypatch.delenv(module.VARIABLE, raising=False)
-    plain, lines = names()
-    assert not any("sm_90a" in line for line in lines)
-    monkeypatch.setenv(module.VARIABLE, "sm_90a")
-    without, lines = names()
-    assert without == plain and any("no cuda sm_90a here" in line for line in lines)
-    monkeypatch.setenv(module.VARIABLE, "sm_90a")
+    assert "cuda portable" not in names().values()
     monkeypatch.setattr(module, "unavailable", lambda: None)
     monkeypatch.setattr(bench_block_attention, "compute_capability", lambda device: (9, 0))
-    found, _ = bench_block_attention.cases(CPU, sizes)
-    assert [case.backends[-1].name for case in found] == ["cuda sm_90a"]
-    # Rows of another case than the plain run's, and beside it "cuda" is the portable kernel.
-    assert "D512" in found[0].shape and found[0].label == "beside sm_90a" and not module.wanted()
+    assert names()["512"] == "cuda portable" and names()["256"] != "cuda portable"
+    monkeypatch.setenv(module.VARIABLE, "portable")
+    assert "cuda portable" not in names().values()

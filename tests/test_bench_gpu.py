@@ -43,24 +43,11 @@ def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
 def test_parts_in_order_with_the_architecture_of_the_gpu():
     names = [part.name for part in PARTS]
     assert names[:3] == ["build", "doctor", "test"]
-    assert names[-3:] == ["step", "test_sm_90a", "block_attention_sm_90a"]
+    assert names[-1] == "step"
     assert set(gpu.OPS) < set(names)
     assert dict(PARTS[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "90a"
     assert dict(gpu.all_parts((12, 0), Path("out"))[0].environment)["DGEMMA_ACCEL_CUDA_ARCHS"] == "120"
     assert "--no-build-isolation" in PARTS[0].command
-
-
-def test_hopper_times_its_own_attention_after_all_others():
-    assert PARTS[-1].name == "block_attention_sm_90a"
-    assert dict(PARTS[-1].environment) == {"DGEMMA_ACCEL_BLOCK_ATTENTION": "sm_90a"}
-    assert str(Path("out") / "block_attention_sm_90a.json") in PARTS[-1].command
-    # Only behind its own test, which the part of all tests leaves to a process with nothing else in it.
-    assert PARTS[-1].after == PARTS[-2].name and gpu.WGMMA_TEST in PARTS[-2].command
-    tests = next(part for part in PARTS if part.name == "test").command
-    assert tests[tests.index("--deselect") + 1] == gpu.WGMMA_TEST
-    path, name = gpu.WGMMA_TEST.split("::")
-    assert f"def {name}(" in (gpu.ROOT / path).read_text()
-    assert [part for part in gpu.all_parts((12, 0), Path("out")) if part.name == PARTS[-1].name] == []
 
 
 def test_gpu_tests_run_in_several_processes_where_that_is_possible():
@@ -91,17 +78,12 @@ def test_a_failing_part_does_not_stop_the_others(tmp_path):
     assert clock.time <= 100
 
 
-def test_a_part_behind_one_that_failed_is_left_out_and_each_outcome_is_told(tmp_path):
+def test_each_outcome_is_told(tmp_path):
     clock, seen, told = Clock(), [], []
-    parts = [
-        Part("a", ("run",), 1.0),
-        Part("b", ("run",), 1.0, after="a"),
-        Part("c", ("run",), 1.0, after="x"),
-    ]
+    parts = [Part("a", ("run",), 1.0), Part("b", ("run",), 1.0)]
     run = executor(clock, {"a": (1, gpu.INCOMPLETE)}, seen)
     outcomes = gpu.run_parts(parts, 100, tmp_path, run, clock, lambda so_far: told.append(len(so_far)))
-    assert [outcome.status for outcome in outcomes] == ["incomplete", "left out", "ok"]
-    assert [name for name, *_ in seen] == ["a", "c"] and told == [1, 3]
+    assert [outcome.status for outcome in outcomes] == ["incomplete", "ok"] and told == [1, 2]
 
 
 def test_a_small_part_has_time_to_start(tmp_path):
@@ -109,11 +91,6 @@ def test_a_small_part_has_time_to_start(tmp_path):
     parts = [Part("a", ("run",), 0.1), Part("b", ("run",), 10.0)]
     gpu.run_parts(parts, 100, tmp_path, executor(clock, {}, seen), clock)
     assert [seconds for _, seconds, _ in seen] == [gpu.LEAST, 99]
-    own = PARTS[-2]
-    assert own.name == "test_sm_90a" and own.least > gpu.LEAST
-    seen.clear()
-    gpu.run_parts([own, Part("large", (), 99.0)], 100.0, tmp_path, executor(clock, {}, seen), clock)
-    assert [seconds for _, seconds, _ in seen] == [own.least, 99]
 
 
 def test_a_command_that_cannot_be_started_is_a_failed_part(tmp_path):

@@ -63,14 +63,15 @@ def test_rows_between_boundaries_are_seen():
 @pytest.mark.parametrize(
     "variable, served, kernel",
     [
-        (None, True, "block_attention_cuda"),
-        ("", True, "block_attention_cuda"),
+        (None, True, "block_attention_sm_90a"),
+        ("", True, "block_attention_sm_90a"),
+        (None, False, "block_attention_cuda"),
         ("portable", True, "block_attention_cuda"),
         ("sm_90a", True, "block_attention_sm_90a"),
         ("sm_90a", False, "block_attention_cuda"),
     ],
 )
-def test_backend_cuda_takes_it_only_where_the_environment_names_it(monkeypatch, variable, served, kernel):
+def test_backend_cuda_takes_it_where_it_can_unless_the_environment_says_otherwise(monkeypatch, variable, served, kernel):
     calls = []
     for module in (block_attention_cuda, block_attention_sm_90a):
         monkeypatch.setattr(module, "launch", lambda name, *arguments: calls.append(name))
