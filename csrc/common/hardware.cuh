@@ -12,6 +12,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #define DGEMMA_KERNEL __global__ void
 
 namespace dgemma::hw {
@@ -67,6 +69,26 @@ DGEMMA_DEVICE Words4 load_streaming(const void* address) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(result.word[0]), "=r"(result.word[1]), "=r"(result.word[2]), "=r"(result.word[3])
                : "l"(address));
+  return result;
+}
+
+// The larger and the smaller of two 16-bit numbers of type T, in both halves; of NaN and a number the number.
+template <class T>
+DGEMMA_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+template <class T>
+DGEMMA_DEVICE uint32_t smaller_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else
+    asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
 

@@ -36,6 +36,10 @@ DGEMMA_HD uint32_t bits_from_float(float value) {
 #endif
 }
 
+DGEMMA_HD uint32_t bits_of(float value) { return bits_from_float(value); }
+DGEMMA_HD uint32_t bits_of(Bfloat16 value) { return value.bits; }
+DGEMMA_HD uint32_t bits_of(Float16 value) { return value.bits; }
+
 DGEMMA_HD float to_float(float value) { return value; }
 DGEMMA_HD float to_float(Bfloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
 DGEMMA_HD float to_float(Float16 value) {

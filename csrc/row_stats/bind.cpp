@@ -48,7 +48,7 @@ void register_row_stats(pybind11::module_& m) {
       [](const P& p, uintptr_t stream) { row_stats_cuda(p, reinterpret_cast<void*>(stream)); },
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches on a CUDA stream of the current device.");
-  describe_kernel(m, "row_stats_tile_kernel", kRowStatsThreads, kRowStatsTileSharedBytes);
+  describe_kernel(m, "row_stats_tile_kernel", kRowStatsTileThreads, 0);
   describe_kernel(m, "row_stats_row_kernel", kRowStatsThreads, kRowStatsRowSharedBytes);
 #endif
 }

@@ -3,14 +3,14 @@
 
 namespace dgemma {
 
-// A block reads one tile of one row; a thread keeps kRowStatsPerThread logits in registers between finding
-// their maximum and summing their exponentials, so shared memory holds only the warps' statistics.
+// A warp reads one tile of one row with eight 16-byte loads a lane and keeps it in registers.
+constexpr int kRowStatsTileBytes = 4096;
+constexpr int kRowStatsTileThreads = 128;
+constexpr int kRowStatsTileBlocks = 8;  // on a multiprocessor
+// A block merges the tiles of a row; a thread reads 16 bytes of the tiles that are read again.
 constexpr int kRowStatsThreads = 256;
-constexpr int kRowStatsPerThread = 32;
-constexpr int kRowStatsTile = kRowStatsThreads * kRowStatsPerThread;
 
-// Dynamic shared memory, bytes: extremes and sums per warp; the plan of a row, and per warp a sum, two tokens and a rank.
-constexpr int kRowStatsTileSharedBytes = kRowStatsThreads / 32 * 20;
-constexpr int kRowStatsRowSharedBytes = 320;
+// Dynamic shared memory, bytes: the plan of a row, and per warp a rank and a sum.
+constexpr int kRowStatsRowSharedBytes = 192;
 
 }  // namespace dgemma

@@ -2,6 +2,8 @@
 // merges the records of a row, picks the tile that holds the sample and reads that one again.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/device/qualifiers.cuh"
 #include "../common/device_math.cuh"
 #include "../common/philox.h"
@@ -13,7 +15,7 @@ namespace dgemma {
 // Statistics of a tile, relative to its largest logit: with d the exponent of 2 of a logit at the stats temperature,
 // z = sum 2^d, s = sum d 2^d; mass is z at the sampling temperature. Where the largest logit stands is looked up
 // by the second kernel, in one tile per row.
-struct TileRecord {
+struct alignas(16) TileRecord {
   float max;  // before softcap
   float z, s, mass;
 };
@@ -25,14 +27,22 @@ inline int64_t row_stats_tiles(const RowStatsParams& params) {
   const int64_t size = params.dtype == Dtype::kFloat32 ? 4 : 2;
   const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 && params.stride0 * size % 16 == 0 &&
                        params.stride1 * size % 16 == 0;
-  const int64_t elements = params.vocab + (aligned ? 0 : 16 / size - 1);
-  return (elements + kRowStatsTile - 1) / kRowStatsTile;
+  const int64_t bytes = (params.vocab + (aligned ? 0 : 16 / size - 1)) * size;
+  return (bytes + kRowStatsTileBytes - 1) / kRowStatsTileBytes;
+}
+
+// Blocks of the first kernel, a tile per warp.
+inline int64_t row_stats_tile_blocks(const RowStatsParams& params) {
+  constexpr int kTiles = kRowStatsTileThreads / hw::kWarp;
+  return (params.rows0 * params.rows1 * row_stats_tiles(params) + kTiles - 1) / kTiles;
 }
 
 // Exponents of logits below a reference, and the least that another temperature multiplies them with: together they
 // leave less than -300, whose power is 0, so that a logit of -inf is never drawn.
 constexpr float kLowestDifference = -3e38f;
 constexpr float kLowestRatio = 1e-36f;
+// Logits and their exponents up to it have finite differences.
+constexpr float kLargestMagnitude = 1e38f;
 // Beyond it a temperature is the limit of a one-hot distribution.
 constexpr float kLargestRate = 1e30f;
 
@@ -42,7 +52,8 @@ DGEMMA_DEVICE float exponent_rate(float temperature) { return fminf(kLog2E / tem
 // so the largest logit has exactly 0.
 struct RowExponents {
   float inverse_softcap;  // 0: no softcap
-  float scale;            // log2(e) / stats temperature, times the softcap if there is one
+  float rate;             // log2(e) / stats temperature
+  float scale;            // the rate, times the softcap if there is one
   float ratio;            // from the stats temperature to the sampling temperature
   float temperature;      // of the statistics
   bool greedy, two;
@@ -53,13 +64,20 @@ struct RowExponents {
     const float sampling = greedy ? 1.0f : given;
     temperature = params.has_stats_temperature ? of_row(params.stats_temperature, row) : sampling;
     two = !greedy && sampling != temperature;
-    scale = exponent_rate(temperature);
-    ratio = two ? fmaxf(exponent_rate(sampling) / scale, kLowestRatio) : 1.0f;
+    rate = exponent_rate(temperature);
+    ratio = two ? fmaxf(exponent_rate(sampling) / rate, kLowestRatio) : 1.0f;
     inverse_softcap = params.softcap > 0 ? 1.0f / params.softcap : 0.0f;
-    if (params.softcap > 0) scale *= params.softcap;
+    scale = params.softcap > 0 ? rate * params.softcap : rate;
   }
 
   DGEMMA_DEVICE_MEMBER bool capped() const { return inverse_softcap > 0; }
+
+  // Whether the exponents of finite logits below the softcap are a polynomial of the logits themselves, as they are
+  // unless softcap or temperature are so small or large that its coefficients are no normal numbers.
+  DGEMMA_DEVICE_MEMBER bool polynomial() const {
+    const float square = inverse_softcap * inverse_softcap, last = rate * (square * square * square);
+    return rate > 1e-30f && last > 1e-30f && last < 1e30f;
+  }
 
   DGEMMA_DEVICE_MEMBER float reference(float max) const {
     if (capped()) return scaled_tanh(max * inverse_softcap, scale);
@@ -84,33 +102,47 @@ struct RowVectors {
   int64_t vocab;
 
   DGEMMA_MEMBER RowVectors(const RowStatsParams& params, int64_t row) : vocab(params.vocab) {
-    const int64_t start = row / params.rows1 * params.stride0 + row % params.rows1 * params.stride1;
+    // There are at most 2^31 - 1 rows.
+    const uint32_t inner = uint32_t(params.rows1), outer = uint32_t(row) / inner;
+    const int64_t start = int64_t{outer} * params.stride0 + int64_t{uint32_t(row) - outer * inner} * params.stride1;
     const T* logits = static_cast<const T*>(params.logits) + start;
     head = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
     first = logits - head;
   }
 };
 
-// kElements logits of vector `index` as fp32; -inf where the vector lies outside the row.
+constexpr int kTileVectors = kRowStatsTileBytes / 16;
+constexpr int kLaneVectors = kTileVectors / hw::kWarp;  // of a tile that a warp reads
+static_assert(kTileVectors == kRowStatsThreads, "the second kernel reads a vector of a tile per thread");
+
+// Element `i` of a vector as fp32.
 template <class T>
-DGEMMA_DEVICE void read_vector(const RowVectors<T>& row, int64_t index, float* x) {
+DGEMMA_DEVICE float element(const hw::Words4& words, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return float_from_bits(words.word[i]);
+  } else if constexpr (std::is_same_v<T, Bfloat16>) {
+    const uint32_t word = words.word[i / 2];
+    return float_from_bits(i % 2 ? word & 0xffff0000u : word << 16);
+  } else {
+    return to_float(T{uint16_t(words.word[i / 2] >> (i % 2 * 16))});
+  }
+}
+
+// Vector `index`, with -inf where it lies outside the row.
+template <class T>
+DGEMMA_DEVICE hw::Words4 read_vector(const RowVectors<T>& row, int64_t index) {
   constexpr int kElements = RowVectors<T>::kElements;
   const int64_t token = index * kElements - row.head;
-  if (token >= 0 && token + kElements <= row.vocab) {
-    const hw::Words4 words = hw::load_streaming(row.first + index * kElements);
-    DGEMMA_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        x[i] = float_from_bits(words.word[i]);
-      } else {
-        x[i] = to_float(T{uint16_t(words.word[i / 2] >> (i % 2 * 16))});
-      }
-    }
-    return;
-  }
+  if (token >= 0 && token + kElements <= row.vocab) return hw::load_streaming(row.first + index * kElements);
+  constexpr uint32_t kNothing = sizeof(T) == 4 ? 0xff800000u : std::is_same_v<T, Bfloat16> ? 0xff80u : 0xfc00u;
+  hw::Words4 words{{0, 0, 0, 0}};
   DGEMMA_UNROLL
-  for (int i = 0; i < kElements; ++i)
-    x[i] = token + i >= 0 && token + i < row.vocab ? to_float(row.first[index * kElements + i]) : -INFINITY;
+  for (int i = 0; i < kElements; ++i) {
+    uint32_t bits = kNothing;
+    if (token + i >= 0 && token + i < row.vocab) bits = bits_of(row.first[index * kElements + i]);
+    words.word[i * int(sizeof(T)) / 4] |= bits << (i * int(sizeof(T)) % 4 * 8);
+  }
+  return words;
 }
 
 // Whether element `i` of vector `index` belongs to the row. After softcap one outside would be finite.
@@ -121,116 +153,208 @@ DGEMMA_DEVICE bool inside(const RowVectors<T>& row, int64_t index, int i) {
 }
 
 struct Extremes {
-  float max, magnitude;
+  float max{-INFINITY}, magnitude{0.0f};
+
+  DGEMMA_DEVICE_MEMBER void add(float largest, float smallest) {
+    max = fmaxf(max, largest);
+    magnitude = fmaxf(magnitude, fmaxf(largest, -smallest));
+  }
 };
 
 struct Sums {
-  float z, s, mass;
-};
+  float z{0.0f}, s{0.0f}, mass{0.0f};
 
-struct TileShared {
-  hw::Shared<Sums> sums{0};                                   // one per warp
-  hw::Shared<Extremes> extremes{kRowStatsWarps * sizeof(Sums)};  // one per warp
-};
-static_assert(kRowStatsWarps * (sizeof(Extremes) + sizeof(Sums)) == kRowStatsTileSharedBytes, "both arrays");
-
-// The largest logit and the largest magnitude of the block's tile, for every thread.
-DGEMMA_DEVICE Extremes extremes_of_block(const float* x, const TileShared& shared) {
-  Extremes own{-INFINITY, 0.0f};
-  DGEMMA_UNROLL
-  for (int i = 0; i < kRowStatsPerThread; ++i) {
-    own.max = fmaxf(own.max, x[i]);
-    own.magnitude = fmaxf(own.magnitude, fabsf(x[i]));
+  DGEMMA_DEVICE_MEMBER void add(float d) {
+    const float e = hw::exp2_fast(d);
+    z += e;
+    s = fmaf(d, e, s);
   }
+};
+
+// The largest logit and the largest magnitude of a lane's vectors. 16-bit logits are compared two at a time.
+template <class T>
+DGEMMA_DEVICE Extremes extremes_of(const hw::Words4 (&words)[kLaneVectors]) {
+  Extremes result;
+  if constexpr (sizeof(T) == 4) {
+    DGEMMA_UNROLL
+    for (int i = 0; i < kLaneVectors * 4; ++i) {
+      const float x = element<T>(words[i / 4], i % 4);
+      result.max = fmaxf(result.max, x);
+      result.magnitude = fmaxf(result.magnitude, fabsf(x));
+    }
+  } else {
+    hw::Words4 both{{words[0].word[0], words[0].word[0], 0, 0}};
+    DGEMMA_UNROLL
+    for (int i = 1; i < kLaneVectors * 4; ++i) {
+      both.word[0] = hw::larger_pair<T>(both.word[0], words[i / 4].word[i % 4]);
+      both.word[1] = hw::smaller_pair<T>(both.word[1], words[i / 4].word[i % 4]);
+    }
+    DGEMMA_UNROLL
+    for (int i = 0; i < 2; ++i) result.add(element<T>(both, i), element<T>(both, i + 2));
+  }
+  return result;
+}
+
+// Those of a tile that reaches over an end of the row.
+template <class T>
+DGEMMA_DEVICE Extremes extremes_of_part(const RowVectors<T>& row, int64_t first) {
+  Extremes result;
+  DGEMMA_NO_UNROLL
+  for (int v = 0; v < kLaneVectors; ++v) {
+    const hw::Words4 words = read_vector(row, first + v * hw::kWarp);
+    DGEMMA_UNROLL
+    for (int i = 0; i < RowVectors<T>::kElements; ++i) result.add(element<T>(words, i), element<T>(words, i));
+  }
+  return result;
+}
+
+DGEMMA_DEVICE Extremes extremes_of_warp(Extremes own) {
   DGEMMA_UNROLL
   for (int mask = 1; mask < hw::kWarp; mask *= 2) {
     own.max = fmaxf(own.max, hw::shuffle_xor(own.max, mask));
     own.magnitude = fmaxf(own.magnitude, hw::shuffle_xor(own.magnitude, mask));
   }
-  if (hw::thread_x() % hw::kWarp == 0) shared.extremes.store(hw::thread_x() / hw::kWarp, own);
-  hw::sync_block();
-  DGEMMA_UNROLL
-  for (int w = 0; w < kRowStatsWarps; ++w) {
-    const Extremes other = shared.extremes.load(w);
-    own.max = fmaxf(own.max, other.max);
-    own.magnitude = fmaxf(own.magnitude, other.magnitude);
-  }
   return own;
 }
 
-// Turns the block's logits into exponents relative to the largest of them.
-template <class T>
-DGEMMA_DEVICE void subtract_largest(float* x, const Extremes& extremes, const RowExponents& exponents,
-                                    const RowVectors<T>& row, int64_t first) {
-  constexpr int kElements = RowVectors<T>::kElements;
-  const float inverse = exponents.inverse_softcap, scale = exponents.scale;
-  if (exponents.capped() && extremes.magnitude * inverse < 1.0f) {
-    // Most tiles hold no logit beyond the softcap, and there a polynomial is half the work. Elements outside the row are
-    // -inf, so a tile with one of them does not come here.
-    const float reference = scaled_tanh_near_0(extremes.max * inverse, scale);
+// Exponents without a softcap, of logits whose differences are finite.
+struct Uncapped {
+  float rate, max;
+
+  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return (x - max) * rate; }
+};
+
+// Exponents of logits below the softcap: an odd polynomial whose coefficients have the softcap and the temperature in
+// them. Its last product is rounded by itself: in one instruction with the subtraction the largest logit would not have 0.
+template <int kTerms>
+struct Capped {
+  float coefficient[kTerms], reference;
+
+  DGEMMA_DEVICE_MEMBER Capped(const float (&fit)[kTerms], const RowExponents& exponents, float max) {
+    float factor = exponents.rate;
     DGEMMA_UNROLL
-    for (int i = 0; i < kRowStatsPerThread; ++i) x[i] = scaled_tanh_near_0(x[i] * inverse, scale) - reference;
-    return;
-  }
-  const float reference = exponents.reference(extremes.max);
-  if (exponents.capped()) {
-    DGEMMA_UNROLL
-    for (int i = 0; i < kRowStatsPerThread; ++i) {
-      const bool valid = inside(row, first + i / kElements * kRowStatsThreads, i % kElements);
-      x[i] = valid ? exponents.below(x[i], reference) : kLowestDifference;
+    for (int i = 0; i < kTerms; ++i) {
+      coefficient[i] = fit[i] * factor;
+      factor *= exponents.inverse_softcap * exponents.inverse_softcap;
     }
-    return;
+    reference = 0.0f;
+    reference = (*this)(max);
   }
-  DGEMMA_UNROLL
-  for (int i = 0; i < kRowStatsPerThread; ++i) x[i] = exponents.below(x[i], reference);
+
+  DGEMMA_DEVICE_MEMBER float operator()(float x) const {
+    const float w = x * x;
+    float p = coefficient[kTerms - 1];
+    DGEMMA_UNROLL
+    for (int i = kTerms - 2; i >= 0; --i) p = fmaf(p, w, coefficient[i]);
+    return hw::multiply_rounded(x, p) - reference;
+  }
+};
+
+// Minimax fits of tanh(u) / u by powers of u^2.
+// |u| < 0.5, relative error 1.3e-8.
+DGEMMA_DEVICE Capped<5> capped_below_half(const RowExponents& exponents, float max) {
+  const float fit[] = {1.0f, -0x1.5554a4p-2f, 0x1.10e438p-3f, -0x1.b20fdcp-5f, 0x1.18bd7p-6f};
+  return {fit, exponents, max};
+}
+// |u| < 1, relative error 5e-8.
+DGEMMA_DEVICE Capped<7> capped_below_1(const RowExponents& exponents, float max) {
+  const float fit[] = {0x1.fffffep-1f, -0x1.55540ap-2f, 0x1.10e672p-3f, -0x1.b5eb82p-5f,
+                       0x1.4c6e52p-6f, -0x1.968b5ap-8f, 0x1.10e5bep-10f};
+  return {fit, exponents, max};
 }
 
-template <class T>
-DGEMMA_KERNEL row_stats_tile_kernel(RowStatsParams params, int tiles) {
+// Sums of a lane's logits, two running ones.
+template <class T, bool kTwo, class Exponent>
+DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exponent& exponent, float ratio) {
   constexpr int kElements = RowVectors<T>::kElements;
-  constexpr int kVectors = kRowStatsPerThread / kElements;
-  const int64_t row_index = hw::block_x() / tiles;
-  const int tile = int(hw::block_x() % tiles);
-  const int thread = hw::thread_x();
-  const RowExponents exponents(params, row_index);
-  const RowVectors<T> row(params, row_index);
-  const int64_t first = int64_t{tile} * kRowStatsTile / kElements + thread;
-
-  float x[kRowStatsPerThread];
+  Sums sums[2];
   DGEMMA_UNROLL
-  for (int v = 0; v < kVectors; ++v) read_vector(row, first + v * kRowStatsThreads, x + v * kElements);
-  const TileShared shared;
-  const Extremes extremes = extremes_of_block(x, shared);
-
-  subtract_largest(x, extremes, exponents, row, first);
-  Sums sums{0.0f, 0.0f, 0.0f};
-  DGEMMA_UNROLL
-  for (int i = 0; i < kRowStatsPerThread; ++i) {
-    const float e = hw::exp2_fast(x[i]);
-    sums.z += e;
-    sums.s = fmaf(x[i], e, sums.s);
-  }
-  if (exponents.two) {
+  for (int v = 0; v < kLaneVectors; ++v) {
     DGEMMA_UNROLL
-    for (int i = 0; i < kRowStatsPerThread; ++i) sums.mass += hw::exp2_fast(x[i] * exponents.ratio);
+    for (int i = 0; i < kElements; ++i) {
+      const float d = exponent(element<T>(words[v], i));
+      sums[i % 2].add(d);
+      if (kTwo) sums[i % 2].mass += hw::exp2_fast(d * ratio);
+    }
   }
+  return {sums[0].z + sums[1].z, sums[0].s + sums[1].s, sums[0].mass + sums[1].mass};
+}
+
+template <class T, class Exponent>
+DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exponent& exponent,
+                              const RowExponents& exponents) {
+  if (exponents.two) return sum_powers<T, true>(words, exponent, exponents.ratio);
+  return sum_powers<T, false>(words, exponent, 1.0f);
+}
+
+// The same for any logits, which are read once more.
+template <class T>
+DGEMMA_DEVICE Sums sum_any_powers(const RowVectors<T>& row, int64_t first, const RowExponents& exponents, float max) {
+  constexpr int kElements = RowVectors<T>::kElements;
+  const float reference = exponents.reference(max);
+  Sums sums;
+  DGEMMA_NO_UNROLL
+  for (int v = 0; v < kLaneVectors; ++v) {
+    const int64_t index = first + v * hw::kWarp;
+    const hw::Words4 words = read_vector(row, index);
+    DGEMMA_UNROLL
+    for (int i = 0; i < kElements; ++i) {
+      const float below = exponents.below(element<T>(words, i), reference);
+      const float d = inside(row, index, i) ? below : kLowestDifference;
+      sums.add(d);
+      if (exponents.two) sums.mass += hw::exp2_fast(d * exponents.ratio);
+    }
+  }
+  return sums;
+}
+
+// A warp takes a tile; a lane keeps its logits as they came between finding the largest one and summing powers. Most tiles
+// lie inside their row and hold no logit beyond the softcap: these read memory once and take few instructions a logit.
+template <class T>
+DGEMMA_KERNEL DGEMMA_BOUNDS(kRowStatsTileThreads, kRowStatsTileBlocks)
+    row_stats_tile_kernel(RowStatsParams params, int tiles) {
+  constexpr int kElements = RowVectors<T>::kElements;
+  const int lane = hw::thread_x() % hw::kWarp;
+  const uint32_t rows = uint32_t(params.rows0 * params.rows1);
+  const uint32_t index = uint32_t(hw::block_x()) * (kRowStatsTileThreads / hw::kWarp) + hw::thread_x() / hw::kWarp;
+  const uint32_t row_index = index / uint32_t(tiles), tile = index - row_index * uint32_t(tiles);
+  if (row_index >= rows) return;
+  const RowVectors<T> row(params, row_index);
+  const int64_t first = int64_t{tile} * kTileVectors + lane;
+  const int64_t token = int64_t{tile} * kTileVectors * kElements - row.head;
+  const bool whole = token >= 0 && token + kTileVectors * kElements <= row.vocab;
+
+  hw::Words4 words[kLaneVectors];
+  if (whole) {
+    DGEMMA_UNROLL
+    for (int v = 0; v < kLaneVectors; ++v) words[v] = hw::load_streaming(row.first + (first + v * hw::kWarp) * kElements);
+  }
+  const RowExponents exponents(params, row_index);
+  const Extremes extremes = extremes_of_warp(whole ? extremes_of<T>(words) : extremes_of_part(row, first));
+
+  const float max = extremes.max, magnitude = extremes.magnitude, relative = magnitude * exponents.inverse_softcap;
+  const bool capped = exponents.capped(), polynomial = whole && capped && exponents.polynomial();
+  Sums sums;
+  if (polynomial && relative < 0.5f)
+    sums = sum_powers<T>(words, capped_below_half(exponents, max), exponents);
+  else if (polynomial && relative < 1.0f)
+    sums = sum_powers<T>(words, capped_below_1(exponents, max), exponents);
+  else if (whole && !capped && fmaxf(magnitude, magnitude * exponents.rate) < kLargestMagnitude)
+    sums = sum_powers<T>(words, Uncapped{exponents.rate, max}, exponents);
+  else
+    sums = sum_any_powers(row, first, exponents, max);
+
   DGEMMA_UNROLL
   for (int mask = 1; mask < hw::kWarp; mask *= 2) {
     sums.z += hw::shuffle_xor(sums.z, mask);
     sums.s += hw::shuffle_xor(sums.s, mask);
-    sums.mass += hw::shuffle_xor(sums.mass, mask);
   }
-  if (thread % hw::kWarp == 0) shared.sums.store(thread / hw::kWarp, sums);
-  hw::sync_block();
-  if (thread != 0) return;
-  for (int w = 1; w < kRowStatsWarps; ++w) {
-    const Sums other = shared.sums.load(w);
-    sums.z += other.z;
-    sums.s += other.s;
-    sums.mass += other.mass;
+  if (exponents.two) {
+    DGEMMA_UNROLL
+    for (int mask = 1; mask < hw::kWarp; mask *= 2) sums.mass += hw::shuffle_xor(sums.mass, mask);
   }
-  static_cast<TileRecord*>(params.workspace)[row_index * tiles + tile] = {
-      extremes.max, sums.z, sums.s, exponents.two ? sums.mass : sums.z};
+  if (lane == 0)
+    static_cast<TileRecord*>(params.workspace)[index] = {max, sums.z, sums.s, exponents.two ? sums.mass : sums.z};
 }
 
 // Inclusive prefix sum over the lanes of a warp.
@@ -259,34 +383,6 @@ DGEMMA_DEVICE double tile_mass(const TileRecord& record, float reference, const 
   return double(record.mass) * double(hw::exp2_fast(exponents.below(record.max, reference) * exponents.ratio));
 }
 
-// The first tile at which the cumulated mass exceeds uniform * total, by warp 0.
-DGEMMA_DEVICE void choose_tile(const TileRecord* records, int tiles, float uniform,
-                               const RowExponents& exponents, RowPlan& plan) {
-  const int lane = hw::thread_x() % hw::kWarp;
-  double total = 0;
-  for (int start = 0; start < tiles; start += hw::kWarp) {
-    const double own = start + lane < tiles ? tile_mass(records[start + lane], plan.reference, exponents) : 0.0;
-    total += hw::shuffle(scan_warp(own), hw::kWarp - 1);
-  }
-  const double target = double(uniform) * total;
-  double before = 0;
-  for (int start = 0; start < tiles; start += hw::kWarp) {
-    const double own = start + lane < tiles ? tile_mass(records[start + lane], plan.reference, exponents) : 0.0;
-    const double inclusive = before + scan_warp(own);
-    const uint32_t positive = hw::ballot(own > 0);
-    const uint32_t passed = hw::ballot(own > 0 && inclusive > target);
-    // Without a crossing the last tile with mass stays chosen, which rounding at the very end may ask for.
-    const int winner = passed ? hw::find_first_set(passed) - 1 : 31 - hw::count_leading_zeros(positive);
-    if (positive) {
-      plan.tile = start + winner;
-      const double rest = target - (hw::shuffle(inclusive, winner) - hw::shuffle(own, winner));
-      plan.target = rest > 0 ? rest : 0;
-    }
-    if (passed) return;
-    before += hw::shuffle(scan_warp(own), hw::kWarp - 1);
-  }
-}
-
 DGEMMA_DEVICE float uniform_of_row(const RowStatsParams& params, int64_t row) {
   if (params.uniform) return params.uniform[row];
   return uniform_from_word(
@@ -306,12 +402,48 @@ DGEMMA_DEVICE RowResult finish_plan(const RowStatsParams& params, const RowExpon
                     exponents.temperature);
 }
 
+// Neighbouring records of one lane: those of lane i before those of lane i + 1.
+struct LaneRecords {
+  const TileRecord* records;
+  int first, end;
+
+  DGEMMA_DEVICE_MEMBER LaneRecords(const TileRecord* records, int tiles) : records(records) {
+    const int each = (tiles + hw::kWarp - 1) / hw::kWarp;
+    first = int(hw::thread_x() % hw::kWarp) * each;
+    end = first + each < tiles ? first + each : tiles;
+  }
+};
+
+// The first tile at which the cumulated mass exceeds uniform * total, by warp 0; `own` is the mass of the lane's tiles.
+DGEMMA_DEVICE void choose_tile(const LaneRecords& lane, double own, float uniform, const RowExponents& exponents,
+                               RowPlan& plan) {
+  const double inclusive = scan_warp(own), target = double(uniform) * hw::shuffle(inclusive, hw::kWarp - 1);
+  const uint32_t positive = hw::ballot(own > 0);
+  const uint32_t passed = hw::ballot(own > 0 && inclusive > target);
+  // Without a crossing the last tile with mass is chosen, which rounding at the very end may ask for.
+  const int winner = passed ? hw::find_first_set(passed) - 1 : 31 - hw::count_leading_zeros(positive);
+  if (hw::thread_x() % hw::kWarp == winner) {
+    double before = inclusive - own;
+    for (int i = lane.first; i < lane.end; ++i) {
+      const double mass = tile_mass(lane.records[i], plan.reference, exponents);
+      if (mass > 0) {
+        plan.tile = i;
+        plan.target = target - before;
+        if (before + mass > target) break;
+      }
+      before += mass;
+    }
+  }
+  plan.tile = hw::shuffle(plan.tile, winner);
+  plan.target = hw::shuffle(plan.target > 0 ? plan.target : 0.0, winner);
+}
+
 // By warp 0: merges the tiles and picks the sample's.
 DGEMMA_DEVICE RowPlan plan_row(const RowStatsParams& params, int64_t row, const TileRecord* records, int tiles,
                                const RowExponents& exponents) {
-  const int lane = hw::thread_x() % hw::kWarp;
+  const LaneRecords lane(records, tiles);
   RowPlan plan{0.0, 0.0, 0.0, -INFINITY, 0.0f, -INFINITY, 0x7fffffff, -1};
-  for (int i = lane; i < tiles; i += hw::kWarp) {
+  for (int i = lane.first; i < lane.end; ++i) {
     // A tile later than the first of its size is elsewhere.
     const float max = records[i].max;
     plan.elsewhere = fmaxf(plan.elsewhere, fminf(max, plan.max));
@@ -327,10 +459,13 @@ DGEMMA_DEVICE RowPlan plan_row(const RowStatsParams& params, int64_t row, const 
     plan.max = fmaxf(plan.max, max);
   }
   plan.reference = exponents.reference(plan.max);
-  for (int i = lane; i < tiles; i += hw::kWarp) {
-    const float d = exponents.below(records[i].max, plan.reference), weight = hw::exp2_fast(d);
-    plan.z += double(records[i].z) * double(weight);
-    plan.s += (double(records[i].s) + double(d) * double(records[i].z)) * double(weight);
+  double mass = 0;
+  for (int i = lane.first; i < lane.end; ++i) {
+    const TileRecord record = records[i];
+    const float d = exponents.below(record.max, plan.reference), weight = hw::exp2_fast(d);
+    plan.z += double(record.z) * double(weight);
+    plan.s += (double(record.s) + double(d) * double(record.z)) * double(weight);
+    mass += tile_mass(record, plan.reference, exponents);
   }
   DGEMMA_UNROLL
   for (int mask = 1; mask < hw::kWarp; mask *= 2) {
@@ -338,7 +473,7 @@ DGEMMA_DEVICE RowPlan plan_row(const RowStatsParams& params, int64_t row, const 
     plan.s += hw::shuffle_xor(plan.s, mask);
   }
   const bool valid = finish_plan(params, exponents, plan, plan.max).valid;
-  if (valid && !exponents.greedy) choose_tile(records, tiles, uniform_of_row(params, row), exponents, plan);
+  if (valid && !exponents.greedy) choose_tile(lane, mass, uniform_of_row(params, row), exponents, plan);
   return plan;
 }
 
@@ -361,135 +496,128 @@ DGEMMA_DEVICE Rank better(const Rank& a, const Rank& b, float max) {
 
 struct RowShared {
   hw::Shared<RowPlan> plan{0};
-  hw::Shared<double> sums{64};          // one per warp
-  hw::Shared<int32_t> winner{128};      // one per warp: the thread that holds the sample, or -1
-  hw::Shared<int32_t> last{192};        // one per warp: last token with mass
-  hw::Shared<Rank> ranks{256};          // one per warp
+  hw::Shared<Rank> ranks{64};    // one per warp
+  hw::Shared<double> sums{128};  // one per warp
 };
 static_assert(sizeof(RowPlan) <= 64, "the first of the arrays begins behind the plan");
-static_assert(256 + kRowStatsWarps * sizeof(Rank) <= kRowStatsRowSharedBytes, "the last of the arrays");
+static_assert(kRowStatsWarps * sizeof(Rank) <= 64 && kRowStatsWarps * sizeof(double) <= 64, "the arrays");
+static_assert(128 + kRowStatsWarps * sizeof(double) <= kRowStatsRowSharedBytes, "the last of the arrays");
 
-// Looks the largest logit up in the first tile that holds it, and writes all that does not depend on the sample.
+// A thread's vector of a tile that is read again.
 template <class T>
-DGEMMA_DEVICE void write_statistics(const RowStatsParams& params, int64_t row_index, const RowVectors<T>& row,
-                                    const RowPlan& plan, const RowExponents& exponents, const RowShared& shared) {
-  constexpr int kElements = RowVectors<T>::kElements;
-  constexpr int kVectors = kRowStatsPerThread / kElements;
-  const int thread = hw::thread_x();
-  const int64_t first = int64_t{plan.first} * kRowStatsTile / kElements + thread;
+struct TileVector {
+  int64_t index;
+  hw::Words4 words;
+
+  DGEMMA_DEVICE_MEMBER TileVector(const RowVectors<T>& row, int tile)
+      : index(int64_t{tile} * kTileVectors + hw::thread_x()), words(read_vector(row, index)) {}
+
+  DGEMMA_DEVICE_MEMBER int64_t token(const RowVectors<T>& row) const {
+    return index * RowVectors<T>::kElements - row.head;
+  }
+};
+
+// The largest logits of a warp's part of the first tile that holds the largest one.
+template <class T>
+DGEMMA_DEVICE Rank rank_of_warp(const RowVectors<T>& row, const TileVector<T>& vector, const RowPlan& plan) {
   Rank rank{0x7fffffff, plan.elsewhere};
-  for (int v = 0; v < kVectors; ++v) {
-    float x[kElements];
-    read_vector(row, first + v * kRowStatsThreads, x);
-    const int64_t token = (first + v * kRowStatsThreads) * kElements - row.head;
-    DGEMMA_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      const bool top = x[i] == plan.max && inside(row, first + v * kRowStatsThreads, i);
-      rank = better(rank, {top ? int32_t(token + i) : 0x7fffffff, top ? -INFINITY : x[i]}, plan.max);
-    }
+  DGEMMA_UNROLL
+  for (int i = 0; i < RowVectors<T>::kElements; ++i) {
+    const float x = element<T>(vector.words, i);
+    const bool top = x == plan.max && inside(row, vector.index, i);
+    rank = better(rank, {top ? int32_t(vector.token(row) + i) : 0x7fffffff, top ? -INFINITY : x}, plan.max);
   }
   DGEMMA_UNROLL
   for (int mask = 1; mask < hw::kWarp; mask *= 2)
     rank = better(rank, {hw::shuffle_xor(rank.token, mask), hw::shuffle_xor(rank.second, mask)}, plan.max);
-  if (thread % hw::kWarp == 0) shared.ranks.store(thread / hw::kWarp, rank);
-  hw::sync_block();
-  if (thread != 0) return;
+  return rank;
+}
+
+// By one thread: all that does not depend on the sample, and the sample where none is drawn.
+DGEMMA_DEVICE void write_statistics(const RowStatsParams& params, int64_t row, Rank rank, const RowPlan& plan,
+                                    const RowExponents& exponents, const RowShared& shared) {
   for (int w = 1; w < kRowStatsWarps; ++w) rank = better(rank, shared.ranks.load(w), plan.max);
   const RowResult result = finish_plan(params, exponents, plan, rank.second);
-  params.entropy[row_index] = result.entropy;
-  params.logsumexp[row_index] = result.logsumexp;
-  params.top1_prob[row_index] = result.top1_prob;
-  params.top2_prob[row_index] = result.top2_prob;
-  params.argmax[row_index] = params.sample[row_index] = result.valid ? rank.token : 0;
-  params.sample_prob[row_index] = result.top1_prob;
+  params.entropy[row] = result.entropy;
+  params.logsumexp[row] = result.logsumexp;
+  params.top1_prob[row] = result.top1_prob;
+  params.top2_prob[row] = result.top2_prob;
+  params.argmax[row] = result.valid ? rank.token : 0;
+  if (plan.tile >= 0) return;
+  params.sample[row] = result.valid ? rank.token : 0;
+  params.sample_prob[row] = result.top1_prob;
 }
 
 template <class T>
 DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
   constexpr int kElements = RowVectors<T>::kElements;
-  constexpr int kVectors = kRowStatsPerThread / kElements;
   const int64_t row_index = hw::block_x();
   const int thread = hw::thread_x(), warp = thread / hw::kWarp, lane = thread % hw::kWarp;
   const RowExponents exponents(params, row_index);
-  const TileRecord* records = static_cast<const TileRecord*>(params.workspace) + row_index * tiles;
   const RowShared shared;
   if (warp == 0) {
+    const TileRecord* records = static_cast<const TileRecord*>(params.workspace) + row_index * tiles;
     const RowPlan plan = plan_row(params, row_index, records, tiles, exponents);
     if (lane == 0) shared.plan.store(0, plan);
   }
   hw::sync_block();
   const RowPlan plan = shared.plan.load(0);
+  const bool drawn = plan.tile >= 0;
   const RowVectors<T> row(params, row_index);
-  write_statistics(params, row_index, row, plan, exponents, shared);
-  if (plan.tile < 0) return;
+  // Both are under way before either is waited for.
+  const TileVector<T> top(row, plan.first), sampled(row, drawn ? plan.tile : plan.first);
 
-  const int64_t first = int64_t{plan.tile} * kRowStatsTile / kElements + thread;
-  double before = 0;
-  int32_t last_token = -1;  // of this thread's, the last with mass
-  for (int v = 0; v < kVectors; ++v) {
-    float x[kElements];
-    read_vector(row, first + v * kRowStatsThreads, x);
-    float e[kElements];
-    double own = 0;
-    int last = -1;
+  const Rank rank = rank_of_warp(row, top, plan);
+  float e[kElements];
+  double own = 0;
+  if (drawn) {
     DGEMMA_UNROLL
     for (int i = 0; i < kElements; ++i) {
-      const bool valid = inside(row, first + v * kRowStatsThreads, i);
-      e[i] = valid ? hw::exp2_fast(exponents.below(x[i], plan.reference) * exponents.ratio) : 0.0f;
+      const float x = element<T>(sampled.words, i);
+      const bool valid = inside(row, sampled.index, i);
+      e[i] = valid ? hw::exp2_fast(exponents.below(x, plan.reference) * exponents.ratio) : 0.0f;
       own += double(e[i]);
-      if (e[i] > 0) last = i;
     }
-    const int64_t token = (first + v * kRowStatsThreads) * kElements - row.head;
-    if (last >= 0) last_token = int32_t(token + last);
-
-    const double scanned = scan_warp(own);
-    if (lane == hw::kWarp - 1) shared.sums.store(warp, scanned);
-    hw::sync_block();
-    double base = before;
-    for (int w = 0; w < kRowStatsWarps; ++w) {
-      if (w == warp) base = before;
-      before += shared.sums.load(w);
-    }
-    const uint32_t passed = hw::ballot(last >= 0 && base + scanned > plan.target);
-    if (lane == 0) shared.winner.store(warp, passed ? warp * hw::kWarp + hw::find_first_set(passed) - 1 : -1);
-    hw::sync_block();
-    int32_t winner = -1;
-    for (int w = kRowStatsWarps - 1; w >= 0; --w) {
-      const int32_t of_warp = shared.winner.load(w);
-      if (of_warp >= 0) winner = of_warp;
-    }
-    if (winner < 0) continue;
-    if (thread != winner) return;
-    // The lanes before this one did not pass the target, so their sum is where this one starts.
-    double sum = base + scanned - own;
-    int chosen = last;
-    float chosen_x = 0;
-    bool found = false;
-    DGEMMA_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      sum += double(e[i]);
-      if (e[i] > 0 && !found) {
-        chosen = i;
-        chosen_x = x[i];
-        found = sum > plan.target;
-      }
-    }
-    write_sample(params, row_index, token + chosen, chosen_x, plan, exponents);
-    return;
   }
-  // Rounding left a remainder after the last token with mass, which is then the sample.
-  for (int mask = 1; mask < hw::kWarp; mask *= 2) {
-    const int32_t other = hw::shuffle_xor(last_token, mask);
-    if (other > last_token) last_token = other;
-  }
-  if (lane == 0) shared.last.store(warp, last_token);
+  const double scanned = scan_warp(own);
+  if (lane == 0) shared.ranks.store(warp, rank);
+  if (lane == hw::kWarp - 1) shared.sums.store(warp, scanned);
   hw::sync_block();
-  if (thread != 0) return;
-  for (int w = 1; w < kRowStatsWarps; ++w) {
-    const int32_t other = shared.last.load(w);
-    if (other > last_token) last_token = other;
+  if (thread == 0) write_statistics(params, row_index, rank, plan, exponents, shared);
+  if (!drawn) return;
+
+  // The first warp at whose end the target is passed, and in it the first lane; where rounding left none, the last one
+  // with mass.
+  double base = 0, sum = 0;
+  int winner = 0;
+  bool found = false;
+  for (int w = 0; w < kRowStatsWarps; ++w) {
+    const double mass = shared.sums.load(w);
+    if (mass > 0 && !found) {
+      winner = w;
+      base = sum;
+      found = sum + mass > plan.target;
+    }
+    sum += mass;
   }
-  write_sample(params, row_index, last_token, to_float(row.first[last_token + row.head]), plan, exponents);
+  if (warp != winner) return;
+  const uint32_t positive = hw::ballot(own > 0), passed = hw::ballot(own > 0 && base + scanned > plan.target);
+  if (lane != (passed ? hw::find_first_set(passed) - 1 : 31 - hw::count_leading_zeros(positive))) return;
+  // The lanes before this one did not pass the target, so their sum is where this one starts.
+  sum = base + scanned - own;
+  int chosen = 0;
+  float chosen_x = 0;
+  found = false;
+  DGEMMA_UNROLL
+  for (int i = 0; i < kElements; ++i) {
+    sum += double(e[i]);
+    if (e[i] > 0 && !found) {
+      chosen = i;
+      chosen_x = element<T>(sampled.words, i);
+      found = sum > plan.target;
+    }
+  }
+  write_sample(params, row_index, sampled.token(row) + chosen, chosen_x, plan, exponents);
 }
 
 }  // namespace dgemma

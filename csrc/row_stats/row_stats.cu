@@ -11,8 +11,8 @@ template <class T>
 void launch_both(const RowStatsParams& params, void* stream) {
   const int64_t rows = params.rows0 * params.rows1, tiles = row_stats_tiles(params);
   if (rows * tiles > 0x7fffffff) throw std::runtime_error("row_stats: more than 2^31 - 1 tiles of logits");
-  launch("row_stats", row_stats_tile_kernel<T>, dim3(unsigned(rows * tiles)), kRowStatsThreads,
-         kRowStatsTileSharedBytes, stream, params, int(tiles));
+  launch("row_stats", row_stats_tile_kernel<T>, dim3(unsigned(row_stats_tile_blocks(params))), kRowStatsTileThreads, 0,
+         stream, params, int(tiles));
   launch("row_stats", row_stats_row_kernel<T>, dim3(unsigned(rows)), kRowStatsThreads, kRowStatsRowSharedBytes, stream,
          params, int(tiles));
 }

@@ -8,7 +8,7 @@ namespace {
 template <class T>
 void run(const RowStatsParams& params) {
   const int64_t tiles = row_stats_tiles(params), rows = params.rows0 * params.rows1;
-  emulation::run({rows * tiles, 1, 1}, kRowStatsThreads, kRowStatsTileSharedBytes,
+  emulation::run({row_stats_tile_blocks(params), 1, 1}, kRowStatsTileThreads, 0,
                  [&] { row_stats_tile_kernel<T>(params, int(tiles)); });
   emulation::run({rows, 1, 1}, kRowStatsThreads, kRowStatsRowSharedBytes,
                  [&] { row_stats_row_kernel<T>(params, int(tiles)); });

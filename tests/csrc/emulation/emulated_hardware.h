@@ -91,6 +91,25 @@ struct Shared {
 
 inline Words4 load_streaming(const void* address) { return *static_cast<const Words4*>(address); }
 
+template <class T, class Choose>
+uint32_t choose_pair(uint32_t a, uint32_t b, Choose choose) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const T first{uint16_t(a >> shift)}, second{uint16_t(b >> shift)};
+    const float x = to_float(first), y = to_float(second);
+    result |= uint32_t((std::isnan(y) || choose(x, y) ? first : second).bits) << shift;
+  }
+  return result;
+}
+template <class T>
+uint32_t larger_pair(uint32_t a, uint32_t b) {
+  return choose_pair<T>(a, b, [](float x, float y) { return x > y; });
+}
+template <class T>
+uint32_t smaller_pair(uint32_t a, uint32_t b) {
+  return choose_pair<T>(a, b, [](float x, float y) { return x < y; });
+}
+
 inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 0x1p-126f ? 0.0f : result;
