@@ -77,7 +77,7 @@ def test_shapes_and_views(backend, device):
 
 def test_rows_may_lie_far_apart(backend, device):
     """Further than 32 bits count elements. What is not touched of the memory between them is never there on a CPU."""
-    # Both lie alike on 16-byte boundaries, which decide about the order of a sum.
+    # Both of its rows begin at 16 bytes, as those far apart do, so that they are cut into the same tiles.
     near = make_logits(2, 5008, torch.bfloat16, device=device)[:, :5003]
     stride = 2**31 + 8
     try:

@@ -33,7 +33,18 @@ from .common import (
     unavailable,
     uniform_from_word,
 )
-from .softcap import difference, exp2_flushed, rate, scaled_tanh, scaled_tanh_near_0
+from .pairs import larger, largest_of_two, smaller, sums_of_two, widened
+from .softcap import (
+    coefficients_below_1,
+    coefficients_below_half,
+    difference,
+    exp2_flushed,
+    polynomial,
+    rate,
+    scaled_tanh,
+    tanh_by_5,
+    tanh_by_7,
+)
 
 __all__ = ["FEATURES", "row_stats", "unavailable"]
 
@@ -51,6 +62,8 @@ LOWEST_EXPONENT = tl.constexpr(-3.0e38)
 LOWEST_RATIO = tl.constexpr(1.0e-36)
 
 
+# Tokens of a piece of a tile at least.
+LEAST_WIDTH = 128
 # Rows that one program of `merge_kernel` finishes at most.
 MERGE_ROWS = 4
 
@@ -83,14 +96,13 @@ def leave_tile_statistics(
     b_raw, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
     temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
-    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr = False,
-    POSITIONS: tl.constexpr = True,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr = True,
 ):  # fmt: skip
-    """Computes and stores the statistics of a tile of raw logits.
+    """Computes and stores the statistics of a tile of raw logits that a kernel has at hand.
 
     Args: b_raw [ROWS, SPAN] fp32, -inf outside the vocabulary; o_r and m_r [ROWS]; o_v [SPAN]. EVEN: no tile
-    crosses the end of the vocabulary. BRANCH: choose the softcap's formula by tile. POSITIONS: store the position of
-    the largest logit and the second largest, for a merge that cannot read the logits again.
+    crosses the end of the vocabulary. POSITIONS: store the position of the largest logit and the second largest, for
+    a merge that cannot read the logits again.
     """
     # [ROWS]
     b_max = tl.max(b_raw, 1)
@@ -114,16 +126,7 @@ def leave_tile_statistics(
         inverse_softcap = 1.0 / softcap
         b_u = b_raw * inverse_softcap
         b_top = (b_max * inverse_softcap)[:, None]
-        if BRANCH:
-            # Most tiles hold no logit beyond the softcap, and there a polynomial is half the work.
-            m_x = m_r[:, None] & (o_v < vocab)[None, :]
-            largest = tl.max(tl.max(tl.where(m_x, tl.abs(b_u), 0.0), 1), 0)
-            if largest < 1.0:
-                b_d = difference(scaled_tanh_near_0(b_u, b_scale), scaled_tanh_near_0(b_top, b_scale))
-            else:
-                b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
-        else:
-            b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
+        b_d = difference(scaled_tanh(b_u, b_scale), scaled_tanh(b_top, b_scale))
         if not EVEN:
             b_d = tl.where((o_v < vocab)[None, :], b_d, LOWEST_EXPONENT)
     else:
@@ -148,6 +151,17 @@ def row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT: tl.c
         return p_outer + (o_r % inner_rows).to(tl.int64) * stride_inner
 
 
+@triton.jit
+def add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES: tl.constexpr):
+    """The sums with the powers of one more piece's exponents added."""
+    b_e = exp2_flushed(b_d)
+    b_z += b_e
+    b_s = tl.fma(b_d, b_e, b_s)
+    if TWO_TEMPERATURES:
+        b_zt += exp2_flushed(b_d * b_ratio)
+    return b_z, b_s, b_zt
+
+
 @triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows"])
 def tile_stats_kernel(
     logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
@@ -155,26 +169,90 @@ def tile_stats_kernel(
     rows: tl.int32, inner_rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
-    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
+    """The statistics of a tile, which is held as PIECES of [ROWS, SPAN / PIECES]: 16 bytes of each by thread."""
+    WIDTH: tl.constexpr = SPAN // PIECES
     i_row = tl.program_id(0) // tiles
     i_tile = tl.program_id(0) % tiles
     o_r = i_row * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
-    o_v = i_tile * SPAN + tl.arange(0, SPAN)
+    o_v = i_tile * SPAN + tl.arange(0, WIDTH)
     p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT)
-    # [ROWS, SPAN]
-    if EVEN:
-        m_x = m_r[:, None]
-    else:
-        m_x = m_r[:, None] & (o_v < vocab)[None, :]
-    b_raw = tl.load(p_row[:, None] + o_v[None, :], mask=m_x, other=float("-inf")).to(tl.float32)
+    raw = ()
+    for i in tl.static_range(PIECES):
+        # [ROWS, WIDTH]
+        p_x = p_row[:, None] + (o_v + i * WIDTH)[None, :]
+        if EVEN and ROWS == 1:
+            raw = raw + (tl.load(p_x),)
+        elif EVEN:
+            raw = raw + (tl.load(p_x, mask=m_r[:, None], other=float("-inf")),)
+        else:
+            m_x = m_r[:, None] & (o_v + i * WIDTH < vocab)[None, :]
+            raw = raw + (tl.load(p_x, mask=m_x, other=float("-inf")),)
 
-    leave_tile_statistics(
-        b_raw, o_r, m_r, o_v, i_tile, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
-        temperature, stats_temperature, softcap, vocab, tiles, temperature_stride, stats_stride,
-        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, SOFTCAP, EVEN, ROWS, True, False,
+    _, b_t, b_ts = sampling_and_stats_temperature(
+        temperature, stats_temperature, o_r, m_r, temperature_stride, stats_stride,
+        TEMPERATURE_POINTER, STATS_POINTER, TWO_TEMPERATURES, ROWS,
     )  # fmt: skip
+    b_k = rate(b_ts)
+    b_ratio = tl.maximum(rate(b_t) / b_k, LOWEST_RATIO)[:, None]
+
+    b_largest = raw[0]
+    b_smallest = raw[0]
+    for i in tl.static_range(1, PIECES):
+        b_largest = larger(b_largest, raw[i])
+        b_smallest = smaller(b_smallest, raw[i])
+    b_largest = widened(b_largest)
+    b_magnitude = tl.maximum(b_largest, -widened(b_smallest))
+    # [ROWS]
+    b_max, b_magnitude = largest_of_two(b_largest, b_magnitude)
+    p_tile = o_r.to(tl.int64) * tiles + i_tile
+    tl.store(tile_max + p_tile, b_max, mask=m_r)
+
+    # Exponents of 2 relative to the tile's maximum. One formula makes those of the tile and of its maximum, so that the
+    # maximum's is exactly 0. NaN has to survive: it is how a row without a distribution is known. Most tiles lie inside
+    # the vocabulary and hold no logit beyond the softcap; there it is a polynomial of the logit itself.
+    b_z = tl.zeros([ROWS, WIDTH], tl.float32)
+    b_s = tl.zeros([ROWS, WIDTH], tl.float32)
+    b_zt = tl.zeros([ROWS, WIDTH], tl.float32)
+    if SOFTCAP:
+        inverse_softcap = 1.0 / softcap
+        b_relative = tl.where(polynomial(b_k, inverse_softcap), b_magnitude * inverse_softcap, float("inf"))
+        relative = tl.max(tl.where(m_r, b_relative, 0.0), 0)
+        if relative < 0.5:
+            c = coefficients_below_half(b_k[:, None], inverse_softcap)
+            b_top = tanh_by_5(b_max[:, None], c)
+            for i in tl.static_range(PIECES):
+                b_d = difference(tanh_by_5(widened(raw[i]), c), b_top)
+                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+        elif relative < 1.0:
+            c = coefficients_below_1(b_k[:, None], inverse_softcap)
+            b_top = tanh_by_7(b_max[:, None], c)
+            for i in tl.static_range(PIECES):
+                b_d = difference(tanh_by_7(widened(raw[i]), c), b_top)
+                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+        else:
+            b_scale = (softcap * b_k)[:, None]
+            b_top = scaled_tanh((b_max * inverse_softcap)[:, None], b_scale)
+            for i in tl.static_range(PIECES):
+                b_d = difference(scaled_tanh(widened(raw[i]) * inverse_softcap, b_scale), b_top)
+                if not EVEN:
+                    b_d = tl.where((o_v + i * WIDTH < vocab)[None, :], b_d, LOWEST_EXPONENT)
+                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+    else:
+        b_top = tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]
+        for i in tl.static_range(PIECES):
+            b_d = (widened(raw[i]) - b_top) * b_k[:, None]
+            b_d = tl.maximum(b_d, LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+            b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+
+    b_z, b_s = sums_of_two(b_z, b_s)
+    tl.store(tile_z + p_tile, b_z, mask=m_r)
+    tl.store(tile_s + p_tile, b_s / b_k, mask=m_r)
+    if TWO_TEMPERATURES:
+        tl.store(tile_zt + p_tile, tl.sum(b_zt, 1), mask=m_r)
 
 
 @triton.jit
@@ -350,6 +428,9 @@ def row_stats(
         return (*integers, *floats)
     config = configs.select("row_stats", capability(logits), bytes=logits.element_size())
     rows_per_program, span, tiles = tiling(rows, vocab, config)
+    # Short rows are held in fewer pieces, so a thread has more sums at once.
+    warps = config["num_warps"] * (1 if rows_per_program == 1 else 2)
+    pieces = max(1, min(span // LEAST_WIDTH, span * logits.element_size() // (warps * 32 * 16)))
     two = stats_temperature is not None
     partial = logits.new_empty((4 if two else 3, rows, tiles), dtype=torch.float32)
     largest, z, s = partial[:3]
@@ -368,8 +449,8 @@ def row_stats(
         tile_stats_kernel[(programs * tiles,)](
             logits, *partials, t, ts, c, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
-            SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span, FLAT=flat,
-            **FUSED, num_warps=config["num_warps"],
+            SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span,
+            PIECES=pieces, FLAT=flat, **FUSED, num_warps=warps,
         )  # fmt: skip
         # More rows of fp64 masses than these do not fit the registers.
         merge_rows = min(rows_per_program, MERGE_ROWS)

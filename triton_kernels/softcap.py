@@ -76,3 +76,61 @@ def scaled_tanh(u, scale):
     """scale * tanh(u) for any u; 1 - 2 / (e^2u + 1) cancels near 0, so there the polynomial takes its place."""
     far = tl.fma(reciprocal(exp2_flushed(u * 2.8853900817779268) + 1.0), -2.0 * scale, scale)
     return tl.where(tl.abs(u) < 0.7, scaled_tanh_near_0(u, scale), far)
+
+
+@triton.jit
+def polynomial(b_k, inverse_softcap):
+    """Whether the polynomials below serve at rate `b_k`: their coefficients are normal numbers."""
+    square = inverse_softcap * inverse_softcap
+    last = b_k * (square * square * square)
+    return (b_k > 1.0e-30) & (last > 1.0e-30) & (last < 1.0e30)
+
+
+@triton.jit
+def coefficients_below_half(b_k, inverse_softcap):
+    """Of a minimax fit of b_k * softcap * tanh(x / softcap) by odd powers of x, |x| < softcap / 2: relative error 1.3e-8.
+
+    The rate and the softcap are in them, so that a logit takes no operation for either.
+    """
+    w = inverse_softcap * inverse_softcap
+    c1 = b_k * w
+    c2 = c1 * w
+    c3 = c2 * w
+    return (
+        b_k, c1 * -0.3333306908607483, c2 * 0.13324779272079468, c3 * -0.05298607796430588,
+        c3 * w * 0.017135009169578552,
+    )  # fmt: skip
+
+
+@triton.jit
+def coefficients_below_1(b_k, inverse_softcap):
+    """The same for |x| < softcap: relative error 5e-8."""
+    w = inverse_softcap * inverse_softcap
+    c1 = b_k * w
+    c2 = c1 * w
+    c3 = c2 * w
+    c4 = c3 * w
+    c5 = c4 * w
+    return (
+        b_k * 0.9999999403953552, c1 * -0.33332839608192444, c2 * 0.13325203955173492, c3 * -0.053457025438547134, c4 * 0.02028997428715229, c5 * -0.006203374359756708, c5 * w * 0.0010410210816189647,
+    )  # fmt: skip
+
+
+@triton.jit
+def tanh_by_5(x, c):
+    w = x * x
+    p = tl.fma(c[4], w, c[3])
+    p = tl.fma(p, w, c[2])
+    p = tl.fma(p, w, c[1])
+    return x * tl.fma(p, w, c[0])
+
+
+@triton.jit
+def tanh_by_7(x, c):
+    w = x * x
+    p = tl.fma(c[6], w, c[5])
+    p = tl.fma(p, w, c[4])
+    p = tl.fma(p, w, c[3])
+    p = tl.fma(p, w, c[2])
+    p = tl.fma(p, w, c[1])
+    return x * tl.fma(p, w, c[0])
