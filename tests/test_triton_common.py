@@ -8,6 +8,7 @@ import pytest
 import torch
 
 common = pytest.importorskip("dgemma_accel.triton_kernels.common")
+pairs = pytest.importorskip("dgemma_accel.triton_kernels.pairs")
 softcap = pytest.importorskip("dgemma_accel.triton_kernels.softcap")
 
 import triton  # noqa: E402
@@ -47,6 +48,24 @@ def scaled_tanh_near_0_kernel(x, y, scale, N: tl.constexpr):
     tl.store(y + o, softcap.scaled_tanh_near_0(tl.load(x + o), scale))
 
 
+@triton.jit
+def tanh_below_kernel(x, y, rate, inverse_softcap, HALF: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    if HALF:
+        tl.store(y + o, softcap.tanh_by_5(tl.load(x + o), softcap.coefficients_below_half(rate, inverse_softcap)))
+    else:
+        tl.store(y + o, softcap.tanh_by_7(tl.load(x + o), softcap.coefficients_below_1(rate, inverse_softcap)))
+
+
+@triton.jit
+def pairs_kernel(a, b, large, small, wide, N: tl.constexpr):
+    o = tl.arange(0, N)
+    first, second = tl.load(a + o), tl.load(b + o)
+    tl.store(large + o, pairs.larger(first, second))
+    tl.store(small + o, pairs.smaller(first, second))
+    tl.store(wide + o, pairs.widened(first))
+
+
 @needs_triton
 @pytest.mark.parametrize("seed, offset", [(0, 0), (1, 2**33 + 5), (2**45 + 3, 7), (2**63 - 1, 2**62)])
 def test_philox_words_equal_the_reference(seed, offset):
@@ -75,6 +94,30 @@ def test_tanh_is_accurate_everywhere():
     tanh_kernel[(1,)](x, y, N=4096)
     assert relative_error(y, torch.tanh(x.double())) < 4 * torch.finfo(torch.float32).eps
     assert y[-4:].tolist() == [1.0, -1.0, 0.0, 1.0]
+
+
+@needs_triton
+@pytest.mark.parametrize("cap, rate", [(30.0, 2.404), (5.0, 1.2e7), (500.0, 0.01)])
+def test_tanh_with_softcap_and_temperature_in_its_coefficients_is_accurate(cap, rate):
+    for half in (True, False):
+        x = torch.linspace(-cap, cap, 4096, device=DEVICE) * (0.5 if half else 1.0)
+        y = torch.empty_like(x)
+        tanh_below_kernel[(1,)](x, y, rate, 1 / cap, HALF=half, N=4096)
+        truth = torch.tensor(rate).double() * cap * torch.tanh(x.double() / cap)
+        assert relative_error(y, truth) < 4 * torch.finfo(torch.float32).eps
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pairs(dtype):
+    numbers = [0.0, 1.5, -2.0, 3e-5, torch.inf, -torch.inf, torch.nan, 1000.0]
+    a = torch.tensor(numbers, dtype=dtype, device=DEVICE).repeat_interleave(8).repeat(4)
+    b = torch.tensor(numbers, dtype=dtype, device=DEVICE).repeat(8).repeat(4)
+    large, small, wide = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a, dtype=torch.float32)
+    pairs_kernel[(1,)](a, b, large, small, wide, N=256, num_warps=1)
+    assert torch.equal(large.nan_to_num(nan=7.0), torch.fmax(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0))
+    assert torch.equal(small.nan_to_num(nan=7.0), torch.fmin(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0))
+    assert torch.equal(wide.nan_to_num(nan=7.0), a.float().nan_to_num(nan=7.0))
 
 
 @needs_triton

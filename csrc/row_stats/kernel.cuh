@@ -378,9 +378,9 @@ struct RowPlan {
   int32_t tile;      // the sample's; -1: nothing to draw
 };
 
-// Sampling mass of a tile relative to the row's maximum.
-DGEMMA_DEVICE double tile_mass(const TileRecord& record, float reference, const RowExponents& exponents) {
-  return double(record.mass) * double(hw::exp2_fast(exponents.below(record.max, reference) * exponents.ratio));
+// Sampling mass of a tile relative to the row's maximum; `d` is the exponent of its own.
+DGEMMA_DEVICE double tile_mass(const TileRecord& record, float d, const RowExponents& exponents) {
+  return double(record.mass) * double(hw::exp2_fast(d * exponents.ratio));
 }
 
 DGEMMA_DEVICE float uniform_of_row(const RowStatsParams& params, int64_t row) {
@@ -425,7 +425,8 @@ DGEMMA_DEVICE void choose_tile(const LaneRecords& lane, double own, float unifor
   if (hw::thread_x() % hw::kWarp == winner) {
     double before = inclusive - own;
     for (int i = lane.first; i < lane.end; ++i) {
-      const double mass = tile_mass(lane.records[i], plan.reference, exponents);
+      const TileRecord record = lane.records[i];
+      const double mass = tile_mass(record, exponents.below(record.max, plan.reference), exponents);
       if (mass > 0) {
         plan.tile = i;
         plan.target = target - before;
@@ -465,7 +466,7 @@ DGEMMA_DEVICE RowPlan plan_row(const RowStatsParams& params, int64_t row, const 
     const float d = exponents.below(record.max, plan.reference), weight = hw::exp2_fast(d);
     plan.z += double(record.z) * double(weight);
     plan.s += (double(record.s) + double(d) * double(record.z)) * double(weight);
-    mass += tile_mass(record, plan.reference, exponents);
+    mass += tile_mass(record, d, exponents);
   }
   DGEMMA_UNROLL
   for (int mask = 1; mask < hw::kWarp; mask *= 2) {
