@@ -348,6 +348,16 @@ def test_tied_tokens_share_the_mass_at_any_temperature(backend, device, temperat
     torch.testing.assert_close(stats.entropy, torch.full_like(half, math.log(2)))
 
 
+@pytest.mark.parametrize("softcap", [1e-6, 30.0, 1e6])
+@pytest.mark.parametrize("largest", [0.3, 0.8, 5.0])
+def test_softcap_of_logits_of_every_size(backend, device, softcap, largest):
+    """A tile's exponents have another formula below half of the softcap, below it, beyond it, and where it is extreme."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = ((torch.rand(2, 8200, device=device) * 2 - 1) * largest * softcap).to(dtype)
+        _, problems = run(logits, backend, temperature=softcap / 50, stats_temperature=softcap / 40, softcap=softcap)
+        assert not problems
+
+
 def test_a_softcap_makes_infinities_finite(backend, device):
     logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, math.inf, 1.0]], device=device)
     uniform = torch.tensor([0.5, 0.5], device=device)
