@@ -77,7 +77,7 @@ def test_shapes_and_views(backend, device):
 
 def test_rows_may_lie_far_apart(backend, device):
     """Further than 32 bits count elements. What is not touched of the memory between them is never there on a CPU."""
-    # Either way rows are a multiple of 16 elements apart, so that they are cut, and their sums taken, in the same order.
+    # Either way rows are a multiple of 16 elements apart, so that they are cut, and summed, in the same order.
     near = make_logits(2, 5008, torch.bfloat16, device=device)[:, :5003]
     stride = 2**31 + 16
     try:
@@ -351,10 +351,12 @@ def test_tied_tokens_share_the_mass_at_any_temperature(backend, device, temperat
 @pytest.mark.parametrize("softcap", [1e-6, 30.0, 1e6])
 @pytest.mark.parametrize("largest", [0.3, 0.8, 5.0])
 def test_softcap_of_logits_of_every_size(backend, device, softcap, largest):
-    """A tile's exponents have another formula below half of the softcap, below it, beyond it, and where it is extreme."""
+    """The formula of a tile's exponents: below half of the softcap, below it, beyond it, and where it is extreme."""
     for dtype in (torch.float32, torch.bfloat16):
         logits = ((torch.rand(2, 8200, device=device) * 2 - 1) * largest * softcap).to(dtype)
-        _, problems = run(logits, backend, temperature=softcap / 50, stats_temperature=softcap / 40, softcap=softcap)
+        _, problems = run(
+            logits, backend, temperature=softcap / 50, stats_temperature=softcap / 40, softcap=softcap
+        )
         assert not problems
 
 

@@ -52,9 +52,13 @@ def scaled_tanh_near_0_kernel(x, y, scale, N: tl.constexpr):
 def tanh_below_kernel(x, y, rate, inverse_softcap, HALF: tl.constexpr, N: tl.constexpr):
     o = tl.arange(0, N)
     if HALF:
-        tl.store(y + o, softcap.tanh_by_5(tl.load(x + o), softcap.coefficients_below_half(rate, inverse_softcap)))
+        tl.store(
+            y + o, softcap.tanh_by_5(tl.load(x + o), softcap.coefficients_below_half(rate, inverse_softcap))
+        )
     else:
-        tl.store(y + o, softcap.tanh_by_7(tl.load(x + o), softcap.coefficients_below_1(rate, inverse_softcap)))
+        tl.store(
+            y + o, softcap.tanh_by_7(tl.load(x + o), softcap.coefficients_below_1(rate, inverse_softcap))
+        )
 
 
 @triton.jit
@@ -115,8 +119,12 @@ def test_pairs(dtype):
     b = torch.tensor(numbers, dtype=dtype, device=DEVICE).repeat(8).repeat(4)
     large, small, wide = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a, dtype=torch.float32)
     pairs_kernel[(1,)](a, b, large, small, wide, N=256, num_warps=1)
-    assert torch.equal(large.nan_to_num(nan=7.0), torch.fmax(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0))
-    assert torch.equal(small.nan_to_num(nan=7.0), torch.fmin(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0))
+    assert torch.equal(
+        large.nan_to_num(nan=7.0), torch.fmax(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0)
+    )
+    assert torch.equal(
+        small.nan_to_num(nan=7.0), torch.fmin(a.float(), b.float()).to(dtype).nan_to_num(nan=7.0)
+    )
     assert torch.equal(wide.nan_to_num(nan=7.0), a.float().nan_to_num(nan=7.0))
 
 

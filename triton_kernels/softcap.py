@@ -88,9 +88,9 @@ def polynomial(b_k, inverse_softcap):
 
 @triton.jit
 def coefficients_below_half(b_k, inverse_softcap):
-    """Of a minimax fit of b_k * softcap * tanh(x / softcap) by odd powers of x, |x| < softcap / 2: relative error 1.3e-8.
+    """Those of odd powers of x in b_k * softcap * tanh(x / softcap) where |x| < softcap / 2.
 
-    The rate and the softcap are in them, so that a logit takes no operation for either.
+    A minimax fit, relative error 1.3e-8. Rate and softcap are in them, so that a logit takes no operation for either.
     """
     w = inverse_softcap * inverse_softcap
     c1 = b_k * w
@@ -112,7 +112,8 @@ def coefficients_below_1(b_k, inverse_softcap):
     c4 = c3 * w
     c5 = c4 * w
     return (
-        b_k * 0.9999999403953552, c1 * -0.33332839608192444, c2 * 0.13325203955173492, c3 * -0.053457025438547134, c4 * 0.02028997428715229, c5 * -0.006203374359756708, c5 * w * 0.0010410210816189647,
+        b_k * 0.9999999403953552, c1 * -0.33332839608192444, c2 * 0.13325203955173492, c3 * -0.053457025438547134,
+        c4 * 0.02028997428715229, c5 * -0.006203374359756708, c5 * w * 0.0010410210816189647,
     )  # fmt: skip
 
 

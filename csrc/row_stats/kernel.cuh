@@ -225,7 +225,8 @@ struct Uncapped {
 };
 
 // Exponents of logits below the softcap: an odd polynomial whose coefficients have the softcap and the temperature in
-// them. Its last product is rounded by itself: in one instruction with the subtraction the largest logit would not have 0.
+// them. Its last product is rounded by itself: in one instruction with the subtraction the largest logit would not
+// have exponent 0.
 template <int kTerms>
 struct Capped {
   float coefficient[kTerms], reference;
@@ -308,8 +309,9 @@ DGEMMA_DEVICE Sums sum_any_powers(const RowVectors<T>& row, int64_t first, const
   return sums;
 }
 
-// A warp takes a tile; a lane keeps its logits as they came between finding the largest one and summing powers. Most tiles
-// lie inside their row and hold no logit beyond the softcap: these read memory once and take few instructions a logit.
+// A warp takes a tile; a lane keeps its logits as they came between finding the largest one and summing powers. Most
+// tiles lie inside their row and hold no logit beyond the softcap: these read memory once and take few instructions a
+// logit.
 template <class T>
 DGEMMA_KERNEL DGEMMA_BOUNDS(kRowStatsTileThreads, kRowStatsTileBlocks)
     row_stats_tile_kernel(RowStatsParams params, int tiles) {
@@ -327,7 +329,8 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kRowStatsTileThreads, kRowStatsTileBlocks)
   hw::Words4 words[kLaneVectors];
   if (whole) {
     DGEMMA_UNROLL
-    for (int v = 0; v < kLaneVectors; ++v) words[v] = hw::load_streaming(row.first + (first + v * hw::kWarp) * kElements);
+    for (int v = 0; v < kLaneVectors; ++v)
+      words[v] = hw::load_streaming(row.first + (first + v * hw::kWarp) * kElements);
   }
   const RowExponents exponents(params, row_index);
   const Extremes extremes = extremes_of_warp(whole ? extremes_of<T>(words) : extremes_of_part(row, first));
