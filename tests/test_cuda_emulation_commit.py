@@ -108,7 +108,7 @@ def program():
     return build(PROGRAM)
 
 
-@pytest.mark.parametrize("batch, length", [(3, 1), (2, 31), (2, 33), (1, 100), (1, 256), (1, 520)])
+@pytest.mark.parametrize("batch, length", [(3, 1), (2, 31), (2, 33), (1, 100), (1, 256), (1, 300), (1, 520)])
 def test_equals_reference(program, tmp_path, batch, length):
     random.seed(length)
     cases = []
@@ -125,31 +125,54 @@ def test_equals_reference(program, tmp_path, batch, length):
         assert not check_commit(result(folder, call), call), rule
 
 
+@pytest.mark.parametrize("length", [20, 100, 256, 520])
+def test_sums_at_the_bound(program, tmp_path, length):
+    """Sums that are the bound, that are more only when added in order, and sums with NaN."""
+    equal = torch.randint(1, 4, (1, length)) / 8
+    rising = torch.full((1, length), 2.0**-55)
+    rising[0, :2] = 0.5
+    spoilt = equal.masked_fill(torch.rand(1, length) < 0.1, float("nan"))
+    cases = []
+    for entropy, bound in ((equal, 1.0), (equal, 3.25), (rising, 0.5), (rising, 1.0), (spoilt, 1.0), (equal * 0, 0.0)):
+        for inclusive in (False, True):
+            call = call_of(r.EntropyBound(bound, inclusive=inclusive), r.Renoise(50), 1, length)
+            cases.append((tmp_path / str(len(cases)), call._replace(entropy=entropy.float())))
+    run_clean(program, [case(folder, call) for folder, call in cases])
+    for folder, call in cases:
+        assert not check_commit(result(folder, call), call)
+
+
 # What a race is reported as depends on which thread comes first.
 RACE = "no barrier after|never written"
 RUNS = r.RunBest(1.0, 0.0, 0)
 BUGS = {
-    "no barrier before partners' keys are read": (
-        "        hw::sync_block();\n        other = exchange.load(thread ^ stride);",
-        "        other = exchange.load(thread ^ stride);",
+    "no barrier of the warp before its keys are read": ("  hw::sync_warp();\n", "", RUNS, RACE),
+    "no barrier before other warps' keys are read": (
+        "const int count = hw::sync_count(ranked);", "const int count = hw::count_bits(hw::ballot(ranked));",
         RUNS, RACE,
     ),
-    "no barrier after partners' keys are read": (
-        "        other = exchange.load(thread ^ stride);\n        hw::sync_block();",
-        "        other = exchange.load(thread ^ stride);",
-        RUNS, RACE,
+    "no barrier before other warps' sums are read": (
+        "Block::warp_sums().store(warp, sum);\n    hw::sync_block();", "Block::warp_sums().store(warp, sum);",
+        r.EntropyBound(0.9), RACE,
     ),
     "a thread behind the canvas takes part": (
-        "inside = thread < params.length;", "inside = thread <= params.length;", RUNS, "heap-buffer-overflow",
+        "inside = thread < params.length,", "inside = thread <= params.length,", RUNS, "heap-buffer-overflow",
     ),
-    "the sort leaves out the last stride": (
-        "stride = size / 2; stride > 0;", "stride = size / 2; stride > 1;", r.TopK(7), None,
+    "the search leaves out the last step": (
+        "step = kRun / 2; step > 0;", "step = kRun / 2; step > 1;", r.EntropyBound(0.9), None,
+    ),
+    "a key's equals in earlier runs are not before it": (
+        "bound[i] = key + (", "bound[i] = key + 0 * (", r.EntropyBound(0.9), None,
     ),
     "a run ends one rank early": (
-        "shared.rank.load(thread + 1) > count;", "shared.rank.load(thread + 1) >= count;", RUNS, None,
+        "Block::rank().load(thread + 1) >= place.count;", "Block::rank().load(thread + 1) >= place.count - 1;", RUNS, None,
     ),
     "an entropy is added before it is compared": (
-        "if (!entropy_holds(sum, next, taken", "if (!entropy_holds(sum + next, next, taken", r.EntropyBound(0.9), None,
+        "holds = before * (1 + kSpread) <= bound;\n    fails = before * (1 - kSpread) > bound;",
+        "holds = sum * (1 + kSpread) <= bound;\n    fails = sum * (1 - kSpread) > bound;", r.EntropyBound(0.9), None,
+    ),
+    "a sum at the bound is not added in order": (
+        "if (hw::sync_count(unsure) != 0)", "if (hw::sync_count(unsure) > kThreads)", r.EntropyBound(1.0), None,
     ),
 }  # fmt: skip
 
@@ -159,7 +182,7 @@ def test_planted_bugs_are_caught(tmp_path, bug):
     passage, replacement, rule, report = BUGS[bug]
     addresses = report == "heap-buffer-overflow"
     program = planted(PROGRAM, tmp_path, "commit/kernel.cuh", passage, replacement, sanitize=addresses)
-    call = call_of(rule, r.Keep(), 1, 100, levels=50, candidates=0.6)
+    call = call_of(rule, r.Keep(), 1, 100, levels=2 if rule == r.EntropyBound(1.0) else 50, candidates=0.6)
     folder = case(tmp_path / "case", call)
     done = run(program, [folder])
     if report is None:

@@ -1,3 +1,5 @@
+#include <string>
+
 #include "../bindings.h"
 #include "../common/bind_kernels.h"
 #include "../common/bind_params.h"
@@ -54,7 +56,9 @@ void register_commit(pybind11::module_& m) {
       "commit_cuda", [](const P& p, uintptr_t stream) { commit_cuda(p, reinterpret_cast<void*>(stream)); },
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches on a CUDA stream of the current device.");
-  describe_kernel(m, "commit_kernel", int(kCommitMaxLength), commit_shared_bytes(int(kCommitMaxLength)));
+  for (const int threads : {32, 256, 512, 1024})
+    describe_kernel(m, ("commit_kernelILi" + std::to_string(threads) + "E").c_str(), threads,
+                    commit_shared_bytes(threads));
 #endif
 }
 

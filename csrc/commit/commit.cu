@@ -7,13 +7,26 @@
 
 namespace dgemma {
 
+namespace {
+
+template <int kThreads>
+void launch_commit(const CommitParams& params, void* stream) {
+  launch("commit", commit_kernel<kThreads>, dim3(unsigned(params.batch)), unsigned(kThreads),
+         commit_shared_bytes(kThreads), stream, params);
+}
+
+}  // namespace
+
 void commit_cuda(const CommitParams& params, void* stream) {
   if (params.length > kCommitMaxLength)
     throw std::runtime_error("commit: canvas of " + std::to_string(params.length) + " positions, at most " +
                              std::to_string(kCommitMaxLength) + " are supported");
-  const int threads = commit_threads(params.length);
-  launch("commit", commit_kernel, dim3(unsigned(params.batch)), unsigned(threads), commit_shared_bytes(threads),
-         stream, params);
+  switch (commit_threads(params.length)) {
+    case 32: return launch_commit<32>(params, stream);
+    case 256: return launch_commit<256>(params, stream);
+    case 512: return launch_commit<512>(params, stream);
+    default: return launch_commit<1024>(params, stream);
+  }
 }
 
 }  // namespace dgemma

@@ -41,11 +41,6 @@ void sort_by_rank(Keys& keys) {
   }
 }
 
-// Whether the rule reads words of every position; a write reads those of positions that are not committed.
-bool rule_draws(const CommitParams& params) {
-  return params.measure == Measure::kRandom || params.select == Select::kBernoulli || (params.flags & kGumbel);
-}
-
 // Of the highest score among each run of adjacent ranked positions.
 void mark_best_of_runs(const Keys& keys, std::vector<char>& best_of_run) {
   for (size_t start = 0; start < keys.size();) {
@@ -99,14 +94,15 @@ void update_state(const CommitParams& params, int64_t b, const std::vector<Candi
 void commit_row(const CommitParams& params, int64_t b) {
   const int64_t length = params.length;
   const RowRule rule = row_rule(params, b);
-  const bool drawn = rule_draws(params);
+  const bool drawn = rule_draws(params), was_finished = params.finished != nullptr && params.finished[b];
   const int64_t seed = of_row(params.seed, 0), offset = of_row(params.offset, 0);
   const auto words_of = [=](int64_t i) { return random_words(seed, offset, b * length + i); };
   std::vector<Candidate> row(length);
   Keys keys;
   keys.reserve(length);
   for (int64_t i = 0; i < length; ++i) {
-    row[i] = read_candidate(params, rule, b, i, drawn ? words_of(i) : PhiloxWords{});
+    row[i] = candidate_of(params, read_position(params, b * length + i), i, was_finished);
+    if (drawn) add_draws(params, rule, words_of(i), row[i]);
     if (row[i].ranked) keys.push_back(ranking_key(true, row[i].score, uint32_t(i)));
   }
 

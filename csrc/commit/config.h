@@ -8,11 +8,9 @@ namespace dgemma {
 // One thread per position, so a block ranks at most this many.
 constexpr int64_t kCommitMaxLength = 1024;
 
-// Threads of a block: the sort wants a power of two, and whole warps.
+// Threads of a block: one warp, or 8, 16 or 32.
 constexpr int commit_threads(int64_t length) {
-  int threads = 32;
-  while (threads < length) threads *= 2;
-  return threads;
+  return length <= 32 ? 32 : length <= 256 ? 256 : length <= 512 ? 512 : 1024;
 }
 
 // Dynamic shared memory, bytes: five arrays with a value per thread, three with a value per warp, and one number.

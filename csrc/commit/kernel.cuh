@@ -1,93 +1,145 @@
-// One block decides one row of the batch, a thread per position: the ranking is a bitonic sort of 64-bit keys that
-// stay in registers while partners are lanes of one warp and pass through shared memory beyond.
+// One block decides one row of the batch, a thread per position. A warp ranks its own 32 keys by comparing them with
+// one another; sorted runs then merge by binary search, 8 of them at a time.
 #pragma once
 
+#include "../common/device/qualifiers.cuh"
 #include "../common/hardware.cuh"
 #include "config.h"
 #include "rules.h"
 
 namespace dgemma {
 
-// Shared memory of a block of `threads` threads.
-struct CommitShared {
-  hw::Shared<uint64_t> keys;         // [threads]
-  hw::Shared<float> score;           // [threads], by position
-  hw::Shared<float> entropy;         // [threads], by position; then by rank
-  hw::Shared<int32_t> rank;          // [threads], by position
-  hw::Shared<int32_t> run_best;      // [threads], by start of the run
-  hw::Shared<double> warp_sums;      // [32]
-  hw::Shared<int32_t> warp_values;   // [32]
-  hw::Shared<int32_t> warp_values2;  // [32]
-  hw::Shared<int32_t> taken;         // [1]
+template <int kThreads>
+struct CommitBlock {
+  static constexpr int kWarps = kThreads / hw::kWarp;
 
-  DGEMMA_MEMBER explicit CommitShared(int threads)
-      : keys{0},
-        score{uint32_t(threads) * 8},
-        entropy{uint32_t(threads) * 12},
-        rank{uint32_t(threads) * 16},
-        run_best{uint32_t(threads) * 20},
-        warp_sums{uint32_t(threads) * 24},
-        warp_values{uint32_t(threads) * 24 + 256},
-        warp_values2{uint32_t(threads) * 24 + 384},
-        taken{uint32_t(threads) * 24 + 512} {}
+  // Shared memory.
+  DGEMMA_DEVICE_MEMBER static hw::Shared<double> entropy() { return {0}; }                            // [kThreads], by rank
+  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> keys() { return {kThreads * 8}; }                  // [kThreads]
+  DGEMMA_DEVICE_MEMBER static hw::Shared<hw::Words4> four_keys() { return {kThreads * 8}; }           // the same
+  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> runs() { return {kThreads * 12}; }                 // [kThreads]
+  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> rank() { return {kThreads * 16}; }                  // [kThreads], by position
+  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> run_best() { return {kThreads * 20}; }              // [kThreads], by its start
+  DGEMMA_DEVICE_MEMBER static hw::Shared<double> warp_sums() { return {kThreads * 24}; }              // [kWarps]
+  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> warp_best() { return {kThreads * 24 + 256}; }      // [kWarps]
+  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> warp_values() { return {kThreads * 24 + 256}; }     // the same
+  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> warp_values2() { return {kThreads * 24 + 384}; }    // [kWarps]
+  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> taken() { return {kThreads * 24 + 512}; }           // [1]
+
+  DGEMMA_DEVICE_MEMBER static int thread() { return hw::thread_x(); }
+  DGEMMA_DEVICE_MEMBER static int lane() { return hw::thread_x() % hw::kWarp; }
+  DGEMMA_DEVICE_MEMBER static int warp() { return hw::thread_x() / hw::kWarp; }
 };
 
-// Ascending: thread r ends with the key of rank r + 1. The number of threads is a power of two.
-DGEMMA_DEVICE uint64_t sort_block(uint64_t key, const hw::Shared<uint64_t>& exchange) {
-  const int thread = hw::thread_x(), threads = hw::block_threads();
-  for (int size = 2; size <= threads; size *= 2) {
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      uint64_t other;
-      if (stride < hw::kWarp) {
-        other = hw::shuffle_xor(key, stride);
-      } else {
-        exchange.store(thread, key);
-        hw::sync_block();
-        other = exchange.load(thread ^ stride);
-        hw::sync_block();
-      }
-      const bool ascending = (thread & size) == 0, lower = (thread & stride) == 0;
-      key = (ascending == lower) == (key < other) ? key : other;
-    }
+// The ranking of a row as one thread sees it.
+struct Place {
+  int rank;   // of the own position, 0-based; those that are not ranked come last
+  int count;  // positions that are ranked
+};
+
+// How many keys of the other runs among `kRuns` neighbours come before this one; each has `kRun` ascending keys.
+template <int kRun, int kRuns>
+DGEMMA_DEVICE int keys_before(uint32_t key, const hw::Shared<uint32_t>& runs) {
+  const int run = hw::thread_x() / kRun;
+  hw::Shared<uint32_t> rest[kRuns];  // of a run: what is not known to come before
+  uint32_t bound[kRuns], bytes = 0;
+  DGEMMA_UNROLL
+  for (int i = 1; i < kRuns; ++i) {
+    rest[i].offset = runs.offset + uint32_t(run ^ i) * (kRun * 4);
+    bytes -= rest[i].offset;
+    // A key of an earlier run comes before its equals, and i's highest bit says whether it is one.
+    bound[i] = key + (i < 2 ? run & 1 : i < 4 ? run >> 1 & 1 : run >> 2 & 1);
   }
-  return key;
+  DGEMMA_UNROLL
+  for (int step = kRun / 2; step > 0; step /= 2) {
+    DGEMMA_UNROLL
+    for (int i = 1; i < kRuns; ++i)
+      if (rest[i].load(step - 1) < bound[i]) rest[i].offset += uint32_t(step) * 4;
+  }
+  DGEMMA_UNROLL
+  for (int i = 1; i < kRuns; ++i) bytes += rest[i].offset + (rest[i].load(0) < bound[i] ? 4 : 0);
+  return int(bytes / 4);
 }
 
-DGEMMA_DEVICE double sum_block(double value, const hw::Shared<double>& warp_sums) {
-  const int thread = hw::thread_x(), warps = hw::block_threads() / hw::kWarp;
+template <int kThreads>
+DGEMMA_DEVICE Place place_of(bool ranked, uint32_t key) {
+  using Block = CommitBlock<kThreads>;
+  constexpr int kRuns = Block::kWarps < 8 ? Block::kWarps : 8;
+  const int thread = Block::thread(), lane = Block::lane();
+  Block::keys().store(thread, key);
+  hw::sync_warp();
+  int rank = hw::count_bits(hw::lanes_equal(key) & ((1u << lane) - 1)), smaller[4] = {};
+  DGEMMA_UNROLL
+  for (int i = 0; i < hw::kWarp / 4; ++i) {
+    const hw::Words4 four = Block::four_keys().load(Block::warp() * (hw::kWarp / 4) + i);
+    DGEMMA_UNROLL
+    for (int j = 0; j < 4; ++j)
+      if (four.word[j] < key) smaller[j] += 4;
+  }
+  rank += ((smaller[0] + smaller[1]) + (smaller[2] + smaller[3])) / 4;
+  if constexpr (kRuns == 1) return {rank, hw::count_bits(hw::ballot(ranked))};
+  Block::runs().store(thread - lane + rank, key);
+  const int count = hw::sync_count(ranked);
+  rank += keys_before<hw::kWarp, kRuns>(key, Block::runs());
+  constexpr int kMerged = hw::kWarp * kRuns;
+  if constexpr (kMerged < kThreads) {
+    Block::keys().store(thread / kMerged * kMerged + rank, key);
+    hw::sync_block();
+    rank += keys_before<kMerged, kThreads / kMerged>(key, Block::keys());
+  }
+  return {rank, count};
+}
+
+template <int kThreads>
+DGEMMA_DEVICE uint32_t smallest_of_block(uint32_t value) {
+  using Block = CommitBlock<kThreads>;
+  const uint32_t of_warp = hw::smallest_of_warp(value);
+  if (Block::lane() == 0) Block::warp_best().store(Block::warp(), of_warp);
+  hw::sync_block();
+  return hw::smallest_of_warp(Block::warp_best().load(Block::lane() % Block::kWarps));
+}
+
+// The key of rank 1, and whether it is this thread's.
+struct First {
+  uint32_t key;
+  bool own;
+};
+
+template <int kThreads>
+DGEMMA_DEVICE First first_of_block(uint32_t key) {
+  using Block = CommitBlock<kThreads>;
+  const uint32_t of_warp = hw::smallest_of_warp(key);
+  const int lane = hw::find_first_set(hw::ballot(key == of_warp)) - 1;
+  if (Block::lane() == 0) Block::warp_best().store(Block::warp(), of_warp);
+  hw::sync_block();
+  const uint32_t theirs = Block::warp_best().load(Block::lane() % Block::kWarps);
+  const uint32_t smallest = hw::smallest_of_warp(theirs);
+  const int warp = hw::find_first_set(hw::ballot(theirs == smallest)) - 1;
+  return {smallest, Block::thread() == warp * hw::kWarp + lane};
+}
+
+template <int kThreads>
+DGEMMA_DEVICE double sum_of_block(double value) {
+  using Block = CommitBlock<kThreads>;
   for (int mask = hw::kWarp / 2; mask > 0; mask /= 2) value += hw::shuffle_xor(value, mask);
-  if (thread % hw::kWarp == 0) warp_sums.store(thread / hw::kWarp, value);
+  if (Block::lane() == 0) Block::warp_sums().store(Block::warp(), value);
   hw::sync_block();
   double total = 0;
-  for (int w = 0; w < warps; ++w) total += warp_sums.load(w);
+  for (int w = 0; w < Block::kWarps; ++w) total += Block::warp_sums().load(w);
   return total;
 }
 
-DGEMMA_DEVICE int32_t smallest_of_block(int32_t value, const hw::Shared<int32_t>& per_warp) {
-  const int thread = hw::thread_x(), warps = hw::block_threads() / hw::kWarp;
-  for (int mask = hw::kWarp / 2; mask > 0; mask /= 2) {
-    const int32_t other = hw::shuffle_xor(value, mask);
-    if (other < value) value = other;
-  }
-  if (thread % hw::kWarp == 0) per_warp.store(thread / hw::kWarp, value);
-  hw::sync_block();
-  for (int w = 0; w < warps; ++w) {
-    const int32_t other = per_warp.load(w);
-    if (other < value) value = other;
-  }
-  return value;
-}
-
 // The largest value of this thread and those before it.
+template <int kThreads>
 DGEMMA_DEVICE int32_t largest_so_far(int32_t value, const hw::Shared<int32_t>& per_warp) {
-  const int thread = hw::thread_x(), lane = thread % hw::kWarp, warp = thread / hw::kWarp;
+  using Block = CommitBlock<kThreads>;
   for (int delta = 1; delta < hw::kWarp; delta *= 2) {
     const int32_t before = hw::shuffle_up(value, delta);
-    if (lane >= delta && before > value) value = before;
+    if (Block::lane() >= delta && before > value) value = before;
   }
-  if (lane == hw::kWarp - 1) per_warp.store(warp, value);
+  if (Block::lane() == hw::kWarp - 1) per_warp.store(Block::warp(), value);
   hw::sync_block();
-  for (int w = 0; w < warp; ++w) {
+  for (int w = 0; w < Block::warp(); ++w) {
     const int32_t before = per_warp.load(w);
     if (before > value) value = before;
   }
@@ -95,104 +147,185 @@ DGEMMA_DEVICE int32_t largest_so_far(int32_t value, const hw::Shared<int32_t>& p
 }
 
 // Whether this thread's position is the best of its run of adjacent ranked positions.
-DGEMMA_DEVICE bool is_best_of_run(bool ranked, int32_t rank, int64_t count, const CommitShared& shared) {
-  const int thread = hw::thread_x();
+template <int kThreads>
+DGEMMA_DEVICE bool is_best_of_run(bool ranked, const Place& place) {
+  using Block = CommitBlock<kThreads>;
+  const int thread = Block::thread();
+  Block::rank().store(thread, place.rank);
   // A run starts behind the latest position that is not ranked.
-  const int32_t start = largest_so_far(ranked ? -1 : thread, shared.warp_values) + 1;
+  const int32_t start = largest_so_far<kThreads>(ranked ? -1 : thread, Block::warp_values()) + 1;
   // Later runs have larger starts, so the largest pair so far is the best rank of the own run so far.
   constexpr int32_t kPair = 2 * int32_t(kCommitMaxLength);
-  const int32_t pair = ranked ? start * kPair + kPair - 1 - rank : start * kPair;
-  const int32_t best = largest_so_far(pair, shared.warp_values2);
-  const bool ends = thread + 1 == hw::block_threads() || shared.rank.load(thread + 1) > count;
-  if (ranked && ends) shared.run_best.store(start, kPair - 1 - best % kPair);
+  const int32_t pair = ranked ? start * kPair + kPair - 1 - place.rank : start * kPair;
+  const int32_t best = largest_so_far<kThreads>(pair, Block::warp_values2());
+  const bool ends = thread + 1 == kThreads || Block::rank().load(thread + 1) >= place.count;
+  if (ranked && ends) Block::run_best().store(start, kPair - 1 - best % kPair);
   hw::sync_block();
-  return ranked && shared.run_best.load(start) == rank;
+  return ranked && Block::run_best().load(start) == place.rank;
 }
 
-// Leading ranks that kFactor or kEntropyBound take. Thread r holds the key of rank r + 1.
-DGEMMA_DEVICE int64_t ranks_taken(const CommitParams& params, const RowRule& rule, uint32_t position, int64_t count,
-                                  const CommitShared& shared) {
-  const int thread = hw::thread_x();
-  if (params.select == Select::kFactor) {
-    const bool fails = thread < count && !factor_holds(shared.score.load(int(position)), thread + 1, rule.value);
-    const int32_t leading = smallest_of_block(fails ? thread : int32_t(count), shared.warp_values);
-    return factor_length(leading, count, params.flags);
-  }
-  const float own = shared.entropy.load(int(position));
-  hw::sync_block();
-  shared.entropy.store(thread, own);
-  hw::sync_block();
-  if (thread == 0) {
-    // In order and in fp64, so the sum that meets the bound is the same on every backend.
+// What the entropies of a row, by rank, amount to.
+struct EntropyRun {
+  int taken;    // leading ranks that kEntropyBound takes
+  double sum;   // over the row; of the last thread
+  bool differs; // in any thread
+};
+
+// In order and in fp64, so the sum that meets the bound is the same on every backend.
+template <int kThreads>
+DGEMMA_DEVICE int taken_in_order(const CommitParams& params, const RowRule& rule, int count) {
+  using Block = CommitBlock<kThreads>;
+  if (Block::thread() == 0) {
     double sum = 0;
-    int32_t taken = 0;
+    int taken = 0;
+    DGEMMA_NO_UNROLL
     for (; taken < count; ++taken) {
-      const float next = shared.entropy.load(taken);
+      const double next = Block::entropy().load(taken);
       if (!entropy_holds(sum, next, taken + 1, rule.value, params.flags)) break;
-      sum += double(next);
+      sum += next;
     }
-    shared.taken.store(0, taken);
+    Block::taken().store(0, taken);
   }
   hw::sync_block();
-  return shared.taken.load(0);
+  return Block::taken().load(0);
 }
 
-DGEMMA_DEVICE void update_row_state(const CommitParams& params, int64_t b, int64_t position, bool inside,
-                                    float entropy, const CommitShared& shared) {
-  const int64_t canvas = params.batch * params.length, index = b * params.length + position;
-  const bool was_finished = params.finished[b];
-  int64_t draft = 0;
+// Decides by sums that are added in another order where none is so close to the bound that the order could matter.
+// Words of Philox are worked out in the time in which the sums wait for one another.
+template <int kThreads>
+DGEMMA_DEVICE EntropyRun add_entropies(const CommitParams& params, const RowRule& rule, const Place& place,
+                                       float entropy, bool differs, int64_t seed, int64_t offset, int64_t row,
+                                       PhiloxWords& words) {
+  using Block = CommitBlock<kThreads>;
+  const int rank = Block::thread(), lane = Block::lane(), warp = Block::warp();
+  Block::entropy().store(place.rank, double(entropy));
+  const bool any_differs = hw::sync_count(differs) != 0;
+
+  const double own = Block::entropy().load(rank);
+  double sum = own;
+  words = random_words(seed, offset, row);
+  DGEMMA_UNROLL
+  for (int delta = 1; delta < hw::kWarp; delta *= 2) {
+    const double left = hw::shuffle_up(sum, delta);
+    if (lane >= delta) sum += left;
+  }
+  double before = hw::shuffle_up(sum, 1);
+  if (lane == 0) before = 0;
+  if constexpr (Block::kWarps > 1) {
+    if (lane == hw::kWarp - 1) Block::warp_sums().store(warp, sum);
+    hw::sync_block();
+    double of_warps = 0;
+    DGEMMA_UNROLL
+    for (int w = 0; w < Block::kWarps - 1; ++w) {
+      const double theirs = Block::warp_sums().load(w);
+      if (w < warp) of_warps += theirs;
+    }
+    before += of_warps;
+    sum += of_warps;
+  }
+
+  // Sums of n numbers that are not negative differ by less than this part of them, whatever the order.
+  constexpr double kSpread = 4 * kThreads * 0x1p-53;
+  const double bound = double(rule.value);
+  bool holds, fails;
+  if (params.flags & kInclusive) {
+    holds = rank == 0 || sum * (1 + kSpread) < bound;
+    fails = sum * (1 - kSpread) >= bound;
+  } else {
+    holds = before * (1 + kSpread) <= bound;
+    fails = before * (1 - kSpread) > bound;
+  }
+  const bool unsure = rank < place.count && (!(holds || fails) || !(own >= 0));
+  int taken = hw::sync_count(rank < place.count && holds);
+  if (hw::sync_count(unsure) != 0) taken = taken_in_order<kThreads>(params, rule, place.count);
+  return {taken, sum, any_differs};
+}
+
+// What is read of a position's state: with one canvas of history, which is usual, there is nothing behind it.
+struct State {
+  int64_t argmax, draft, oldest;
+};
+
+DGEMMA_DEVICE State read_state(const CommitParams& params, int64_t index) {
+  return {params.argmax[index], params.draft[index], params.depth > 0 ? params.history[index] : 0};
+}
+
+// Stores the new draft and the history with it; whether it differs from a canvas of the history.
+DGEMMA_DEVICE bool push_draft(const CommitParams& params, int64_t index, int64_t oldest, int64_t draft) {
+  params.new_draft[index] = draft;
+  if (params.depth == 0) return false;
+  const int64_t canvas = params.batch * params.length;
+  bool differs = oldest != draft;
+  int64_t at = index;
+  DGEMMA_NO_UNROLL
+  for (int64_t s = 1; s < params.depth; ++s, at += canvas) {
+    const int64_t next = params.history[at + canvas];
+    differs |= next != draft;
+    params.new_history[at] = next;
+  }
+  params.new_history[at] = draft;
+  return differs;
+}
+
+// sum / length < limit. The product is exact, so only right below it rounding of the quotient could matter.
+DGEMMA_DEVICE bool mean_is_below(double sum, int64_t length, float limit) {
+  const double product = double(limit) * double(int(length));
+  return sum < product && (sum < product * (1 - 0x1p-50) || sum / double(int(length)) < double(limit));
+}
+
+template <int kThreads>
+DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams params) {
+  using Block = CommitBlock<kThreads>;
+  const int thread = Block::thread();
+  const int64_t b = hw::block_x(), index = b * params.length + thread;
+  const bool inside = thread < params.length, has_state = params.finished != nullptr;
+  const bool ranks_entropy = params.select == Select::kEntropyBound;
+
+  const RowRule rule = row_rule(params, b);
+  const int64_t seed = of_row(params.seed, 0), offset = of_row(params.offset, 0);
+  const uint8_t finished = has_state ? byte_of(params.finished + b) : 0;
+  Position position{};
+  State state{};
+  if (inside) {
+    position = read_position(params, index);
+    if (has_state) state = read_state(params, index);
+  }
+  const float confidence = params.has_confidence ? of_row(params.confidence, 0) : 0.0f;
+  const bool was_finished = finished != 0;
+
+  Candidate c = candidate_of(params, position, thread, was_finished);
+  c.eligible = c.eligible && inside;
+  c.ranked = c.ranked && inside;
   bool differs = false;
   if (inside) {
-    draft = was_finished ? params.draft[index] : params.argmax[index];
-    params.new_draft[index] = draft;
-    for (int64_t s = 0; s < params.depth; ++s) differs = differs || params.history[s * canvas + index] != draft;
-    for (int64_t s = 0; s < params.depth; ++s)
-      params.new_history[s * canvas + index] = s + 1 < params.depth ? params.history[(s + 1) * canvas + index] : draft;
+    if (rule_draws(params) || (params.write == Write::kRenoise && !ranks_entropy))
+      add_draws(params, rule, random_words(seed, offset, index), c);
+    if (has_state) differs = push_draft(params, index, state.oldest, was_finished ? state.draft : state.argmax);
   }
-  bool finished = was_finished;
-  if (params.has_confidence) {
-    const bool stable = hw::sync_count(differs) == 0;
-    const double sum = sum_block(inside ? double(entropy) : 0.0, shared.warp_sums);
-    finished = finished || (stable && sum / double(params.length) < double(of_row(params.confidence, 0)));
-  }
-  if (hw::thread_x() == 0) params.new_finished[b] = finished;
-}
-
-DGEMMA_KERNEL commit_kernel(CommitParams params) {
-  const int thread = hw::thread_x();
-  const int64_t b = hw::block_x(), index = b * params.length + thread;
-  const bool inside = thread < params.length;
-  const CommitShared shared(hw::block_threads());
-  const RowRule rule = row_rule(params, b);
-
-  Candidate c{};
-  if (inside) {
-    const int64_t row = b * params.length + thread;
-    const PhiloxWords words = random_words(of_row(params.seed, 0), of_row(params.offset, 0), row);
-    c = read_candidate(params, rule, b, thread, words);
-  }
-  const int64_t count = hw::sync_count(c.ranked);
 
   Ranking ranking{0.0f, 0};
-  int32_t rank = 0;
+  EntropyRun run{};
+  int64_t rank = 2;
   bool best_of_run = false;
-  if (params.select != Select::kBernoulli) {
-    // Threads beyond the canvas sort behind every position of it.
-    const uint64_t key = sort_block(inside ? ranking_key(c.ranked, c.score, thread) : ~uint64_t{0}, shared.keys);
-    const uint32_t position = key == ~uint64_t{0} ? uint32_t(thread) : position_of(key);
-    shared.score.store(thread, c.score);
-    shared.entropy.store(thread, c.entropy);
-    shared.rank.store(int(position), thread + 1);
-    // The keys are no longer needed; their first slot carries the position of rank 1.
-    if (thread == 0) shared.keys.store(0, uint64_t{position});
-    hw::sync_block();
-    rank = shared.rank.load(thread);
-    ranking.best = shared.score.load(int(shared.keys.load(0)));
-    if (params.select == Select::kFactor || params.select == Select::kEntropyBound)
-      ranking.taken_ranks = ranks_taken(params, rule, position, count, shared);
-    if (params.select == Select::kHierarchy) {
-      best_of_run = is_best_of_run(c.ranked, rank, count, shared);
+  const uint32_t key = descending_key(c.ranked, c.score);
+  const bool in_order = needs_ranks(params, rule);
+  if ((params.flags & kRelative) || (!in_order && rule.k == 1)) {
+    const First first = first_of_block<kThreads>(key);
+    ranking.best = score_of(first.key);
+    rank = first.own ? 1 : 2;
+  }
+  if (in_order) {
+    const Place place = place_of<kThreads>(c.ranked, key);
+    rank = place.rank + 1;
+    if (params.select == Select::kFactor) {
+      const bool fails = c.ranked && !factor_holds(c.score, rank, rule.value);
+      const uint32_t leading = smallest_of_block<kThreads>(uint32_t(fails ? place.rank : place.count));
+      ranking.taken_ranks = factor_length(leading, place.count, params.flags);
+    } else if (ranks_entropy) {
+      run = add_entropies<kThreads>(params, rule, place, c.entropy, differs, seed, offset, index, c.words);
+      ranking.taken_ranks = run.taken;
+    } else if (params.select == Select::kHierarchy) {
+      best_of_run = is_best_of_run<kThreads>(c.ranked, place);
     }
   }
 
@@ -201,9 +334,17 @@ DGEMMA_KERNEL commit_kernel(CommitParams params) {
     params.committed[index] = committed;
     params.new_tokens[index] = written_token(params, c, committed);
   }
-  const int num_committed = hw::sync_count(committed);
+  const int num_committed = ranks_entropy ? run.taken : hw::sync_count(committed);
   if (thread == 0) params.num_committed[b] = num_committed;
-  if (params.finished != nullptr) update_row_state(params, b, thread, inside, c.entropy, shared);
+  if (!has_state) return;
+  if (params.has_confidence && !ranks_entropy) {
+    run.sum = sum_of_block<kThreads>(inside ? double(c.entropy) : 0.0);
+    run.differs = hw::sync_count(differs) != 0;
+  }
+  if (thread == kThreads - 1) {
+    const bool stops = params.has_confidence && !run.differs && mean_is_below(run.sum, params.length, confidence);
+    params.new_finished[b] = was_finished || stops;
+  }
 }
 
 }  // namespace dgemma

@@ -34,34 +34,57 @@ DGEMMA_HD float gumbel(uint32_t word) {
   return float(-log(-log(uniform)));
 }
 
-DGEMMA_HD float measured(const CommitParams& params, int64_t index, int64_t position, float draw) {
-  switch (params.measure) {
-    case Measure::kSampleProb: return params.sample_prob[index];
-    case Measure::kTop1Prob: return params.top1_prob[index];
-    case Measure::kEntropy: return -params.entropy[index];
-    case Measure::kMargin: return params.top1_prob[index] - params.top2_prob[index];
-    case Measure::kRandom: return draw;
-    case Measure::kPosition: return -float(position);
-  }
-  return 0;
+// Whether the rule itself reads words; a write reads those of positions that are not committed.
+DGEMMA_HD bool rule_draws(const CommitParams& params) {
+  return params.measure == Measure::kRandom || params.select == Select::kBernoulli || (params.flags & kGumbel);
 }
 
-// `words` are those of the position, whatever stands in them where the rule and the write draw nothing.
-DGEMMA_HD Candidate read_candidate(const CommitParams& params, const RowRule& rule, int64_t b, int64_t position,
-                                   const PhiloxWords& words) {
-  const int64_t index = b * params.length + position;
-  Candidate c;
-  c.words = words;
-  c.draw = uniform_from_word(c.words.word[kWordSelect]);
-  c.token = params.tokens[index];
-  c.sample = params.sample[index];
-  c.entropy = params.entropy[index];
-  c.eligible = (params.candidates == nullptr || params.candidates[index]) &&
-               !(params.finished != nullptr && params.finished[b]);
+// What is read of a position, as it lies in memory. No value decides what else is read, so a GPU has every load under
+// way at once.
+struct Position {
+  int64_t token, sample;
+  float entropy, measured, second;
+  uint8_t candidate;
+};
+
+// A flag as its byte: a compiler asks of a bool what it is where it is loaded, and so waits for it.
+DGEMMA_HD uint8_t byte_of(const bool* flag) { return *reinterpret_cast<const uint8_t*>(flag); }
+
+DGEMMA_HD Position read_position(const CommitParams& params, int64_t index) {
+  const bool margin = params.measure == Measure::kMargin;
+  const float* measured = params.measure == Measure::kSampleProb            ? params.sample_prob
+                          : margin || params.measure == Measure::kTop1Prob ? params.top1_prob
+                                                                           : params.entropy;
+  Position p;
+  p.measured = measured[index];
+  p.entropy = params.entropy[index];
+  p.second = margin ? params.top2_prob[index] : 0.0f;
+  p.candidate = params.candidates != nullptr ? byte_of(params.candidates + index) : 1;
+  p.token = params.tokens[index];
+  p.sample = params.sample[index];
+  return p;
+}
+
+DGEMMA_HD Candidate candidate_of(const CommitParams& params, const Position& p, int64_t position, bool row_finished) {
+  Candidate c{};
+  c.token = p.token;
+  c.sample = p.sample;
+  c.entropy = p.entropy;
+  c.score = params.measure == Measure::kEntropy    ? -p.entropy
+            : params.measure == Measure::kPosition ? -float(position)
+                                                   : p.measured - p.second;  // x - 0 is x
+  c.eligible = p.candidate != 0 && !row_finished;
   c.ranked = c.eligible && (params.select != Select::kEdit || c.token == params.mask_id);
-  c.score = measured(params, index, position, c.draw);
-  if (params.flags & kGumbel) c.score = c.score / rule.value2 + gumbel(c.words.word[kWordSelect]);
   return c;
+}
+
+// For a rule that draws: `words` are those of the position.
+DGEMMA_HD void add_draws(const CommitParams& params, const RowRule& rule, const PhiloxWords& words, Candidate& c) {
+  c.words = words;
+  c.draw = uniform_from_word(words.word[kWordSelect]);
+  if (params.measure == Measure::kRandom) c.score = c.draw;
+  if (__builtin_expect(params.flags & kGumbel, 0))
+    c.score = c.score / rule.value2 + gumbel(words.word[kWordSelect]);
 }
 
 // What the ranking of a row says as a whole.
@@ -79,9 +102,20 @@ DGEMMA_HD int64_t factor_length(int64_t leading, int64_t count, int32_t flags) {
 }
 
 // Whether the next rank, 1-based, of ascending entropy is taken, given the sum over the ranks before it.
-DGEMMA_HD bool entropy_holds(double before, float own, int64_t rank, float value, int32_t flags) {
-  if (flags & kInclusive) return rank == 1 || before + double(own) < double(value);
+DGEMMA_HD bool entropy_holds(double before, double own, int64_t rank, float value, int32_t flags) {
+  if (flags & kInclusive) return rank == 1 || before + own < double(value);
   return before <= double(value);
+}
+
+// Whether the selection asks for ranks beyond the first.
+DGEMMA_HD bool needs_ranks(const CommitParams& params, const RowRule& rule) {
+  switch (params.select) {
+    case Select::kFactor:
+    case Select::kEntropyBound:
+    case Select::kHierarchy: return true;
+    case Select::kBernoulli: return false;
+    default: return rule.k > 1;
+  }
 }
 
 DGEMMA_HD bool is_committed(const CommitParams& params, const RowRule& rule, const Candidate& c, int64_t rank,

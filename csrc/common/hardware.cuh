@@ -47,6 +47,10 @@ DGEMMA_DEVICE T shuffle_up(T value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);
 }
 DGEMMA_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+// The lanes whose value is the own one.
+DGEMMA_DEVICE uint32_t lanes_equal(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
+DGEMMA_DEVICE uint32_t smallest_of_warp(uint32_t value) { return __reduce_min_sync(0xffffffffu, value); }
+DGEMMA_DEVICE int count_bits(uint32_t mask) { return __popc(mask); }
 DGEMMA_DEVICE int find_first_set(uint32_t mask) { return __ffs(mask); }
 DGEMMA_DEVICE int count_leading_zeros(uint32_t mask) { return __clz(mask); }
 

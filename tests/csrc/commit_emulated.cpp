@@ -5,6 +5,11 @@
 namespace dgemma {
 namespace {
 
+template <int kThreads>
+void run_kernel(const CommitParams& p) {
+  emulation::run({p.batch, 1, 1}, kThreads, uint32_t(commit_shared_bytes(kThreads)), [&] { commit_kernel<kThreads>(p); });
+}
+
 void run_case(const std::string& folder) {
   Case c(folder);
   CommitParams p;
@@ -45,8 +50,12 @@ void run_case(const std::string& folder) {
     p.new_history = c.output<int64_t>("new_history", p.depth * canvas);
     p.new_finished = c.output<bool>("new_finished", p.batch);
   }
-  const int threads = commit_threads(p.length);
-  emulation::run({p.batch, 1, 1}, threads, uint32_t(commit_shared_bytes(threads)), [&] { commit_kernel(p); });
+  switch (commit_threads(p.length)) {
+    case 32: run_kernel<32>(p); break;
+    case 256: run_kernel<256>(p); break;
+    case 512: run_kernel<512>(p); break;
+    default: run_kernel<1024>(p);
+  }
   c.save();
 }
 

@@ -235,6 +235,24 @@ def _reduce(program: Program, instruction: Instruction) -> Callable[[Machine], N
     return reduce
 
 
+def _match(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
+    """match.any.sync: the lanes whose value is that of the own one."""
+    target, source, members = instruction.operands
+    if instruction.parts[1] != "any":
+        raise Unsupported(instruction.text)
+    read, mask = reader(program, source, instruction.parts[-1]), reader(program, members, "u32")
+
+    def match(machine: Machine) -> None:
+        values = _by_warp(machine, instruction, read(machine))
+        if (mask(machine) != np.uint32(0xFFFFFFFF)).any():
+            raise Unsupported("match of a part of a warp")
+        equal = values[:, :, None] == values[:, None, :]
+        bits = (equal.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(axis=2).astype(np.uint32)
+        machine.write(target, bits.reshape(-1))
+
+    return match
+
+
 def _vote(program: Program, instruction: Instruction) -> Callable[[Machine], None]:
     mode = instruction.parts[2]
     target, source, _ = instruction.operands
@@ -434,7 +452,7 @@ def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], 
 
 SPECIAL = {
     "mov": _move, "ld": _transfer, "st": _transfer, "atom": _atomic, "red": _atomic, "shfl": _shuffle,
-    "redux": _reduce, "vote": _vote, "mma": _mma, "ldmatrix": _matrices, "stmatrix": _matrices, "bar": _barrier,
+    "redux": _reduce, "match": _match, "vote": _vote, "mma": _mma, "ldmatrix": _matrices, "stmatrix": _matrices, "bar": _barrier,
     "mapa": _in_cluster,
 }  # fmt: skip
 

@@ -71,6 +71,31 @@ inline uint32_t ballot(bool predicate) {
   });
   return own.result;
 }
+struct ValueLane {
+  uint32_t value, result;
+};
+inline uint32_t lanes_equal(uint32_t value) {
+  ValueLane own{value, 0};
+  emulation::warp_instruction("a match", &own, [](void* const(&lanes)[32]) {
+    for (void* lane : lanes)
+      for (int i = 0; i < 32; ++i) {
+        auto* to = static_cast<ValueLane*>(lane);
+        to->result |= uint32_t(static_cast<ValueLane*>(lanes[i])->value == to->value) << i;
+      }
+  });
+  return own.result;
+}
+inline uint32_t smallest_of_warp(uint32_t value) {
+  ValueLane own{value, 0};
+  emulation::warp_instruction("a minimum", &own, [](void* const(&lanes)[32]) {
+    uint32_t smallest = 0xffffffffu;
+    for (void* lane : lanes)
+      if (static_cast<ValueLane*>(lane)->value < smallest) smallest = static_cast<ValueLane*>(lane)->value;
+    for (void* lane : lanes) static_cast<ValueLane*>(lane)->result = smallest;
+  });
+  return own.result;
+}
+inline int count_bits(uint32_t mask) { return __builtin_popcount(mask); }
 inline int find_first_set(uint32_t mask) { return __builtin_ffs(int(mask)); }
 inline int count_leading_zeros(uint32_t mask) { return mask ? __builtin_clz(mask) : 32; }
 
