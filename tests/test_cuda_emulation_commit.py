@@ -156,7 +156,7 @@ BUGS = {
         r.EntropyBound(0.9), RACE,
     ),
     "a thread behind the canvas takes part": (
-        "inside = thread < params.length,", "inside = thread <= params.length,", RUNS, "heap-buffer-overflow",
+        "inside = thread < int(params.length),", "inside = thread <= int(params.length),", RUNS, "heap-buffer-overflow",
     ),
     "the search leaves out the last step": (
         "step = kRun / 2; step > 0;", "step = kRun / 2; step > 1;", r.EntropyBound(0.9), None,

@@ -13,22 +13,24 @@ template <int kThreads>
 struct CommitBlock {
   static constexpr int kWarps = kThreads / hw::kWarp;
 
-  // Shared memory.
-  DGEMMA_DEVICE_MEMBER static hw::Shared<double> entropy() { return {0}; }                            // [kThreads], by rank
-  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> keys() { return {kThreads * 8}; }                  // [kThreads]
-  DGEMMA_DEVICE_MEMBER static hw::Shared<hw::Words4> four_keys() { return {kThreads * 8}; }           // the same
-  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> runs() { return {kThreads * 12}; }                 // [kThreads]
-  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> rank() { return {kThreads * 16}; }                  // [kThreads], by position
-  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> run_best() { return {kThreads * 20}; }              // [kThreads], by its start
-  DGEMMA_DEVICE_MEMBER static hw::Shared<double> warp_sums() { return {kThreads * 24}; }              // [kWarps]
-  DGEMMA_DEVICE_MEMBER static hw::Shared<uint32_t> warp_best() { return {kThreads * 24 + 256}; }      // [kWarps]
-  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> warp_values() { return {kThreads * 24 + 256}; }     // the same
-  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> warp_values2() { return {kThreads * 24 + 384}; }    // [kWarps]
-  DGEMMA_DEVICE_MEMBER static hw::Shared<int32_t> taken() { return {kThreads * 24 + 512}; }           // [1]
-
   DGEMMA_DEVICE_MEMBER static int thread() { return hw::thread_x(); }
-  DGEMMA_DEVICE_MEMBER static int lane() { return hw::thread_x() % hw::kWarp; }
-  DGEMMA_DEVICE_MEMBER static int warp() { return hw::thread_x() / hw::kWarp; }
+  DGEMMA_DEVICE_MEMBER static int lane() { return int(uint32_t(hw::thread_x()) % hw::kWarp); }
+  DGEMMA_DEVICE_MEMBER static int warp() { return int(uint32_t(hw::thread_x()) / hw::kWarp); }
+
+  // Shared memory: values per thread, which is a rank for `entropy` and otherwise a position, and values per warp.
+  template <class T>
+  using Shared = hw::Shared<T>;
+  DGEMMA_DEVICE_MEMBER static Shared<double> entropy() { return {0}; }
+  DGEMMA_DEVICE_MEMBER static Shared<uint32_t> keys() { return {kThreads * 8}; }
+  DGEMMA_DEVICE_MEMBER static Shared<hw::Words4> four_keys() { return {kThreads * 8}; }
+  DGEMMA_DEVICE_MEMBER static Shared<uint32_t> runs() { return {kThreads * 12}; }
+  DGEMMA_DEVICE_MEMBER static Shared<int32_t> rank() { return {kThreads * 16}; }
+  DGEMMA_DEVICE_MEMBER static Shared<int32_t> run_best() { return {kThreads * 20}; }  // by the run's start
+  DGEMMA_DEVICE_MEMBER static Shared<double> warp_sums() { return {kThreads * 24}; }
+  DGEMMA_DEVICE_MEMBER static Shared<uint32_t> warp_smallest() { return {kThreads * 24 + 256}; }
+  DGEMMA_DEVICE_MEMBER static Shared<int32_t> warp_starts() { return {kThreads * 24 + 256}; }
+  DGEMMA_DEVICE_MEMBER static Shared<int32_t> warp_bests() { return {kThreads * 24 + 384}; }
+  DGEMMA_DEVICE_MEMBER static Shared<int32_t> taken() { return {kThreads * 24 + 512}; }  // one number
 };
 
 // The ranking of a row as one thread sees it.
@@ -40,7 +42,7 @@ struct Place {
 // How many keys of the other runs among `kRuns` neighbours come before this one; each has `kRun` ascending keys.
 template <int kRun, int kRuns>
 DGEMMA_DEVICE int keys_before(uint32_t key, const hw::Shared<uint32_t>& runs) {
-  const int run = hw::thread_x() / kRun;
+  const int run = int(uint32_t(hw::thread_x()) / kRun);
   hw::Shared<uint32_t> rest[kRuns];  // of a run: what is not known to come before
   uint32_t bound[kRuns], bytes = 0;
   DGEMMA_UNROLL
@@ -94,9 +96,9 @@ template <int kThreads>
 DGEMMA_DEVICE uint32_t smallest_of_block(uint32_t value) {
   using Block = CommitBlock<kThreads>;
   const uint32_t of_warp = hw::smallest_of_warp(value);
-  if (Block::lane() == 0) Block::warp_best().store(Block::warp(), of_warp);
+  if (Block::lane() == 0) Block::warp_smallest().store(Block::warp(), of_warp);
   hw::sync_block();
-  return hw::smallest_of_warp(Block::warp_best().load(Block::lane() % Block::kWarps));
+  return hw::smallest_of_warp(Block::warp_smallest().load(Block::lane() % Block::kWarps));
 }
 
 // The key of rank 1, and whether it is this thread's.
@@ -110,9 +112,9 @@ DGEMMA_DEVICE First first_of_block(uint32_t key) {
   using Block = CommitBlock<kThreads>;
   const uint32_t of_warp = hw::smallest_of_warp(key);
   const int lane = hw::find_first_set(hw::ballot(key == of_warp)) - 1;
-  if (Block::lane() == 0) Block::warp_best().store(Block::warp(), of_warp);
+  if (Block::lane() == 0) Block::warp_smallest().store(Block::warp(), of_warp);
   hw::sync_block();
-  const uint32_t theirs = Block::warp_best().load(Block::lane() % Block::kWarps);
+  const uint32_t theirs = Block::warp_smallest().load(Block::lane() % Block::kWarps);
   const uint32_t smallest = hw::smallest_of_warp(theirs);
   const int warp = hw::find_first_set(hw::ballot(theirs == smallest)) - 1;
   return {smallest, Block::thread() == warp * hw::kWarp + lane};
@@ -139,6 +141,7 @@ DGEMMA_DEVICE int32_t largest_so_far(int32_t value, const hw::Shared<int32_t>& p
   }
   if (Block::lane() == hw::kWarp - 1) per_warp.store(Block::warp(), value);
   hw::sync_block();
+  DGEMMA_NO_UNROLL
   for (int w = 0; w < Block::warp(); ++w) {
     const int32_t before = per_warp.load(w);
     if (before > value) value = before;
@@ -153,11 +156,11 @@ DGEMMA_DEVICE bool is_best_of_run(bool ranked, const Place& place) {
   const int thread = Block::thread();
   Block::rank().store(thread, place.rank);
   // A run starts behind the latest position that is not ranked.
-  const int32_t start = largest_so_far<kThreads>(ranked ? -1 : thread, Block::warp_values()) + 1;
+  const int32_t start = largest_so_far<kThreads>(ranked ? -1 : thread, Block::warp_starts()) + 1;
   // Later runs have larger starts, so the largest pair so far is the best rank of the own run so far.
   constexpr int32_t kPair = 2 * int32_t(kCommitMaxLength);
   const int32_t pair = ranked ? start * kPair + kPair - 1 - place.rank : start * kPair;
-  const int32_t best = largest_so_far<kThreads>(pair, Block::warp_values2());
+  const int32_t best = largest_so_far<kThreads>(pair, Block::warp_bests());
   const bool ends = thread + 1 == kThreads || Block::rank().load(thread + 1) >= place.count;
   if (ranked && ends) Block::run_best().store(start, kPair - 1 - best % kPair);
   hw::sync_block();
@@ -278,7 +281,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams params
   using Block = CommitBlock<kThreads>;
   const int thread = Block::thread();
   const int64_t b = hw::block_x(), index = b * params.length + thread;
-  const bool inside = thread < params.length, has_state = params.finished != nullptr;
+  const bool inside = thread < int(params.length), has_state = params.finished != nullptr;
   const bool ranks_entropy = params.select == Select::kEntropyBound;
 
   const RowRule rule = row_rule(params, b);

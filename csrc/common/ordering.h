@@ -7,10 +7,9 @@ namespace dgemma {
 
 // Rises with the value; -0.0 equals 0.0, and NaN is above everything as in torch.sort.
 DGEMMA_HD uint32_t order_of(float value) {
-  const uint32_t bits = bits_from_float(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
-  if ((bits & 0x7fffffffu) == 0) return 0x80000000u;
-  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+  const uint32_t bits = bits_from_float(value + 0.0f);  // of 0.0 for -0.0
+  const uint32_t order = bits ^ ((bits & 0x80000000u) ? 0xffffffffu : 0x80000000u);
+  return value == value ? order : 0xffffffffu;
 }
 
 // Ascending keys: ranked positions first, by descending score, the lower position first on ties.
