@@ -29,7 +29,7 @@ REGISTERS = 65_536
 REQUIRED = {
     "row_stats_tile_kernel": {r"LDG\.E\S*\.128": 8, r"MUFU\.EX2": 32, r"SHFL": 25},
     "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
-    "commit_kernel": {r"SHFL": 10, r"BAR": 4, r"MATCH": 1, r"REDUX": 2, r"LDS\.128": 8},
+    "commit_kernel": {r"SHFL": 10, r"BAR": 4, r"MATCH": 1, r"LDS\.128": 8},
     "progress_kernel": {r"SHFL": 5},
     "block_attention_kernel": {r"HMMA": 16, r"LDSM": 8, r"LDGSTS\.E\S*\.128": 2},
     # 16 products for the scores of a tile, 4 with its values; a barrier of the cluster, stores to the other block.

@@ -11,7 +11,7 @@ namespace {
 
 template <int kThreads>
 void launch_commit(const CommitParams& params, void* stream) {
-  launch("commit", commit_kernel<kThreads>, dim3(unsigned(params.batch)), unsigned(kThreads),
+  launch("commit", is_entropy_bound(params) ? commit_kernel<kThreads, true> : commit_kernel<kThreads, false>, dim3(unsigned(params.batch)), unsigned(kThreads),
          commit_shared_bytes(kThreads), stream, params);
 }
 

@@ -130,7 +130,7 @@ void commit_row(const CommitParams& params, int64_t b) {
     const bool committed = is_committed(params, rule, row[i], rank[i], ranking, best_of_run[i]);
     if (!drawn && !committed && params.write == Write::kRenoise) row[i].words = words_of(i);
     params.committed[b * length + i] = committed;
-    params.new_tokens[b * length + i] = written_token(params, row[i], committed);
+    params.new_tokens[b * length + i] = committed ? row[i].sample : rest_token(params, row[i]);
     num_committed += committed;
   }
   params.num_committed[b] = num_committed;

@@ -169,9 +169,9 @@ DGEMMA_DEVICE bool is_best_of_run(bool ranked, const Place& place) {
 
 // What the entropies of a row, by rank, amount to.
 struct EntropyRun {
-  int taken;    // leading ranks that kEntropyBound takes
-  double sum;   // over the row; of the last thread
-  bool differs; // in any thread
+  int taken;     // leading ranks that kEntropyBound takes
+  int64_t rest;  // what the own position holds if it is not committed
+  bool stops;    // the row; of the last thread
 };
 
 // In order and in fp64, so the sum that meets the bound is the same on every backend.
@@ -193,20 +193,30 @@ DGEMMA_DEVICE int taken_in_order(const CommitParams& params, const RowRule& rule
   return Block::taken().load(0);
 }
 
+// sum / length < limit. The product is exact, so only right below it rounding of the quotient could matter.
+DGEMMA_DEVICE bool mean_is_below(double sum, int64_t length, float limit) {
+  const double product = double(limit) * double(int(length));
+  return sum < product && (sum < product * (1 - 0x1p-50) || sum / double(int(length)) < double(limit));
+}
+
 // Decides by sums that are added in another order where none is so close to the bound that the order could matter.
-// Words of Philox are worked out in the time in which the sums wait for one another.
+// What else a position needs is worked out in the time in which the sums wait for one another.
 template <int kThreads>
 DGEMMA_DEVICE EntropyRun add_entropies(const CommitParams& params, const RowRule& rule, const Place& place,
-                                       float entropy, bool differs, int64_t seed, int64_t offset, int64_t row,
-                                       PhiloxWords& words) {
+                                       Candidate c, bool differs, float confidence, int64_t seed, int64_t offset,
+                                       int64_t row) {
   using Block = CommitBlock<kThreads>;
   const int rank = Block::thread(), lane = Block::lane(), warp = Block::warp();
-  Block::entropy().store(place.rank, double(entropy));
-  const bool any_differs = hw::sync_count(differs) != 0;
+  Block::entropy().store(place.rank, double(c.entropy));
+  const bool all_agree = hw::sync_count(differs) == 0;
 
   const double own = Block::entropy().load(rank);
   double sum = own;
-  words = random_words(seed, offset, row);
+  c.words = random_words(seed, offset, row);
+  // As `rest_token` has it, without a branch, around which nothing could be done meanwhile.
+  const int64_t drawn = below(c.words.word[kWordRenoiseHigh], c.words.word[kWordRenoiseLow], params.write_argument);
+  const int64_t written = params.write == Write::kRemask ? params.write_argument : drawn;
+  const int64_t rest = !c.eligible | (params.write == Write::kKeep) ? c.token : written;
   DGEMMA_UNROLL
   for (int delta = 1; delta < hw::kWarp; delta *= 2) {
     const double left = hw::shuffle_up(sum, delta);
@@ -217,14 +227,15 @@ DGEMMA_DEVICE EntropyRun add_entropies(const CommitParams& params, const RowRule
   if constexpr (Block::kWarps > 1) {
     if (lane == hw::kWarp - 1) Block::warp_sums().store(warp, sum);
     hw::sync_block();
-    double of_warps = 0;
+    double even = 0, odd = 0;
     DGEMMA_UNROLL
-    for (int w = 0; w < Block::kWarps - 1; ++w) {
-      const double theirs = Block::warp_sums().load(w);
-      if (w < warp) of_warps += theirs;
+    for (int w = 0; w < Block::kWarps; w += 2) {
+      const double first = Block::warp_sums().load(w), second = Block::warp_sums().load(w + 1);
+      if (w < warp) even += first;
+      if (w + 1 < warp) odd += second;
     }
-    before += of_warps;
-    sum += of_warps;
+    before += even + odd;
+    sum += even + odd;
   }
 
   // Sums of n numbers that are not negative differ by less than this part of them, whatever the order.
@@ -239,9 +250,10 @@ DGEMMA_DEVICE EntropyRun add_entropies(const CommitParams& params, const RowRule
     fails = before * (1 - kSpread) > bound;
   }
   const bool unsure = rank < place.count && (!(holds || fails) || !(own >= 0));
+  const bool stops = rank == kThreads - 1 && params.has_confidence && all_agree && mean_is_below(sum, params.length, confidence);
   int taken = hw::sync_count(rank < place.count && holds);
   if (hw::sync_count(unsure) != 0) taken = taken_in_order<kThreads>(params, rule, place.count);
-  return {taken, sum, any_differs};
+  return {taken, rest, stops};
 }
 
 // What is read of a position's state: with one canvas of history, which is usual, there is nothing behind it.
@@ -270,21 +282,20 @@ DGEMMA_DEVICE bool push_draft(const CommitParams& params, int64_t index, int64_t
   return differs;
 }
 
-// sum / length < limit. The product is exact, so only right below it rounding of the quotient could matter.
-DGEMMA_DEVICE bool mean_is_below(double sum, int64_t length, float limit) {
-  const double product = double(limit) * double(int(length));
-  return sum < product && (sum < product * (1 - 0x1p-50) || sum / double(int(length)) < double(limit));
-}
-
-template <int kThreads>
-DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams params) {
+template <int kThreads, bool kEntropyBound>
+DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams given) {
   using Block = CommitBlock<kThreads>;
+  CommitParams params = given;
+  if constexpr (kEntropyBound) {
+    params.select = Select::kEntropyBound;
+    params.measure = Measure::kEntropy;
+    params.flags &= kInclusive;
+  }
   const int thread = Block::thread();
   const int64_t b = hw::block_x(), index = b * params.length + thread;
   const bool inside = thread < int(params.length), has_state = params.finished != nullptr;
   const bool ranks_entropy = params.select == Select::kEntropyBound;
 
-  const RowRule rule = row_rule(params, b);
   const int64_t seed = of_row(params.seed, 0), offset = of_row(params.offset, 0);
   const uint8_t finished = has_state ? byte_of(params.finished + b) : 0;
   Position position{};
@@ -293,61 +304,66 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams params
     position = read_position(params, index);
     if (has_state) state = read_state(params, index);
   }
+  const RowRule rule = row_rule(params, b);
   const float confidence = params.has_confidence ? of_row(params.confidence, 0) : 0.0f;
   const bool was_finished = finished != 0;
 
   Candidate c = candidate_of(params, position, thread, was_finished);
   c.eligible = c.eligible && inside;
   c.ranked = c.ranked && inside;
-  bool differs = false;
-  if (inside) {
-    if (rule_draws(params) || (params.write == Write::kRenoise && !ranks_entropy))
-      add_draws(params, rule, random_words(seed, offset, index), c);
-    if (has_state) differs = push_draft(params, index, state.oldest, was_finished ? state.draft : state.argmax);
-  }
+  if (rule_draws(params) || (params.write == Write::kRenoise && !ranks_entropy))
+    add_draws(params, rule, random_words(seed, offset, index), c);
 
   Ranking ranking{0.0f, 0};
-  EntropyRun run{};
-  int64_t rank = 2;
-  bool best_of_run = false;
+  Place place{1, 0};
   const uint32_t key = descending_key(c.ranked, c.score);
   const bool in_order = needs_ranks(params, rule);
   if ((params.flags & kRelative) || (!in_order && rule.k == 1)) {
     const First first = first_of_block<kThreads>(key);
     ranking.best = score_of(first.key);
-    rank = first.own ? 1 : 2;
+    place.rank = first.own ? 0 : 1;
   }
-  if (in_order) {
-    const Place place = place_of<kThreads>(c.ranked, key);
-    rank = place.rank + 1;
+  if (in_order) place = place_of<kThreads>(c.ranked, key);
+
+  bool differs = false, stops = false;
+  if (has_state && inside)
+    differs = push_draft(params, index, state.oldest, was_finished ? state.draft : state.argmax);
+
+  bool committed = false;
+  int num_committed;
+  int64_t rest;
+  if (ranks_entropy) {
+    const EntropyRun run =
+        add_entropies<kThreads>(params, rule, place, c, differs, confidence, seed, offset, index);
+    committed = c.ranked && place.rank < run.taken;
+    num_committed = run.taken;
+    rest = run.rest;
+    stops = run.stops;
+  } else {
+    bool best_of_run = false;
     if (params.select == Select::kFactor) {
-      const bool fails = c.ranked && !factor_holds(c.score, rank, rule.value);
+      const bool fails = c.ranked && !factor_holds(c.score, place.rank + 1, rule.value);
       const uint32_t leading = smallest_of_block<kThreads>(uint32_t(fails ? place.rank : place.count));
       ranking.taken_ranks = factor_length(leading, place.count, params.flags);
-    } else if (ranks_entropy) {
-      run = add_entropies<kThreads>(params, rule, place, c.entropy, differs, seed, offset, index, c.words);
-      ranking.taken_ranks = run.taken;
     } else if (params.select == Select::kHierarchy) {
       best_of_run = is_best_of_run<kThreads>(c.ranked, place);
     }
+    committed = is_committed(params, rule, c, place.rank + 1, ranking, best_of_run);
+    rest = rest_token(params, c);
   }
 
-  const bool committed = inside && is_committed(params, rule, c, rank, ranking, best_of_run);
   if (inside) {
     params.committed[index] = committed;
-    params.new_tokens[index] = written_token(params, c, committed);
+    params.new_tokens[index] = committed ? c.sample : rest;
   }
-  const int num_committed = ranks_entropy ? run.taken : hw::sync_count(committed);
+  if (!ranks_entropy) num_committed = hw::sync_count(committed);
   if (thread == 0) params.num_committed[b] = num_committed;
   if (!has_state) return;
   if (params.has_confidence && !ranks_entropy) {
-    run.sum = sum_of_block<kThreads>(inside ? double(c.entropy) : 0.0);
-    run.differs = hw::sync_count(differs) != 0;
+    const double sum = sum_of_block<kThreads>(double(c.entropy));
+    stops = hw::sync_count(differs) == 0 && mean_is_below(sum, params.length, confidence);
   }
-  if (thread == kThreads - 1) {
-    const bool stops = params.has_confidence && !run.differs && mean_is_below(run.sum, params.length, confidence);
-    params.new_finished[b] = was_finished || stops;
-  }
+  if (thread == kThreads - 1) params.new_finished[b] = was_finished || stops;
 }
 
 }  // namespace dgemma

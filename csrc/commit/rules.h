@@ -107,6 +107,11 @@ DGEMMA_HD bool entropy_holds(double before, double own, int64_t rank, float valu
   return before <= double(value);
 }
 
+// EntropyBound itself, for which there is a kernel with nothing else in it.
+DGEMMA_HD bool is_entropy_bound(const CommitParams& params) {
+  return params.select == Select::kEntropyBound && params.measure == Measure::kEntropy && !(params.flags & kGumbel);
+}
+
 // Whether the selection asks for ranks beyond the first.
 DGEMMA_HD bool needs_ranks(const CommitParams& params, const RowRule& rule) {
   switch (params.select) {
@@ -141,8 +146,8 @@ DGEMMA_HD bool is_committed(const CommitParams& params, const RowRule& rule, con
   return above || rank <= rule.k || run;
 }
 
-DGEMMA_HD int64_t written_token(const CommitParams& params, const Candidate& c, bool committed) {
-  if (committed) return c.sample;
+// What a position holds that is not committed.
+DGEMMA_HD int64_t rest_token(const CommitParams& params, const Candidate& c) {
   if (!c.eligible || params.write == Write::kKeep) return c.token;
   if (params.write == Write::kRemask) return params.write_argument;
   return below(c.words.word[kWordRenoiseHigh], c.words.word[kWordRenoiseLow], params.write_argument);

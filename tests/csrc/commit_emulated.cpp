@@ -7,7 +7,9 @@ namespace {
 
 template <int kThreads>
 void run_kernel(const CommitParams& p) {
-  emulation::run({p.batch, 1, 1}, kThreads, uint32_t(commit_shared_bytes(kThreads)), [&] { commit_kernel<kThreads>(p); });
+  emulation::run({p.batch, 1, 1}, kThreads, uint32_t(commit_shared_bytes(kThreads)), [&] {
+    is_entropy_bound(p) ? commit_kernel<kThreads, true>(p) : commit_kernel<kThreads, false>(p);
+  });
 }
 
 void run_case(const std::string& folder) {
