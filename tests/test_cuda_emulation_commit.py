@@ -165,7 +165,8 @@ BUGS = {
         "bound[i] = key + (", "bound[i] = key + 0 * (", r.EntropyBound(0.9), None,
     ),
     "a run ends one rank early": (
-        "Block::rank().load(thread + 1) >= place.count;", "Block::rank().load(thread + 1) >= place.count - 1;", RUNS, None,
+        "Block::rank().load(thread + 1) >= place.count;", "Block::rank().load(thread + 1) >= place.count - 1;",
+        RUNS, None,
     ),
     "an entropy is added before it is compared": (
         "holds = before * (1 + kSpread) <= bound;\n    fails = before * (1 - kSpread) > bound;",
@@ -182,7 +183,9 @@ def test_planted_bugs_are_caught(tmp_path, bug):
     passage, replacement, rule, report = BUGS[bug]
     addresses = report == "heap-buffer-overflow"
     program = planted(PROGRAM, tmp_path, "commit/kernel.cuh", passage, replacement, sanitize=addresses)
-    call = call_of(rule, r.Keep(), 1, 100, levels=2 if rule == r.EntropyBound(1.0) else 50, candidates=0.6)
+    # Of two levels, 0 and 1/2, sums that are the bound of 1.
+    levels = 2 if rule == r.EntropyBound(1.0) else 50
+    call = call_of(rule, r.Keep(), 1, 100, levels=levels, candidates=0.6)
     folder = case(tmp_path / "case", call)
     done = run(program, [folder])
     if report is None:

@@ -57,7 +57,7 @@ void register_commit(pybind11::module_& m) {
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches on a CUDA stream of the current device.");
   for (const int threads : {32, 256, 512, 1024})
-    describe_kernel(m, ("commit_kernelILi" + std::to_string(threads) + "ELb").c_str(), threads,
+    describe_kernel(m, ("commit_kernelILi" + std::to_string(threads) + "E").c_str(), threads,
                     commit_shared_bytes(threads));
 #endif
 }

@@ -11,8 +11,15 @@ namespace {
 
 template <int kThreads>
 void launch_commit(const CommitParams& params, void* stream) {
-  launch("commit", is_entropy_bound(params) ? commit_kernel<kThreads, true> : commit_kernel<kThreads, false>, dim3(unsigned(params.batch)), unsigned(kThreads),
-         commit_shared_bytes(kThreads), stream, params);
+  const auto launch_kind = [&](void (*kernel)(CommitParams)) {
+    launch("commit", kernel, dim3(unsigned(params.batch)), unsigned(kThreads), commit_shared_bytes(kThreads), stream,
+           params);
+  };
+  switch (kind_of(params)) {
+    case CommitKind::kAny: return launch_kind(commit_kernel<kThreads, CommitKind::kAny>);
+    case CommitKind::kEntropyBound: return launch_kind(commit_kernel<kThreads, CommitKind::kEntropyBound>);
+    case CommitKind::kThreshold: return launch_kind(commit_kernel<kThreads, CommitKind::kThreshold>);
+  }
 }
 
 }  // namespace

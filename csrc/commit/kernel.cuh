@@ -250,7 +250,8 @@ DGEMMA_DEVICE EntropyRun add_entropies(const CommitParams& params, const RowRule
     fails = before * (1 - kSpread) > bound;
   }
   const bool unsure = rank < place.count && (!(holds || fails) || !(own >= 0));
-  const bool stops = rank == kThreads - 1 && params.has_confidence && all_agree && mean_is_below(sum, params.length, confidence);
+  const bool may_stop = rank == kThreads - 1 && params.has_confidence && all_agree;
+  const bool stops = may_stop && mean_is_below(sum, params.length, confidence);
   int taken = hw::sync_count(rank < place.count && holds);
   if (hw::sync_count(unsure) != 0) taken = taken_in_order<kThreads>(params, rule, place.count);
   return {taken, rest, stops};
@@ -282,14 +283,17 @@ DGEMMA_DEVICE bool push_draft(const CommitParams& params, int64_t index, int64_t
   return differs;
 }
 
-template <int kThreads, bool kEntropyBound>
+template <int kThreads, CommitKind kKind>
 DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams given) {
   using Block = CommitBlock<kThreads>;
   CommitParams params = given;
-  if constexpr (kEntropyBound) {
+  if constexpr (kKind == CommitKind::kEntropyBound) {
     params.select = Select::kEntropyBound;
     params.measure = Measure::kEntropy;
     params.flags &= kInclusive;
+  } else if constexpr (kKind == CommitKind::kThreshold) {
+    params.select = Select::kThreshold;
+    params.flags &= kStrict | kRelative;
   }
   const int thread = Block::thread();
   const int64_t b = hw::block_x(), index = b * params.length + thread;
@@ -311,7 +315,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kThreads, 1) commit_kernel(const CommitParams given)
   Candidate c = candidate_of(params, position, thread, was_finished);
   c.eligible = c.eligible && inside;
   c.ranked = c.ranked && inside;
-  if (rule_draws(params) || (params.write == Write::kRenoise && !ranks_entropy))
+  if ((kKind == CommitKind::kAny && rule_draws(params)) || (params.write == Write::kRenoise && !ranks_entropy))
     add_draws(params, rule, random_words(seed, offset, index), c);
 
   Ranking ranking{0.0f, 0};

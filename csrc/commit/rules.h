@@ -107,9 +107,14 @@ DGEMMA_HD bool entropy_holds(double before, double own, int64_t rank, float valu
   return before <= double(value);
 }
 
-// EntropyBound itself, for which there is a kernel with nothing else in it.
-DGEMMA_HD bool is_entropy_bound(const CommitParams& params) {
-  return params.select == Select::kEntropyBound && params.measure == Measure::kEntropy && !(params.flags & kGumbel);
+// What a kernel is compiled for: everything, or a selection whose scores are not drawn and nothing else.
+enum class CommitKind { kAny, kEntropyBound, kThreshold };
+
+DGEMMA_HD CommitKind kind_of(const CommitParams& params) {
+  if (rule_draws(params)) return CommitKind::kAny;
+  if (params.select == Select::kThreshold) return CommitKind::kThreshold;
+  const bool entropy = params.select == Select::kEntropyBound && params.measure == Measure::kEntropy;
+  return entropy ? CommitKind::kEntropyBound : CommitKind::kAny;
 }
 
 // Whether the selection asks for ranks beyond the first.

@@ -8,7 +8,11 @@ namespace {
 template <int kThreads>
 void run_kernel(const CommitParams& p) {
   emulation::run({p.batch, 1, 1}, kThreads, uint32_t(commit_shared_bytes(kThreads)), [&] {
-    is_entropy_bound(p) ? commit_kernel<kThreads, true>(p) : commit_kernel<kThreads, false>(p);
+    switch (kind_of(p)) {
+      case CommitKind::kAny: return commit_kernel<kThreads, CommitKind::kAny>(p);
+      case CommitKind::kEntropyBound: return commit_kernel<kThreads, CommitKind::kEntropyBound>(p);
+      case CommitKind::kThreshold: return commit_kernel<kThreads, CommitKind::kThreshold>(p);
+    }
   });
 }
 

@@ -452,8 +452,8 @@ def _compute(program: Program, instruction: Instruction) -> Callable[[Machine], 
 
 SPECIAL = {
     "mov": _move, "ld": _transfer, "st": _transfer, "atom": _atomic, "red": _atomic, "shfl": _shuffle,
-    "redux": _reduce, "match": _match, "vote": _vote, "mma": _mma, "ldmatrix": _matrices, "stmatrix": _matrices, "bar": _barrier,
-    "mapa": _in_cluster,
+    "redux": _reduce, "match": _match, "vote": _vote, "mma": _mma, "ldmatrix": _matrices, "stmatrix": _matrices,
+    "bar": _barrier, "mapa": _in_cluster,
 }  # fmt: skip
 
 
