@@ -132,8 +132,9 @@ def test_sums_at_the_bound(program, tmp_path, length):
     rising = torch.full((1, length), 2.0**-55)
     rising[0, :2] = 0.5
     spoilt = equal.masked_fill(torch.rand(1, length) < 0.1, float("nan"))
+    rows = (equal, 1.0), (equal, 3.25), (rising, 0.5), (rising, 1.0), (spoilt, 1.0), (equal * 0, 0.0)
     cases = []
-    for entropy, bound in ((equal, 1.0), (equal, 3.25), (rising, 0.5), (rising, 1.0), (spoilt, 1.0), (equal * 0, 0.0)):
+    for entropy, bound in rows:
         for inclusive in (False, True):
             call = call_of(r.EntropyBound(bound, inclusive=inclusive), r.Renoise(50), 1, length)
             cases.append((tmp_path / str(len(cases)), call._replace(entropy=entropy.float())))

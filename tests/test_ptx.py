@@ -405,8 +405,9 @@ def test_threads_meet_where_branches_end_whatever_the_order_of_the_text():
 
 @pytest.mark.parametrize(
     "instruction",
-    ["bar.sync 0;", "shfl.sync.bfly.b32 %r11, %r10, 1, 31, -1;", "redux.sync.add.s32 %r11, %r10, -1;"],
-)
+    ["bar.sync 0;", "shfl.sync.bfly.b32 %r11, %r10, 1, 31, -1;", "redux.sync.add.s32 %r11, %r10, -1;",
+     "match.any.sync.b32 %r11, %r10, -1;"],
+)  # fmt: skip
 def test_a_part_of_the_threads_is_refused(instruction):
     body = f"""
     mov.b32 %r10, 0;
@@ -437,6 +438,22 @@ def test_shuffles_and_reductions():
     assert torch.equal(out[3], (base + (lane ^ 7)).int())
     assert torch.equal(out[4], (base * 32 + 31 * 16).int())
     assert torch.equal(out[5], base.int())
+
+
+def test_lanes_find_their_equals():
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    run(
+        """
+        shr.u32 %r10, %r1, 1;
+        and.b32 %r10, %r10, 3;
+        match.any.sync.b32 %r11, %r10, -1;
+        mad.wide.u32 %rd10, %r1, 4, %rd1;
+        st.global.b32 [%rd10], %r11;
+        """,
+        out,
+    )
+    expected = [0x03030303 << (thread % 8 // 2 * 2) for thread in range(THREADS)]
+    assert [number & 0xFFFFFFFF for number in out.tolist()] == expected
 
 
 def test_atomic_operations_count_every_thread():
