@@ -72,6 +72,8 @@ def statistics():
     each, seed = empty(6), empty(dtype=torch.int64)
     row_stats.row_stats(logits, one, None, None, zero, zero, 30.0)
     row_stats.row_stats(logits[:, :2], each[:4], each[:4], None, seed, seed, 30.0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        row_stats.row_stats(empty(1, 2, 8192, dtype=dtype), one, None, None, zero, zero, 30.0)
     hidden, weight = empty(1, 6, 32, dtype=torch.bfloat16), empty(100, 32, dtype=torch.bfloat16)
     for run in (head_stats.head_stats, head_stats.head_stats_without_logits):
         run(hidden, weight, each, each, None, seed, seed, 30.0)
