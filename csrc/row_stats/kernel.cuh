@@ -103,9 +103,13 @@ struct RowVectors {
 
   DGEMMA_MEMBER RowVectors(const RowStatsParams& params, int64_t row) : vocab(params.vocab) {
     // There are at most 2^31 - 1 rows.
-    const uint32_t inner = uint32_t(params.rows1), outer = uint32_t(row) / inner;
-    const int64_t start = int64_t{outer} * params.stride0 + int64_t{uint32_t(row) - outer * inner} * params.stride1;
-    const T* logits = static_cast<const T*>(params.logits) + start;
+    const T* logits = static_cast<const T*>(params.logits);
+    if (params.rows0 == 1) {
+      logits += row * params.stride1;
+    } else {
+      const uint32_t inner = uint32_t(params.rows1), outer = uint32_t(row) / inner;
+      logits += int64_t{outer} * params.stride0 + int64_t{uint32_t(row) - outer * inner} * params.stride1;
+    }
     head = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
     first = logits - head;
   }
