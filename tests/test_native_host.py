@@ -225,7 +225,7 @@ def test_a_launch_that_fails_names_the_op_the_error_and_the_sizes():
     )
     workspace = torch.empty(extension().row_stats_cuda_workspace(params), dtype=torch.uint8)
     params.workspace = workspace.data_ptr()
-    text = r"row_stats: kernel launch with grid \(2, 1, 1\), block 256.*\(cudaError\w+\)"
+    text = r"row_stats: kernel launch with grid \(1, 1, 1\), block 128.*\(cudaError\w+\)"
     with pytest.raises(RuntimeError, match=text):
         extension().row_stats_cuda(params, 0)
 
