@@ -17,7 +17,7 @@ from dgemma_accel.backends import AUTO_FILE, MODULES
 
 from .bench_ops import complain
 from .cases import BenchError
-from .measured import find_results
+from .measured import find_results, full_runs
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = ("cuda", "triton")
@@ -25,7 +25,7 @@ KERNELS = ("cuda", "triton")
 
 def _counts(result: dict) -> bool:
     of_ops_on_a_gpu = result["kind"] == "ops" and result["environment"]["device_type"] == "cuda"
-    return of_ops_on_a_gpu and not result["options"].get("quick")
+    return of_ops_on_a_gpu and bool(full_runs([result]))
 
 
 def device_of(results: list[dict]) -> dict[str, str]:

@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("ops", nargs="*", metavar="OP")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer samples")
+    parser.add_argument(
+        "--note", metavar="TEXT", help="what disturbed the run: its figures then count as bounds only"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result file here")
     parser.add_argument("--save", action="store_true", help="write it to bench/results/<device>/ops.json")
     parser.add_argument(
@@ -162,6 +165,7 @@ def main(arguments: list[str]) -> int:
         "clocks": {"before": clocks_before, "after": None},
         "options": {"quick": options.quick, "ops": options.ops, "threads": torch.get_num_threads()},
         "rows": rows,
+        **({"note": options.note} if options.note else {}),
     }
     for found, lines in run_cases(cases, device, limits, present, options, has_time):
         rows += found

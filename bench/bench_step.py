@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no further variant after this time"
     )
+    parser.add_argument(
+        "--note", metavar="TEXT", help="what disturbed the run: its figures then count as bounds only"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--save", action="store_true", help="write bench/results/<device>/step-<model>.json")
     parser.add_argument("--plot", type=Path, metavar="DIR")
@@ -175,6 +178,7 @@ def bench(
             },
             "rows": list(found.values()),
             "problems": refused + failures(),
+            **({"note": options.note} if options.note else {}),
         }
 
     measured = Bench(model, limits, options)

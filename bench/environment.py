@@ -41,12 +41,15 @@ def version(package: str) -> str | None:
 def commit() -> tuple[str | None, bool | None]:
     """(commit of the tree, whether it is clean but for results).
 
-    Outside a repository what DGEMMA_ACCEL_COMMIT says, with a + behind it for a changed tree, or (None, None).
+    DGEMMA_ACCEL_COMMIT, with a + behind it for a changed tree, speaks for a copy that its repository knows nothing of.
+    (None, None) outside a repository without it.
     """
+    told = os.environ.get("DGEMMA_ACCEL_COMMIT")
+    if told:
+        return told.removesuffix("+"), not told.endswith("+")
     head = _output("git", "rev-parse", "HEAD")
     if head is None:
-        told = os.environ.get("DGEMMA_ACCEL_COMMIT")
-        return (told.removesuffix("+"), not told.endswith("+")) if told else (None, None)
+        return None, None
     status = _output("git", "status", "--porcelain") or ""
     changed = [line[3:] for line in status.splitlines()]
     return head.strip(), all(path.startswith(IGNORED_CHANGES) for path in changed)
@@ -77,10 +80,13 @@ def _keep_busy(device: torch.device) -> None:
 def clocks(device: torch.device) -> dict[str, float] | None:
     """MHz: "sm" and "memory" of a GPU at work, the mean "cpu" over the cores of a CPU; None if not told.
 
-    A GPU is given matrix products for most of a second: idle clocks would not show that it throttles. A CPU also gets
-    "load", its load average over a minute: what else was running there.
+    A GPU is given matrix products for most of a second: idle clocks would not show that it throttles. What else was
+    running there: a CPU also gets "load", its load average over a minute, a GPU "others_bytes", the memory in use that is
+    not PyTorch's in this process (contexts of CUDA, this process's own among them, are below a GB each).
     """
     if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
         _keep_busy(device)
         text = _nvidia_smi("clocks.sm,clocks.mem", device)
         torch.cuda.synchronize(device)
@@ -90,7 +96,7 @@ def clocks(device: torch.device) -> dict[str, float] | None:
             sm, memory = (float(part) for part in text.splitlines()[0].split(","))
         except ValueError:
             return None
-        return {"sm": sm, "memory": memory}
+        return {"sm": sm, "memory": memory, "others_bytes": others}
     try:
         found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -36,9 +36,25 @@ def device(facts: dict) -> str:
     return facts["device"]
 
 
+# Memory of a GPU that others may hold while the bench has it to itself: a desktop, contexts of CUDA.
+MEMORY_OF_OTHERS = 4 * 2**30
+
+
+def disturbance(result: dict) -> str | None:
+    """Why the figures of a result are bounds and not measurements: its note, or another process on the GPU."""
+    if result.get("note"):
+        return result["note"]
+    held = [clock["others_bytes"] for clock in result["clocks"].values() if clock and "others_bytes" in clock]
+    if held and max(held) > MEMORY_OF_OTHERS:
+        return f"Taken while other processes held {max(held) / 1e9:.0f} GB of the GPU's memory."
+    return None
+
+
 def full_runs(results: list[dict]) -> list[dict]:
-    """Those that are not of a quick run, whose smaller cases stand for nothing else."""
-    return [result for result in results if not result["options"].get("quick")]
+    """Those that speak for the device: not of a quick run, whose cases are smaller, and alone on a GPU."""
+    return [
+        result for result in results if not result["options"].get("quick") and disturbance(result) is None
+    ]
 
 
 def newest_cases(results: list[dict]) -> dict[Key, list[tuple[dict, dict]]]:

@@ -117,6 +117,8 @@ def violations(result: object) -> list[str]:
             problems.append(f"{name} is missing")
     if result["kind"] == "step" and isinstance(result.get("options"), dict):
         problems += _fields("options", result["options"], {"model": str})
+    if not isinstance(result.get("note", ""), str):
+        problems.append(f"note has type {type(result['note']).__name__}")
     if not isinstance(result.get("rows"), list) or not isinstance(result.get("problems"), list):
         return [*problems, "rows or problems are missing"]
     for number, row in enumerate(result["rows"]):

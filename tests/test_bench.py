@@ -129,9 +129,11 @@ def test_a_budget_too_short_is_no_failure(tmp_path, fixed_ceilings):
     assert runner.exit_status(["refused"], result["problems"]) == 2 and runner.exit_status([], []) == 0
 
 
-def test_outside_a_repository_the_commit_is_what_was_told(monkeypatch):
-    monkeypatch.setattr(environment, "_output", lambda *command: None)
-    assert environment.commit() == (None, None)
+def test_the_commit_is_what_was_told_or_what_the_repository_says(monkeypatch):
+    monkeypatch.delenv("DGEMMA_ACCEL_COMMIT", raising=False)
+    for says, expected in ((None, (None, None)), ("def\n", ("def", False))):
+        monkeypatch.setattr(environment, "_output", lambda *command, says=says: says)
+        assert environment.commit() == expected
     for told, clean in (("abc", True), ("abc+", False)):
         monkeypatch.setenv("DGEMMA_ACCEL_COMMIT", told)
         assert environment.commit() == ("abc", clean)

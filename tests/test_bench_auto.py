@@ -19,7 +19,13 @@ def result(capability, rows, device_type="cuda", device="a card", date="2026-01-
     }
     names = ("op", "case", "backend", "status", "median_us")
     rows = [{"shape": "[1, 256]", "dtype": "bf16"} | dict(zip(names, row)) for row in rows]
-    return {"kind": "ops", "environment": environment, "options": {"quick": quick}, "rows": rows}
+    return {
+        "kind": "ops",
+        "environment": environment,
+        "options": {"quick": quick},
+        "clocks": {},
+        "rows": rows,
+    }
 
 
 ROWS = [
@@ -56,7 +62,9 @@ def test_attention_is_ranked_by_head_dim():
         row |= {"shape": "B1 Hq16 Hkv8 C256 D256 prefix 1023", "median_us": 30.0 - row["median_us"]}
     table = auto.updated({}, auto.measured([wide, narrow]), {"9.0": "a card"})["block_attention"]
     assert set(table) == {"9.0 head_dim 256", "9.0 head_dim 512"}
-    assert table["9.0 head_dim 512"]["order"][0] == "cuda" and table["9.0 head_dim 256"]["order"][0] == "triton"
+    assert (
+        table["9.0 head_dim 512"]["order"][0] == "cuda" and table["9.0 head_dim 256"]["order"][0] == "triton"
+    )
 
 
 def test_an_order_for_one_head_dim_goes_before_that_of_the_capability(monkeypatch):
@@ -87,6 +95,14 @@ def test_the_shipped_table_names_known_ops_and_backends():
         for entry in entries.values():
             assert set(entry["order"]) <= set(backends.BACKENDS) and entry["order"][-1] == "reference"
             assert entry["basis"].startswith(("budget: ", "measured on "))
+
+
+def test_wide_heads_on_hopper_are_those_of_the_wgmma_kernel():
+    needs = {"device": "cuda", "compute_capability": (9, 0)}
+    orders = [
+        backends.auto_order("block_attention", needs | {"head_dim": head_dim})[0] for head_dim in (256, 512)
+    ]
+    assert [order[0] for order in orders] == ["triton", "cuda"]
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import bench_ops, report, schema
+from bench import auto, bench_ops, report, schema
 from bench.cases import BenchError
 
 pytestmark = pytest.mark.source_tree
@@ -123,6 +123,34 @@ def test_figures_follow_the_files(place):
     assert "| 99 us |" in (place / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda r: r.update(note="Beside a film."), "Beside a film."),
+        (lambda r: r.update(clocks={"before": {"others_bytes": 52e9}}), "other processes held 52 GB"),
+    ],
+)
+def test_a_disturbed_run_counts_as_a_bound_only(place, change, reason):
+    for name, result in (("ops", OPS), ("step", STEP)):
+        disturbed = copy.deepcopy(result)
+        change(disturbed)
+        schema.write(disturbed, place / "results" / "test" / f"{name}.json")
+    assert make(place) == 0
+    text, everything = (place / "README.md").read_text(), (place / "results" / "README.md").read_text()
+    assert "123 us" not in text and text.count("not yet measured") == len(report.OPS) + 1
+    head, bounds = everything.split("# Bounds")
+    assert "123 us" not in head and "123 us" in bounds and "20.5 ms" in bounds
+    assert bounds.count(reason) == 2 and "not yet measured" not in bounds
+    assert not auto.measured([json.loads((place / "results" / "test" / "ops.json").read_text())])
+
+
+def test_a_desktop_on_the_gpu_disturbs_nothing(place):
+    quiet = copy.deepcopy(OPS)
+    quiet["clocks"] = {"before": {"sm": 1980.0, "others_bytes": 2e9}, "after": None}
+    schema.write(quiet, place / "results" / "test" / "ops.json")
+    assert make(place) == 0 and "123 us" in (place / "README.md").read_text()
+
+
 def test_the_fastest_right_backend_stands_in_the_table_and_a_wrong_one_never(place):
     result = copy.deepcopy(OPS)
     slow = {**copy.deepcopy(ROW), "backend": "cuda", "median_us": 500.0}
@@ -147,7 +175,7 @@ def test_a_later_file_counts_and_a_quick_one_does_not():
     quick["environment"]["date"] = "2026-03-02T00:00:00"
     quick["options"]["quick"] = True
     quick["rows"][0]["median_us"] = 1.0
-    lines = "\n".join(report.op_table([later, quick, OPS], True))
+    lines = "\n".join(report.op_table(report.full_runs([later, quick, OPS]), True))
     assert "| 50 us |" in lines and "123 us" not in lines and "| 1 us |" not in lines
 
 
@@ -253,6 +281,7 @@ def test_files_of_another_schema_get_a_line_and_the_others_count(place, capsys):
         (lambda r: r["rows"][0]["peers"][0].pop("ratio"), "rows[0].peers[0]: ratio is missing"),
         (lambda r: r.update(kind="plan"), "kind 'plan'"),
         (lambda r: r.pop("clocks"), "clocks is missing"),
+        (lambda r: r.update(note=3), "note has type int"),
         (lambda r: r["rows"][0].update(median_us=None), "rows[0]: ok without median_us"),
         (lambda r: r["rows"][0].update(roofline_percent=None), "rows[0]: ok without roofline_percent"),
         (lambda r: r["rows"][0]["peers"][0].update(p20_us=None), "rows[0].peers[0]: ok without p20_us"),

@@ -71,7 +71,9 @@ def test_rows_between_boundaries_are_seen():
         ("sm_90a", False, "block_attention_cuda"),
     ],
 )
-def test_backend_cuda_takes_it_where_it_can_unless_the_environment_says_otherwise(monkeypatch, variable, served, kernel):
+def test_backend_cuda_takes_it_where_it_can_unless_the_environment_says_otherwise(
+    monkeypatch, variable, served, kernel
+):
     calls = []
     for module in (block_attention_cuda, block_attention_sm_90a):
         monkeypatch.setattr(module, "launch", lambda name, *arguments: calls.append(name))
