@@ -1,7 +1,8 @@
 """`python -m bench auto`: let measurements decide which kernel `backend="auto"` takes.
 
 For each op and compute capability (of attention, each head_dim too) with a GPU result file, the kernel of the lowest
-geometric mean time comes first, over the cases that both passed. Entries without a measurement stay as they are, resting on their budget.
+geometric mean time comes first, over the cases that both passed. Entries without a measurement stay as they are,
+resting on their budget.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def clocks(device: torch.device) -> dict[str, float] | None:
     """MHz: "sm" and "memory" of a GPU at work, the mean "cpu" over the cores of a CPU; None if not told.
 
     A GPU is given matrix products for most of a second: idle clocks would not show that it throttles. What else was
-    running there: a CPU also gets "load", its load average over a minute, a GPU "others_bytes", the memory in use that is
-    not PyTorch's in this process (contexts of CUDA, this process's own among them, are below a GB each).
+    running there: a CPU also gets "load", its load average over a minute, a GPU "others_bytes", the memory in use that
+    is not PyTorch's in this process (contexts of CUDA, this process's own among them, are below a GB each).
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -51,7 +51,10 @@ def _against(row: dict) -> str:
 
 
 def op_table(results: list[dict], headline: bool, whole: bool = True) -> list[str]:
-    """Markdown: a row for the fastest right backend of every case; ops without a GPU result say so where it is `whole`."""
+    """Markdown: a row for the fastest right backend of every case.
+
+    whole: ops without a GPU result say so.
+    """
     lines = [
         "| Op | Case | Device | Backend | Time | Roofline | Extra memory | Time of peers over ours | Commit, date |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -187,8 +187,8 @@ def choose(op: str, backend: str, requirements: Mapping[str, object]) -> Choice:
 def auto_table() -> dict:
     """{op: {key: {"order": [...], "basis": text}}} for NVIDIA GPUs.
 
-    A key is a compute capability ("9.0"), one with a requirement of the call ("9.0 head_dim 512") that goes before it, or
-    "default".
+    A key is a compute capability ("9.0"), one with a requirement of the call ("9.0 head_dim 512") that goes before it,
+    or "default".
     """
     return json.loads(AUTO_FILE.read_text())
 

@@ -114,7 +114,9 @@ MUTANTS = {
     "shows_scores_to_itself": (
         "if (more) warp.finish_keys(1 - half", "if (more) warp.finish_keys(half", "writes into block",
     ),
-    "keys_filled_where_they_are_needed_next": ("fill_keys(tile + 3, keys)", "fill_keys(tile + 3, other_keys())", BARRIER),
+    "keys_filled_where_they_are_needed_next": (
+        "fill_keys(tile + 3, keys)", "fill_keys(tile + 3, other_keys())", BARRIER,
+    ),
     "keys_of_one_tile_further": ("fill_keys(tile + 3, keys)", "fill_keys(tile + 4, keys)", ""),
     "scores_used_before_the_products_are_done": ("hw::wait_multiplies(ahead);", "", "without a fence|not committed"),
     "values_refilled_while_they_are_multiplied": (

@@ -1,7 +1,7 @@
 """`block_attention` at head_dim 512 by the extension's wgmma kernel, for compute capability 9.0.
 
-Backend "cuda" takes it wherever it can. With DGEMMA_ACCEL_BLOCK_ATTENTION=portable in the environment it takes the kernel
-of all architectures there too.
+Backend "cuda" takes it wherever it can. With DGEMMA_ACCEL_BLOCK_ATTENTION=portable in the environment it takes the
+kernel of all architectures there too.
 """
 
 from __future__ import annotations
