@@ -13,7 +13,7 @@ KINDS = ("ops", "step")
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
 # Fields that earlier files of the schema do not have.
-LATER = frozenset({"canvas", "canvas_ms"})
+LATER = frozenset({"canvas", "canvas_ms", "canvas_launches", "kernels"})
 
 _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
@@ -70,6 +70,8 @@ STEP_ROW = {
     "error": (str, type(None)),
     "step_ms": _OPTIONAL,
     "canvas_ms": _OPTIONAL,
+    "canvas_launches": _OPTIONAL,
+    "kernels": (list, type(None)),
     "components_ms": (dict, type(None)),
     "launches": _OPTIONAL,
     "host_syncs": _OPTIONAL,

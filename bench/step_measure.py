@@ -17,13 +17,16 @@ from .runner import _one_line
 from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
 from .timing import forget_frames
 
+# Of a step's kernels those that take most of it stand in a row.
+KERNELS = 60
+
 
 def room(way: Way, options, canvas: int) -> int:
     """Tokens that all calls of one variant may add to its cache: one by one, or prompts of one and the canvases of
     `per_canvas`."""
     if way.decodes:
         return 100 + (4 + options.repeats) * (options.steps + 2)
-    return 100 + 10 * options.repeats + (1 + 2 * options.repeats) * canvas
+    return 100 + 10 * options.repeats + (3 + 2 * options.repeats) * canvas
 
 
 def clock(call: Callable[[], object], device: torch.device) -> float:
@@ -96,6 +99,12 @@ def counted(run: Callable[[int], object], steps: int, device: torch.device) -> t
     return tuple((b - a) / (steps - 1) for a, b in zip(one, many))
 
 
+def launches_of_a_canvas(run: Callable[..., object], device: torch.device) -> float:
+    """Launches by the host of a canvas of one step, its step included."""
+    one, two = step_trace.count(lambda: run(1, 1), device), step_trace.count(lambda: run(1, 2), device)
+    return two[0] - one[0]
+
+
 def has_canvases(way: Way) -> bool:
     """Whether what a canvas takes besides its steps is measured: transformers' compiled way compiles the pass that
     stores a canvas as well, for minutes more."""
@@ -118,6 +127,8 @@ def blank_row(way: Way, options, context: int, canvas: int, floor: dict) -> dict
         "error": None,
         "step_ms": None,
         "canvas_ms": None,
+        "canvas_launches": None,
+        "kernels": None,
         "components_ms": None,
         "launches": None,
         "host_syncs": None,
@@ -175,18 +186,28 @@ class Bench:
         # Last, since every canvas makes the cache longer.
         good = [way for way in ways if rows[way.name]["status"] == "ok" and has_canvases(way)]
         canvases = per_canvas({way.name: runs[way.name] for way in good}, options.repeats, device)
+        ours = {way.name for way in good if way.ours}
         for name, found in canvases.items():
             if isinstance(found, Exception):
                 rows[name]["error"] = f"a canvas besides its steps: {_one_line(found)}"
-            else:
-                rows[name]["canvas_ms"] = found - rows[name]["step_ms"]
+                continue
+            rows[name]["canvas_ms"] = found - rows[name]["step_ms"]
+            if device.type == "cuda" and name in ours:
+                rows[name]["canvas_launches"] = (
+                    launches_of_a_canvas(runs[name], device) - rows[name]["launches"]
+                )
         return list(rows.values())
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
         options, device = self.options, self.model.device
         row["peak_extra_bytes"] = self._extra_memory(way, run)
         if can_count(way, device):
-            row["launches"], row["host_syncs"] = counted(run, min(options.steps, 4), device)
+            steps = min(options.steps, 4)
+            row["launches"], row["host_syncs"] = counted(run, steps, device)
+            if device.type == "cuda" and way.ours:
+                one = step_trace.kernels_on_cuda(lambda: run(1))
+                many = step_trace.kernels_on_cuda(lambda: run(steps))
+                row["kernels"] = step_trace.kernels_of_a_step(one, many, steps)[:KERNELS]
         if way.eager and not way.decodes:
             with step_trace.component_timeline(self.models[way.name]) as timeline:
                 run(options.steps)

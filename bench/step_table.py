@@ -50,7 +50,23 @@ def step_lines(rows: list[dict]) -> list[str]:
     lines = table.columns(cells) + errors
     for line in speedups(rows):
         lines.append(f"  {line}")
+    for row in rows:
+        lines += kernel_lines(row)
     return lines
+
+
+def kernel_lines(row: dict, shown: int = 12) -> list[str]:
+    """Where a step's time on the device goes, by kernel: those that run side by side count in full each."""
+    kernels = row.get("kernels")
+    if not kernels:
+        return []
+    head = f"  {row['variant']}, kernels of a step"
+    if row.get("canvas_launches") is not None:
+        head += f"; a canvas besides its steps is {row['canvas_launches']:.0f} launches by the host"
+    cells = [
+        [f"    {name[:90]}", f"{times:.0f}x", table.duration(spent)] for name, times, spent in kernels[:shown]
+    ]
+    return [f"{head}:", *table.columns(cells)]
 
 
 def besides(row: dict) -> str:

@@ -311,5 +311,32 @@ def count_on_cuda(call: Callable[[], object]) -> tuple[float, float]:
     return launches, sum("synchroniz" in str(warning.message) for warning in caught)
 
 
+def kernels_on_cuda(call: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """{name: (how often it ran, microseconds in all)} of the kernels and copies of a call, those in graphs included."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            runs, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = runs + 1, spent + event.time_range.elapsed_us()
+    return found
+
+
+def kernels_of_a_step(
+    one: dict[str, tuple[int, float]], many: dict[str, tuple[int, float]], steps: int
+) -> list[list]:
+    """[name, times a step, microseconds a step] by time, from what ran in `one` step and in `many`: `steps`."""
+    rows = []
+    for name, (runs, spent) in many.items():
+        runs_of_one, spent_of_one = one.get(name, (0, 0.0))
+        rows.append([name, (runs - runs_of_one) / (steps - 1), (spent - spent_of_one) / (steps - 1)])
+    return sorted((row for row in rows if row[1] > 0), key=lambda row: -row[2])
+
+
 def count(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     return count_on_cuda(call) if device.type == "cuda" else count_on_cpu(call)

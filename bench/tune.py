@@ -2,8 +2,9 @@
 
 The search starts from the fastest of the shapes that the GPU's architecture ships with (`use`, and the rivals under
 `try` that only a measurement can rank) and walks to neighbours (a size halved or doubled, a stage more or less) as long
-as the time over the cases of the bench falls. Every shape is checked against the
-reference before it counts. Nothing is written without `--write`, and no user's call ever tunes.
+as the time over the cases of the bench falls. A shape is checked against the reference before it takes another's place,
+not before it is timed: the check takes longer than the search. Nothing is written without `--write`, and no user's call
+ever tunes.
 """
 
 from __future__ import annotations
@@ -41,24 +42,31 @@ def neighbours(use: dict) -> list[dict]:
     return found
 
 
-def climb(start: dict, cost: Callable[[dict], float]) -> tuple[dict, float, int]:
-    """(best shape, its cost, shapes tried): to the best neighbour until none is better by `MARGIN`.
+def climb(
+    start: dict, cost: Callable[[dict], float], right: Callable[[dict], bool] = lambda shape: True
+) -> tuple[dict, float, int]:
+    """(best shape, its cost, shapes tried): to the best neighbour that is right until none is better by `MARGIN`.
 
     cost: seconds or anything that should be small; infinite for a shape that does not work.
     """
     tried = {json.dumps(start, sort_keys=True): cost(start)}
     best, best_cost = start, tried[json.dumps(start, sort_keys=True)]
     while True:
-        round_best, round_cost = None, best_cost * (1 - MARGIN) if math.isfinite(best_cost) else math.inf
+        limit = best_cost * (1 - MARGIN) if math.isfinite(best_cost) else math.inf
+        found = []
         for shape in neighbours(best):
             key = json.dumps(shape, sort_keys=True)
             if key not in tried:
                 tried[key] = cost(shape)
-            if tried[key] < round_cost:
-                round_best, round_cost = shape, tried[key]
-        if round_best is None:
+            if tried[key] < limit:
+                found.append((tried[key], key, shape))
+        for found_cost, key, shape in sorted(found, key=lambda one: one[0]):
+            if right(shape):
+                best, best_cost = shape, found_cost
+                break
+            tried[key] = math.inf
+        else:
             return best, best_cost, len(tried)
-        best, best_cost = round_best, round_cost
 
 
 class _Selection:
@@ -78,7 +86,9 @@ class _Selection:
         raise LookupError(f"configs/{name}.json: no entry of {op} for {dict(call)}")
 
 
-def case_time(case: Case, inputs: object, selection: _Selection, device: torch.device) -> float | None:
+def case_time(
+    case: Case, inputs: object, selection: _Selection, device: torch.device, check: bool = True
+) -> float | None:
     """Microseconds of the Triton backend, infinite where it fails or is wrong, None where the entry is not used."""
     variant = next(variant for variant in case.backends if variant.name == "triton")
     selection.used = False
@@ -89,8 +99,9 @@ def case_time(case: Case, inputs: object, selection: _Selection, device: torch.d
             result = call()
             if not selection.used:
                 return None
-            if case.check(result, inputs):
+            if check and case.check(result, inputs):
                 return math.inf
+            del result
             found = timing.measure({"triton": ([call], True)}, device, seconds=SECONDS)["triton"]
         except Exception:
             # Out of shared memory or registers, or a size that the kernel does not take.
@@ -103,7 +114,7 @@ def tune(
     cases: list[Case],
     device: torch.device,
     entries: list[dict],
-    time_of: Callable[[Case, object, _Selection, torch.device], float | None] = case_time,
+    time_of: Callable[..., float | None] = case_time,
 ) -> list[dict]:
     """The op's entries with the best shapes found; an entry that no case uses stays as it is."""
     inputs = {case.title: case.make(device, 0) for case in cases}
@@ -117,16 +128,20 @@ def tune(
             found.append(entry)
             continue
 
-        def cost(use: dict, position=position, used=used, base=base) -> float:
+        def cost(use: dict, check: bool = False, position=position, used=used, base=base) -> float:
             # Relative to the shipped shape, so that long cases do not decide alone.
             selection = _Selection(op, position, use)
             return sum(
-                time_of(case, inputs[case.title], selection, device) / base[case.title] for case in used
+                time_of(case, inputs[case.title], selection, device, check) / base[case.title]
+                for case in used
             )
 
-        rivals = entry.get("try", [])
-        start_use = min([entry["use"], *rivals], key=cost) if rivals else entry["use"]
-        best, total, tried = climb(start_use, cost)
+        def right(use: dict, cost=cost) -> bool:
+            return math.isfinite(cost(use, check=True))
+
+        shapes = sorted([entry["use"], *entry.get("try", [])], key=cost)
+        start_use = next((use for use in shapes if use == entry["use"] or right(use)), entry["use"])
+        best, total, tried = climb(start_use, cost, right)
         print(
             f"{op} {entry['when']}: {tried} shapes over {len(used)} cases; {entry['use']} -> {best}, "
             f"{100 * (1 - total / len(used)):.1f}% less time",

@@ -493,6 +493,21 @@ def test_speedup_over_decoding_counts_tokens_of_a_step():
     assert step_table.speedups([row("ours, graph", 20.0)]) == []
 
 
+def test_kernels_of_a_step_are_what_more_steps_ran_more():
+    one = {"prompt": (3, 50.0), "layer": (10, 100.0)}
+    many = {"prompt": (3, 52.0), "layer": (40, 430.0), "copy": (6, 6.0)}
+    assert step_trace.kernels_of_a_step(one, many, 4) == [["layer", 10.0, 110.0], ["copy", 2.0, 2.0]]
+
+
+def test_kernels_are_printed_with_their_step():
+    row = {"variant": "ours, graph", "kernels": [["attention", 30.0, 900.0], ["x" * 200, 1.0, 2.0]]}
+    lines = step_table.kernel_lines(row | {"canvas_launches": 4.0})
+    assert "ours, graph, kernels of a step; a canvas besides its steps is 4 launches by the host:" in lines[0]
+    assert "attention" in lines[1] and "30x" in lines[1] and "900 us" in lines[1]
+    assert len(lines) == 3 and len(lines[2]) < 130
+    assert step_table.kernel_lines({"variant": "transformers", "kernels": None}) == []
+
+
 @pytest.mark.gpu
 def test_the_full_path_on_a_gpu(tmp_path):
     device = torch.device("cuda")
@@ -521,3 +536,5 @@ def test_the_full_path_on_a_gpu(tmp_path):
     graph = rows["ours, graph"]
     # One graph and the copies that look out for the end.
     assert graph["status"] == "ok" and graph["host_syncs"] == 0 and graph["launches"] <= 10
+    assert graph["kernels"] and all(times > 0 for _, times, _ in graph["kernels"])
+    assert graph["canvas_launches"] > 0 and theirs["kernels"] is None

@@ -46,6 +46,17 @@ def test_climbing_passes_by_shapes_that_do_not_work_and_noise():
     assert tune.climb({"span": 4}, lambda use: 1.0 - 0.005 * (use["span"] == 8))[0] == {"span": 4}
 
 
+def test_a_shape_is_checked_before_it_takes_another_ones_place_and_only_then():
+    asked = []
+
+    def right(use):
+        asked.append(use["span"])
+        return use["span"] <= 16
+
+    assert tune.climb({"span": 4}, lambda use: 100 / use["span"], right)[0] == {"span": 16}
+    assert asked == [8, 16, 32]
+
+
 def triton_case(dtype):
     case = next(c for c in bench_row_stats.cases(CPU, Sizes(rows=2, vocab=64, quick=True))[0])
 
@@ -88,7 +99,7 @@ def test_a_file_is_written_only_when_asked(tmp_path, monkeypatch, write, capsys)
     case = triton_case(torch.float32)
     monkeypatch.setattr(tune, "collect", lambda names, device, sizes: ([case], []))
 
-    def time_of(case, inputs, selection, device):
+    def time_of(case, inputs, selection, device, check=True):
         return cost_of(selection.use) if selection.entry == 0 else None
 
     options = argparse.Namespace(ops=["row_stats", "nothing"], quick=True, write=write)
@@ -115,7 +126,7 @@ def test_a_rival_that_is_faster_starts_the_search_and_stays_listed(monkeypatch):
     case = triton_case(torch.float32)
     costs = {(4, 4): 2.0, (64, 4): 1.0, (128, 4): 0.5}
 
-    def time_of(case, inputs, selection, device):
+    def time_of(case, inputs, selection, device, check=True):
         return costs.get((selection.use["span"], selection.use["num_warps"]), math.inf)
 
     entry = {"when": {"bytes": 4}, "use": {"span": 4, "num_warps": 4}, "try": [{"span": 64, "num_warps": 4}]}
@@ -123,6 +134,20 @@ def test_a_rival_that_is_faster_starts_the_search_and_stays_listed(monkeypatch):
     assert found == [entry | {"use": {"span": 128, "num_warps": 4}}]
     found = tune.tune("row_stats", [case], CPU, [{k: v for k, v in entry.items() if k != "try"}], time_of)
     assert found[0]["use"] == entry["use"]
+
+
+def test_a_wrong_rival_does_not_start_the_search():
+    case = triton_case(torch.float32)
+
+    def time_of(case, inputs, selection, device, check=True):
+        return (
+            math.inf
+            if check and selection.use["span"] == 64
+            else {4: 2.0, 64: 1.0}.get(selection.use["span"], 9.0)
+        )
+
+    entry = {"when": {"bytes": 4}, "use": {"span": 4}, "try": [{"span": 64}]}
+    assert tune.tune("row_stats", [case], CPU, [entry], time_of)[0]["use"] == {"span": 4}
 
 
 def test_without_a_gpu_it_says_so(capsys):
