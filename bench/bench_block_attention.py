@@ -84,22 +84,23 @@ def variant(backend: str) -> Variant:
     return Variant(backend, prepare, capturable=backend != "reference")
 
 
-def portable_variant(device: torch.device, head_dim: int) -> Variant | None:
-    """The kernel of all architectures, where backend "cuda" takes another one."""
+def other_variant(device: torch.device, head_dim: int) -> Variant | None:
+    """Of two CUDA kernels the one that backend "cuda" does not take: that of all architectures, or wgmma's."""
     special = block_attention_sm_90a
-    if special.unavailable() or not special.wanted() or compute_capability(device) != (9, 0):
+    if special.unavailable() or compute_capability(device) != (9, 0):
         return None
     if head_dim not in special.FEATURES["head_dim"]:
         return None
+    taken = special.wanted(head_dim)
+    kernel = "block_attention_cuda" if taken else "block_attention_sm_90a"
 
     def prepare(inputs: Inputs):
         prefix = (inputs.prefix_key, inputs.prefix_value)
         return lambda: launch(
-            "block_attention_cuda",
-            inputs.query, inputs.key, inputs.value, *prefix, inputs.start, None, SCALE, None, False,
-        )  # fmt: skip
+            kernel, inputs.query, inputs.key, inputs.value, *prefix, inputs.start, None, SCALE, None, False
+        )
 
-    return Variant("cuda portable", prepare)
+    return Variant("cuda portable" if taken else "cuda sm_90a", prepare)
 
 
 def check(result, inputs: Inputs) -> list[str]:
@@ -145,8 +146,8 @@ def _case(
     visible = int(prefix_lengths(batch, prefix).sum() if padded else batch * prefix) + batch * CANVAS
     size = dtype.itemsize
     moved = size * head_dim * (2 * visible * kv_heads + 2 * batch * QUERY_HEADS * CANVAS)
-    portable = portable_variant(device, head_dim)
-    backends = [*backends, portable] if portable else backends
+    other = other_variant(device, head_dim)
+    backends = [*backends, other] if other else backends
     kv_bytes = 2 * batch * kv_heads * keys * head_dim * size
     return Case(
         op="block_attention",

@@ -27,7 +27,7 @@ SUPPORTED = {
     [
         ("device", "cpu", "device: required cpu, supported {cuda}"),
         ("dtype", torch.float32, "dtype: required float32, supported {bfloat16, float16}"),
-        ("head_dim", 256, "head_dim: required 256, supported {512}"),
+        ("head_dim", 128, "head_dim: required 128, supported {256, 512}"),
         ("compute_capability", (12, 0), "compute_capability: required 12.0, supported {9.0}"),
         (
             "rows on 16-byte boundaries", False,
@@ -44,10 +44,10 @@ def test_a_mismatch_says_what_is_required_and_supported(name, value, line):
 
 
 def test_a_call_that_it_does_not_serve_is_refused():
-    case = make_case(1, 4, 2, 8, 256, prefix=20, dtype=torch.float32)
+    case = make_case(1, 4, 2, 8, 128, prefix=20, dtype=torch.float32)
     with pytest.raises(BackendError) as error:
         block_attention_sm_90a.block_attention(*case, 1.0, None, False)
-    for part in ("sm_90a cannot run this call", "float32", "head_dim: required 256"):
+    for part in ("sm_90a cannot run this call", "float32", "head_dim: required 128"):
         assert part in str(error.value)
 
 
@@ -61,18 +61,22 @@ def test_rows_between_boundaries_are_seen():
 
 
 @pytest.mark.parametrize(
-    "variable, served, kernel",
+    "variable, head_dim, served, kernel",
     [
-        (None, True, "block_attention_sm_90a"),
-        ("", True, "block_attention_sm_90a"),
-        (None, False, "block_attention_cuda"),
-        ("portable", True, "block_attention_cuda"),
-        ("sm_90a", True, "block_attention_sm_90a"),
-        ("sm_90a", False, "block_attention_cuda"),
+        (None, 512, True, "block_attention_sm_90a"),
+        ("", 512, True, "block_attention_sm_90a"),
+        (None, 512, False, "block_attention_cuda"),
+        # Not measured.
+        (None, 256, True, "block_attention_cuda"),
+        ("auto", 256, True, "block_attention_cuda"),
+        ("portable", 512, True, "block_attention_cuda"),
+        ("sm_90a", 512, True, "block_attention_sm_90a"),
+        ("sm_90a", 256, True, "block_attention_sm_90a"),
+        ("sm_90a", 256, False, "block_attention_cuda"),
     ],
 )
-def test_backend_cuda_takes_it_where_it_can_unless_the_environment_says_otherwise(
-    monkeypatch, variable, served, kernel
+def test_backend_cuda_takes_it_where_it_is_faster_or_the_environment_says_so(
+    monkeypatch, variable, head_dim, served, kernel
 ):
     calls = []
     for module in (block_attention_cuda, block_attention_sm_90a):
@@ -81,14 +85,14 @@ def test_backend_cuda_takes_it_where_it_can_unless_the_environment_says_otherwis
     monkeypatch.delenv(block_attention_sm_90a.VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(block_attention_sm_90a.VARIABLE, variable)
-    block_attention_cuda.block_attention(*make_case(1, 2, 1, 4, 512), 1.0, None, False)
+    block_attention_cuda.block_attention(*make_case(1, 2, 1, 4, head_dim), 1.0, None, False)
     assert calls == [kernel]
 
 
 def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv(block_attention_sm_90a.VARIABLE, "sm_91")
     with pytest.raises(ValueError, match=r"DGEMMA_ACCEL_BLOCK_ATTENTION: must be one of .*got 'sm_91'"):
-        block_attention_sm_90a.wanted()
+        block_attention_sm_90a.wanted(512)
 
 
 @pytest.mark.skipif(missing_extension() is not None, reason=str(missing_extension()))
@@ -105,6 +109,9 @@ def test_splits_fill_pairs_of_multiprocessors():
     assert splits == [1, 2, 2, 2]
     params.batch = 4
     assert native.block_attention_sm_90a_splits(params, 132) == 1
+    # 32 tiles of rows of a sliding layer, a multiprocessor each.
+    params.batch, params.kv_heads, params.head_dim, params.prefix_length = 1, 8, 256, 1023
+    assert native.block_attention_sm_90a_splits(params, 132) == 4
 
 
 CASES = [
@@ -133,33 +140,36 @@ CASES = [
     reason="built without sm_90a",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize(
     "shape, options",
     # Less of the first, which would take a minute.
     [(CASES[0][0] | {"query_heads": 4, "length": 70, "prefix": 900, "ranges": [(5, 890)]}, {}), *CASES[1:]],
 )
-def test_within_budget_where_cuda_kernels_are_carried_out(shape, options, dtype):
-    case = make_case(**shape, head_dim=512, dtype=dtype)
-    settings = (512**-0.5, options.get("softcap"), options.get("causal", False), options.get("window"))
+def test_within_budget_where_cuda_kernels_are_carried_out(shape, options, head_dim, dtype):
+    case = make_case(**shape, head_dim=head_dim, dtype=dtype)
+    settings = (head_dim**-0.5, options.get("softcap"), options.get("causal", False), options.get("window"))
     output, lse = block_attention_sm_90a.block_attention(*case, *settings)
     assert not check_block_attention(output, lse, *case, *settings)
 
 
 # In a process of its own with a time limit: a kernel that waits forever must not take the other tests with it.
 ON_A_GPU = """
+import itertools
+
 import torch
 from test_block_attention import make_case
 from test_cuda_block_attention_sm_90a import CASES
 from dgemma_accel.native.block_attention_sm_90a import block_attention
 from dgemma_accel.reference.budget import check_block_attention
 
-for dtype in (torch.bfloat16, torch.float16):
+for dtype, head_dim in itertools.product((torch.bfloat16, torch.float16), (256, 512)):
     for shape, options in CASES:
-        case = make_case(**shape, head_dim=512, dtype=dtype, device="cuda")
-        settings = (512**-0.5, options.get("softcap"), options.get("causal", False), options.get("window"))
+        case = make_case(**shape, head_dim=head_dim, dtype=dtype, device="cuda")
+        settings = (head_dim**-0.5, options.get("softcap"), options.get("causal", False), options.get("window"))
         output, lse = block_attention(*case, *settings)
         problems = check_block_attention(output, lse, *case, *settings)
-        assert not problems, (shape, options, problems)
+        assert not problems, (head_dim, shape, options, problems)
         for _ in range(3):
             again, lse_again = block_attention(*case, *settings)
             assert torch.equal(output, again) and torch.equal(lse, lse_again)

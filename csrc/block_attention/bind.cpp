@@ -83,8 +83,10 @@ void register_block_attention(pybind11::module_& m) {
       [](const P& p, uintptr_t stream) { block_attention_sm_90a(p, reinterpret_cast<void*>(stream)); },
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches the wgmma variant on a CUDA stream of the current device.");
-  describe_kernel(m, "block_attention_cluster_kernel", BlockAttentionClusterShape::kThreads,
-                  BlockAttentionClusterShape::kSharedBytes);
+  describe_kernel(m, "block_attention_wgmma_kernel", BlockAttentionWgmmaShape<256>::kThreads,
+                  BlockAttentionWgmmaShape<256>::kSharedBytes);
+  describe_kernel(m, "block_attention_cluster_kernel", BlockAttentionWgmmaShape<512>::kThreads,
+                  BlockAttentionWgmmaShape<512>::kSharedBytes);
 #endif
   describe_kernel(m, "block_attention_merge_kernel", kBlockAttentionMergeThreads, 0);
 #endif

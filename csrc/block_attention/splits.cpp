@@ -52,8 +52,11 @@ int64_t block_attention_splits(const BlockAttentionParams& params, int multiproc
 }
 
 int64_t block_attention_sm_90a_splits(const BlockAttentionParams& params, int multiprocessors) {
-  using Shape = BlockAttentionClusterShape;
-  return params.head_dim == Shape::kHeadDim ? splits_of<Shape>(params, multiprocessors, Shape::kCluster) : 1;
+  switch (params.head_dim) {
+    case 256: return splits_of<BlockAttentionWgmmaShape<256>>(params, multiprocessors);
+    case 512: return splits_of<BlockAttentionWgmmaShape<512>>(params, multiprocessors, BlockAttentionWgmmaShape<512>::kCluster);
+    default: return 1;
+  }
 }
 
 }  // namespace dgemma

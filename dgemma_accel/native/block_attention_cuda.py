@@ -34,6 +34,7 @@ def block_attention(*arguments) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: CUDA's error at a launch, with its text and the launch's sizes.
     """
-    if block_attention_sm_90a.wanted() and not block_attention_sm_90a.missing(*arguments[:5]):
+    special = block_attention_sm_90a
+    if special.wanted(arguments[0].shape[-1]) and not special.missing(*arguments[:5]):
         return launch("block_attention_sm_90a", *arguments)
     return launch("block_attention_cuda", *arguments)

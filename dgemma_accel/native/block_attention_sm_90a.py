@@ -1,7 +1,7 @@
-"""`block_attention` at head_dim 512 by the extension's wgmma kernel, for compute capability 9.0.
+"""`block_attention` at head_dim 256 and 512 by the extension's wgmma kernels, for compute capability 9.0.
 
-Backend "cuda" takes it wherever it can. With DGEMMA_ACCEL_BLOCK_ATTENTION=portable in the environment it takes the
-kernel of all architectures there too.
+Backend "cuda" takes them at the head dims at which one was measured to be faster than others. In the environment
+DGEMMA_ACCEL_BLOCK_ATTENTION=sm_90a says wherever they can, and =portable nowhere.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from .params import extension, missing_cuda
 FEATURES = {
     "device": {"cuda"},
     "dtype": {torch.bfloat16, torch.float16},
-    "head_dim": {512},
+    "head_dim": {256, 512},
     "compute_capability": {(9, 0)},
     "rows on 16-byte boundaries": {True},
 }
 VARIABLE = "DGEMMA_ACCEL_BLOCK_ATTENTION"
-VARIANTS = ("sm_90a", "portable")
+VARIANTS = ("auto", "sm_90a", "portable")
+# Where one was measured to be faster. At 256 none has run on a GPU.
+FASTER = {512}
 
 
 def unavailable() -> str | None:
@@ -35,12 +37,12 @@ def unavailable() -> str | None:
     return missing
 
 
-def wanted() -> bool:
-    """Whether the environment leaves calls to this variant; ValueError where it names one that does not exist."""
+def wanted(head_dim: int) -> bool:
+    """Whether backend "cuda" takes this variant; ValueError where the environment names one that does not exist."""
     variant = os.environ.get(VARIABLE) or VARIANTS[0]
     if variant not in VARIANTS:
         raise ValueError(f"{VARIABLE}: must be one of {VARIANTS}, got {variant!r}")
-    return variant == "sm_90a"
+    return variant == "sm_90a" or (variant == "auto" and head_dim in FASTER)
 
 
 def missing(query: Tensor, *keys_and_values: Tensor | None) -> list[str]:

@@ -2,6 +2,6 @@
 
 namespace dgemma {
 
-template void launch_block_attention_cluster<Bfloat16>(const BlockAttentionParams& params, void* stream);
+template void launch_block_attention_wgmma<Bfloat16, 512>(const BlockAttentionParams& params, void* stream);
 
 }  // namespace dgemma

@@ -15,6 +15,7 @@
 #include "block_attention/kernel.cuh"
 #include "block_attention/merge.cuh"
 #include "block_attention/sm_90a/kernel.cuh"
+#include "block_attention/sm_90a/kernel_hd256.cuh"
 
 namespace dgemma {
 namespace {
@@ -89,9 +90,19 @@ int64_t tiles_of_rows(const BlockAttentionParams& p) {
 template <class T, int kHeadDim>
 void run(const BlockAttentionParams& p, bool wgmma) {
   if (wgmma) {
-    using Shape = BlockAttentionClusterShape;
-    emulation::run({tiles_of_rows<Shape>(p) * Shape::kCluster, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
-                   [&] { block_attention_cluster_kernel<T>(p); }, Shape::kCluster);
+    if constexpr (kHeadDim >= 256) {
+      using Shape = BlockAttentionWgmmaShape<kHeadDim>;
+      emulation::run({tiles_of_rows<Shape>(p) * Shape::kCluster, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
+                     [&] {
+                       if constexpr (Shape::kCluster == 1)
+                         block_attention_wgmma_kernel<T>(p);
+                       else
+                         block_attention_cluster_kernel<T>(p);
+                     },
+                     Shape::kCluster);
+    } else {
+      emulation::fail("head_dim %d has no wgmma kernel", kHeadDim);
+    }
   } else {
     using Shape = BlockAttentionShape<kHeadDim>;
     emulation::run({tiles_of_rows<Shape>(p), p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,

@@ -1,0 +1,7 @@
+#include "launch.cuh"
+
+namespace dgemma {
+
+template void launch_block_attention_wgmma<Bfloat16, 256>(const BlockAttentionParams& params, void* stream);
+
+}  // namespace dgemma
