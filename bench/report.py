@@ -23,8 +23,7 @@ HEADLINE = {
     "experts": ("uniform routing",),
     "feed_forward": ("bf16 experts",),
     "linears": ("sliding layer", "global layer"),
-    # The second: the first wgmma kernel beside the portable one, before backend "cuda" took it.
-    "block_attention": ("", "beside sm_90a"),
+    "block_attention": ("",),
     "samplers": ("LLaDA low_confidence", "Fast-dLLM threshold", "Dream entropy"),
 }
 
