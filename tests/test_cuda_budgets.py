@@ -218,6 +218,82 @@ def test_products_of_a_tile_are_waited_for_twice():
             assert came == 1 + 2, (arch, kernel, opcode, came)
 
 
+def registers_of(opcode: str, operands: str) -> set[int]:
+    """Numbers of the registers that an instruction names, with those behind them that a wider operand takes."""
+    found = set()
+    for place, width in re.findall(r"\[[^\]]*\bR(\d+)(\.64)?", operands):
+        found |= set(range(int(place), int(place) + (2 if width else 1)))
+    width = 4 if ".128" in opcode else 2 if ".64" in opcode or "WIDE" in opcode else 1
+    for number in re.findall(r"\bR(\d+)\b", re.sub(r"\[[^\]]*\]", "", operands)):
+        found |= set(range(int(number), int(number) + width))
+    return found
+
+
+def touched_in_flight(lines) -> tuple[list[int], list[str]]:
+    """(registers in flight at each wait for products of wgmma, instructions before it that name one of them)."""
+    instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);")
+    flight, waits, touched = set(), [], []
+    for line in lines:
+        found = instruction.match(line)
+        if found is None:
+            continue
+        opcode, operands = found.groups()
+        if product := re.match(r"HGMMA\.64x(\d+)x16", opcode):
+            sums, left = re.findall(r"(?:\bR\d+|gdesc\[\w+\])", operands)[:2]
+            flight |= set(range(int(sums[1:]), int(sums[1:]) + int(product[1]) // 2))
+            if left.startswith("R"):
+                flight |= set(range(int(left[1:]), int(left[1:]) + 4))
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            waits.append(len(flight))
+            flight = set()
+        elif flight & registers_of(opcode, operands):
+            touched.append(line.strip())
+    return waits, touched
+
+
+def test_nobody_touches_the_registers_of_products_in_flight():
+    """What the emulation cannot see: scores ahead are multiplied while the code of the softmax runs."""
+    kernels = [usage.kernel for usage in usages() if any(name in usage.kernel for name in ONE_ARCHITECTURE)]
+    assert bool(kernels) == ("90a" in built_archs())
+    for kernel in kernels:
+        command = [cuobjdump(), "-sass", "-arch", "sm_90a", "-fun", kernel, extension().__file__]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        waits, touched = touched_in_flight(done.stdout.splitlines())
+        # Sums of 64 x 64 scores twice, of 64 x 256 columns with 64 x 64 probabilities of 16 bits.
+        assert waits == [32, 32, 128 + 16], (kernel, waits)
+        assert not touched, (kernel, touched)
+
+
+SASS_OF_PRODUCTS = """
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR20], RZ, !UPT ;   /* 0x0 */
+        /*0020*/              @!P0 LDG.E.128.CONSTANT R{load}, desc[UR8][R{address}.64] ;  /* 0x0 */
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;                         /* 0x0 */
+        /*0040*/                   HGMMA.64x256x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24, gsb0 ;
+        /*0050*/                   FADD R{sum}, R152, -R4 ;                                /* 0x0 */
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   FMUL R24, R24, R152 ;
+"""
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({}, None),
+        ({"load": 149}, "LDG"),
+        ({"load": 183}, "LDG"),
+        ({"address": 151}, "LDG"),
+        ({"address": 183}, "LDG"),
+        ({"sum": 151}, "FADD"),
+        ({"sum": 186}, "FADD"),
+    ],
+)
+def test_registers_in_flight_are_found(change, line):
+    text = SASS_OF_PRODUCTS.format(**{"load": 148, "address": 150, "sum": 188, **change})
+    waits, touched = touched_in_flight(text.splitlines())
+    assert waits == [32, 132]
+    assert [line in one for one in touched] == ([True] if line else [])
+
+
 USAGE = """
 arch = sm_89
 Resource usage:
