@@ -87,7 +87,7 @@ def collect(names: list[str], device: torch.device, sizes: Sizes) -> tuple[list[
 
 
 def check_sizes(options: argparse.Namespace) -> list[str]:
-    """Sizes below 1, each as one line; such an option is then ignored."""
+    """Sizes below 1 and a time of 0 or less, each as one line; such an option is then ignored."""
     problems = []
     for name in ("rows", "vocab", "batch", "threads"):
         value = getattr(options, name)

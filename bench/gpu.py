@@ -105,10 +105,10 @@ def all_parts(capability: tuple[int, int], out: Path, python: str = sys.executab
     ]
 
     for op in OPS:
-        # A third of the usual time for samples: nine minutes are for all ops, and the medians are the same.
+        # A third of the usual time for samples: nine minutes are for all ops.
         arguments = ("--device", "cuda", "--seconds", "0.3", "--json", str(out / f"{op}.json"))
         parts.append(Part(op, (python, "-m", "bench", op, *arguments), weights.get(op, 1.0)))
-    # An eager step of transformers takes a tenth of a second, and a context 20 of them for each repeat.
+    # A repeat takes every eager way, bound by the host, through some 20 steps.
     arguments = ("--model", "full", "--repeats", "2", "--json", str(out / "step-full.json"))
     parts.append(Part("step", (python, "-m", "bench", "step", *arguments), 5.0))
     return parts

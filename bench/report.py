@@ -139,9 +139,9 @@ def every_case(results: list[dict]) -> str:
             "These count nowhere else: not in the README, not in a plot, not for `auto`.",
         ]
     for reason, result in bounds:
-        one = op_table if result["kind"] == "ops" else steps_table
-        table = one([result], headline=False, whole=False) if one is op_table else one([result], whole=False)
-        lines += ["", reason, "", *table]
+        of_ops = result["kind"] == "ops"
+        rows = op_table([result], False, whole=False) if of_ops else steps_table([result], whole=False)
+        lines += ["", reason, "", *rows]
     return "\n".join([*lines, ""])
 
 

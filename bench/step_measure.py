@@ -23,7 +23,7 @@ KERNELS = 60
 
 def room(way: Way, options, canvas: int) -> int:
     """Tokens that all calls of one variant may add to its cache: one by one, or prompts of one and the canvases of
-    `per_canvas`."""
+    `per_canvas` and `launches_of_a_canvas`."""
     if way.decodes:
         return 100 + (4 + options.repeats) * (options.steps + 2)
     return 100 + 10 * options.repeats + (3 + 2 * options.repeats) * canvas
@@ -186,16 +186,16 @@ class Bench:
         # Last, since every canvas makes the cache longer.
         good = [way for way in ways if rows[way.name]["status"] == "ok" and has_canvases(way)]
         canvases = per_canvas({way.name: runs[way.name] for way in good}, options.repeats, device)
-        ours = {way.name for way in good if way.ours}
-        for name, found in canvases.items():
-            if isinstance(found, Exception):
-                rows[name]["error"] = f"a canvas besides its steps: {_one_line(found)}"
-                continue
-            rows[name]["canvas_ms"] = found - rows[name]["step_ms"]
-            if device.type == "cuda" and name in ours:
-                rows[name]["canvas_launches"] = (
-                    launches_of_a_canvas(runs[name], device) - rows[name]["launches"]
-                )
+        for way in good:
+            row, found = rows[way.name], canvases[way.name]
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                row["canvas_ms"] = found - row["step_ms"]
+                if device.type == "cuda" and way.ours:
+                    row["canvas_launches"] = launches_of_a_canvas(runs[way.name], device) - row["launches"]
+            except Exception as error:
+                row["error"] = f"a canvas besides its steps: {_one_line(error)}"
         return list(rows.values())
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:

@@ -16,8 +16,7 @@ from . import memory
 # A graph holds this many calls where one alone is too short for the clock.
 CALLS_IN_GRAPH = 50
 # Clock cycles for which the device is kept busy before a call that is not in a graph, about 1 ms: the host's work for
-# the call falls into them instead of between the two events. On an H200's host a launch through the op and Triton took
-# up to 0.6 ms beside other processes.
+# the call falls into them instead of between the two events.
 HEAD_START = 2_000_000
 SHORT_CALL_US = 300.0
 

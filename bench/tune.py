@@ -139,8 +139,9 @@ def tune(
         def right(use: dict, cost=cost) -> bool:
             return math.isfinite(cost(use, check=True))
 
-        shapes = sorted([entry["use"], *entry.get("try", [])], key=cost)
-        start_use = next((use for use in shapes if use == entry["use"] or right(use)), entry["use"])
+        rivals = entry.get("try", [])
+        shapes = sorted([entry["use"], *rivals], key=cost) if rivals else [entry["use"]]
+        start_use = next(use for use in shapes if use == entry["use"] or right(use))
         best, total, tried = climb(start_use, cost, right)
         print(
             f"{op} {entry['when']}: {tried} shapes over {len(used)} cases; {entry['use']} -> {best}, "

@@ -53,11 +53,13 @@ def tanh_below_kernel(x, y, rate, inverse_softcap, HALF: tl.constexpr, N: tl.con
     o = tl.arange(0, N)
     if HALF:
         tl.store(
-            y + o, softcap.tanh_by_5(tl.load(x + o), softcap.coefficients_below_half(rate, inverse_softcap))
+            y + o,
+            softcap.odd_polynomial(tl.load(x + o), softcap.coefficients_below_half(rate, inverse_softcap), 5),
         )
     else:
         tl.store(
-            y + o, softcap.tanh_by_7(tl.load(x + o), softcap.coefficients_below_1(rate, inverse_softcap))
+            y + o,
+            softcap.odd_polynomial(tl.load(x + o), softcap.coefficients_below_1(rate, inverse_softcap), 7),
         )
 
 

@@ -39,11 +39,10 @@ from .softcap import (
     coefficients_below_half,
     difference,
     exp2_flushed,
-    polynomial,
+    odd_polynomial,
+    polynomial_serves,
     rate,
     scaled_tanh,
-    tanh_by_5,
-    tanh_by_7,
 )
 
 __all__ = ["FEATURES", "row_stats", "unavailable"]
@@ -162,6 +161,27 @@ def add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES: tl.constexpr):
     return b_z, b_s, b_zt
 
 
+@triton.jit
+def sum_polynomial_powers(
+    raw,
+    c,
+    b_max,
+    b_z,
+    b_s,
+    b_zt,
+    b_ratio,
+    TERMS: tl.constexpr,
+    TWO_TEMPERATURES: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """The sums with the powers of all pieces added, whose exponents are a polynomial of the logits."""
+    b_top = odd_polynomial(b_max[:, None], c, TERMS)
+    for i in tl.static_range(PIECES):
+        b_d = difference(odd_polynomial(widened(raw[i]), c, TERMS), b_top)
+        b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+    return b_z, b_s, b_zt
+
+
 @triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows"])
 def tile_stats_kernel(
     logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
@@ -219,20 +239,20 @@ def tile_stats_kernel(
     b_zt = tl.zeros([ROWS, WIDTH], tl.float32)
     if SOFTCAP:
         inverse_softcap = 1.0 / softcap
-        b_relative = tl.where(polynomial(b_k, inverse_softcap), b_magnitude * inverse_softcap, float("inf"))
+        b_relative = tl.where(
+            polynomial_serves(b_k, inverse_softcap), b_magnitude * inverse_softcap, float("inf")
+        )
         relative = tl.max(tl.where(m_r, b_relative, 0.0), 0)
         if relative < 0.5:
             c = coefficients_below_half(b_k[:, None], inverse_softcap)
-            b_top = tanh_by_5(b_max[:, None], c)
-            for i in tl.static_range(PIECES):
-                b_d = difference(tanh_by_5(widened(raw[i]), c), b_top)
-                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+            b_z, b_s, b_zt = sum_polynomial_powers(
+                raw, c, b_max, b_z, b_s, b_zt, b_ratio, 5, TWO_TEMPERATURES, PIECES
+            )
         elif relative < 1.0:
             c = coefficients_below_1(b_k[:, None], inverse_softcap)
-            b_top = tanh_by_7(b_max[:, None], c)
-            for i in tl.static_range(PIECES):
-                b_d = difference(tanh_by_7(widened(raw[i]), c), b_top)
-                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+            b_z, b_s, b_zt = sum_polynomial_powers(
+                raw, c, b_max, b_z, b_s, b_zt, b_ratio, 7, TWO_TEMPERATURES, PIECES
+            )
         else:
             b_scale = (softcap * b_k)[:, None]
             b_top = scaled_tanh((b_max * inverse_softcap)[:, None], b_scale)

@@ -79,7 +79,7 @@ def scaled_tanh(u, scale):
 
 
 @triton.jit
-def polynomial(b_k, inverse_softcap):
+def polynomial_serves(b_k, inverse_softcap):
     """Whether the polynomials below serve at rate `b_k`: their coefficients are normal numbers."""
     square = inverse_softcap * inverse_softcap
     last = b_k * (square * square * square)
@@ -118,20 +118,10 @@ def coefficients_below_1(b_k, inverse_softcap):
 
 
 @triton.jit
-def tanh_by_5(x, c):
+def odd_polynomial(x, c, TERMS: tl.constexpr):
+    """x (c[0] + c[1] x^2 + ...), with coefficients as above."""
     w = x * x
-    p = tl.fma(c[4], w, c[3])
-    p = tl.fma(p, w, c[2])
-    p = tl.fma(p, w, c[1])
-    return x * tl.fma(p, w, c[0])
-
-
-@triton.jit
-def tanh_by_7(x, c):
-    w = x * x
-    p = tl.fma(c[6], w, c[5])
-    p = tl.fma(p, w, c[4])
-    p = tl.fma(p, w, c[3])
-    p = tl.fma(p, w, c[2])
-    p = tl.fma(p, w, c[1])
-    return x * tl.fma(p, w, c[0])
+    p = c[TERMS - 1]
+    for i in tl.static_range(2, TERMS + 1):
+        p = tl.fma(p, w, c[TERMS - i])
+    return x * p

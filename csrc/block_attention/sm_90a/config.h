@@ -5,6 +5,9 @@
 
 namespace dgemma {
 
+// A row of a panel in shared memory: 64 columns, as wgmma's swizzle wants them.
+constexpr uint32_t kWgmmaPanelRowBytes = 128;
+
 // kCluster blocks of threads share kRows rows, each with its part of the head's columns of queries, keys, values and
 // output.
 template <int kHeadDim>
@@ -30,9 +33,8 @@ struct BlockAttentionWgmmaShape : BlockAttentionWgmmaTiles<kDim> {
   static constexpr int kColumns = kHeadDim / Tiles::kCluster;
   static constexpr int kChunks = kColumns / 8;
   static constexpr int kKeyTiles = kKeys / 8;
-  // Shared memory holds panels of 64 columns, 128 bytes a row, as wgmma's swizzle wants them.
   static constexpr int kPanels = kColumns / 64;
-  static constexpr uint32_t kPanelRowBytes = 128, kGroupBytes = 8 * kPanelRowBytes;
+  static constexpr uint32_t kPanelRowBytes = kWgmmaPanelRowBytes, kGroupBytes = 8 * kPanelRowBytes;
   static constexpr uint32_t kQueryPanelBytes = kRows * kPanelRowBytes, kPanelBytes = kKeys * kPanelRowBytes;
   static constexpr uint32_t kTileBytes = kPanels * kPanelBytes;
   static constexpr uint32_t kQueryBytes = kPanels * kQueryPanelBytes;

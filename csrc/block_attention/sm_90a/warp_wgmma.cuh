@@ -9,7 +9,8 @@ namespace dgemma {
 
 // Where a 16-byte chunk of a row lies: panels of eight chunks, in which the row decides about their order.
 DGEMMA_DEVICE uint32_t in_panels(int row, int chunk, uint32_t panel_bytes) {
-  return uint32_t(chunk / 8) * panel_bytes + uint32_t(row) * 128 + uint32_t((chunk % 8 ^ (row & 7)) * 16);
+  return uint32_t(chunk / 8) * panel_bytes + uint32_t(row) * kWgmmaPanelRowBytes +
+         uint32_t((chunk % 8 ^ (row & 7)) * 16);
 }
 
 // Starts to copy this block's columns of the keys or values of a tile; slots after the last valid one become zeros.
