@@ -227,8 +227,19 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     assert hf_experts.kernel_for("reference", device, torch.bfloat16) is None
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
     assert hf_experts.kernel_for("auto", device, torch.bfloat16) == "triton"
+    assert hf_experts.why_no_kernel("auto", device) is None
     monkeypatch.setattr(hf_experts, "load", lambda op, name: (None, "missing"))
     assert hf_experts.kernel_for("auto", device, torch.bfloat16) is None
+
+
+def test_a_gpu_without_the_kernel_is_worth_a_word(monkeypatch):
+    monkeypatch.setattr(hf_experts, "load", lambda op, name: (None, "a compiler is missing"))
+    device = torch.device("cuda")
+    for name in ("auto", "cuda"):
+        assert hf_experts.why_no_kernel(name, device) == "no kernel: a compiler is missing"
+    # Asked for, or a device that has none.
+    assert hf_experts.why_no_kernel("reference", device) is None
+    assert hf_experts.why_no_kernel("auto", torch.device("cpu")) is None
 
 
 def test_torch_marks_a_constant_as_the_choice_of_a_kernel_is_marked():

@@ -250,3 +250,27 @@ def test_parameters_on_the_cpu_go_by_value():
     rows = torch.ones(3)
     assert common.by_value(rows)[1:] == (True, 1)
     assert common.by_value(None, 1.0) == (1.0, False, 0)
+
+
+NO_COMPILER = """
+import torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+from dgemma_accel import backends
+needs = {"device": "cuda", "compute_capability": (12, 0), "dtype": torch.bfloat16}
+print(backends.choose("soft_embedding", "auto", needs).implementation.backend)
+print(backends.load("experts", "triton")[1])
+"""
+
+
+def test_where_triton_cannot_build_its_launcher_it_is_not_taken(tmp_path):
+    """It compiles kernels by itself and its launcher with a C compiler, which many images do not have."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    # The last names a folder for libcuda.so, which Triton looks for first.
+    environment |= {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_COMPILER], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    backend, reason = done.stdout.splitlines()
+    assert backend == "cuda"
+    assert "a C compiler and Python's headers" in reason and "Failed to find C compiler" in reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -55,11 +56,31 @@ CAPABILITIES = AtLeast((8, 0))
 
 def unavailable() -> str | None:
     """None, or what Triton kernels miss on this machine."""
-    if INTERPRET or torch.cuda.is_available():
+    if INTERPRET:
         return None
+    if torch.cuda.is_available():
+        return _why_no_launcher()
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 was set after Triton was imported; set it before"
     return "no CUDA device is available (TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly)"
+
+
+@functools.cache
+def _why_no_launcher() -> str | None:
+    """None, or why Triton cannot launch what it compiles.
+
+    It brings a compiler for kernels, and none for its own launcher in C, which it builds on first use and keeps in its
+    cache. Images that are made to run models often have no C compiler.
+    """
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        return (
+            "Triton cannot build its launcher, for which it takes a C compiler and Python's headers "
+            f"(gcc and python3-dev): {type(error).__name__}: {first}"
+        )
+    return None
 
 
 # The architecture to compile for when it is not that of the tensors' device (see `ahead_of_time`).

@@ -85,7 +85,9 @@ def _backend_for(patch: Patch, backend: str, rows: Tensor) -> tuple[str | None, 
     kernel = kernel_for(backend, rows.device, rows.dtype)
     if kernel is None and type(patch.owner).__name__ == OURS:
         kernel = "reference"
-    reason = None if kernel is None else _reason_for_original(patch, patch.owner, rows)
+    if kernel is None:
+        return None, why_no_kernel(backend, rows.device)
+    reason = _reason_for_original(patch, patch.owner, rows)
     return (kernel if reason is None else None), reason
 
 
@@ -181,10 +183,19 @@ def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-# A constant of the graph: looking for implementations imports modules, which cannot be traced. This is all that
+def why_no_kernel(backend: str, device: torch.device) -> str | None:
+    """What a GPU's machine lacks for the kernels that would serve its experts; None where nothing is missing, or nobody
+    would expect them."""
+    if device.type != "cuda" or requested(backend) == "reference":
+        return None
+    return next((f"no kernel: {missing}" for name in KERNELS if (missing := load("experts", name)[1])), None)
+
+
+# Constants of the graph: looking for implementations imports modules, which cannot be traced. This is all that
 # torch.compiler.assume_constant_result does, which imports the compiler first, Triton and sympy with it: as long again
 # as importing torch, for everybody who imports this package.
 kernel_for._dynamo_marked_constant = True
+why_no_kernel._dynamo_marked_constant = True
 
 
 def _reason_for_original(patch: Patch, module: nn.Module, hidden: Tensor) -> str | None:
