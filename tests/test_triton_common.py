@@ -264,7 +264,9 @@ print(backends.load("experts", "triton")[1])
 
 def test_where_triton_cannot_build_its_launcher_it_is_not_taken(tmp_path):
     """It compiles kernels by itself and its launcher with a C compiler, which many images do not have."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")
+    }
     # The last names a folder for libcuda.so, which Triton looks for first.
     environment |= {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
     done = subprocess.run(
