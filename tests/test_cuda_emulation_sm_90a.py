@@ -87,95 +87,139 @@ def test_rows_without_any_key_and_splits_without_a_tile(program, tmp_path, head_
     assert not attend(program, tmp_path, case, causal=True, splits=5)[2]
 
 
-BARRIER = r"no barrier after|copy to it is running"
-FENCE, WAIT = "hw::show_copies_to_multiplies();\n    ", "hw::wait_cluster();\n    "
-SYNC = "hw::sync_block();\n    "
+BARRIER = "no barrier after|copy to it is running|never written"
+FENCE, SYNC = "hw::show_copies_to_multiplies();\n    ", "hw::sync_block();\n    "
 # Of the kernel for head_dim 512.
-TOP = "hw::show_copies_to_multiplies();\n    // The other block is there, and so are the copies of all threads.\n    "
 MEETING = "hw::arrive_cluster();\n    hw::wait_cluster();\n    "
-BOTTOM = "hw::wait_copies<0>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp.start_values"
-# {name: (text that stands there once, what takes its place, what the report says)}; where the report is empty, the
+TOP = (
+    "hw::wait_copies<0>();\n  hw::show_copies_to_multiplies();\n"
+    "  // Nobody multiplies the last tile's values any more, nor the next tile's keys.\n  hw::sync_block();\n"
+)
+MIDDLE = "hw::wait_copies<1>();\n  hw::show_copies_to_multiplies();\n  hw::sync_block();\n"
+FENCE_OF_TILE, SYNC_OF_TILE = "hw::show_copies_to_multiplies();\n", "hw::sync_block();\n"
+NOT_MET = "no barrier of the cluster|no barrier after|twice|never written"
+# {name: (text that stands there once, what takes its place, what the report says)}; where the report may be empty, the
 # kernel runs to its end and the error budget has to fail.
 CLUSTER_MUTANTS = {
     "first_meeting_dropped": (MEETING + "warp.start_keys", "warp.start_keys", BARRIER + "|may not have begun"),
-    "first_keys_refilled_too_soon": (SYNC + "task.fill_keys(task", "task.fill_keys(task", BARRIER),
-    "values_refilled_too_soon": (SYNC + "task.fill_values", "task.fill_values", BARRIER),
-    "second_barrier_dropped": (BOTTOM, BOTTOM.replace(SYNC, ""), BARRIER),
-    "first_fence_dropped": (TOP, TOP.replace(FENCE[:-4], ""), "no fence after"),
-    "second_fence_dropped": (BOTTOM, BOTTOM.replace(FENCE, ""), "no fence after"),
-    "waits_for_one_group_less": (BOTTOM, BOTTOM.replace("<0>", "<1>"), BARRIER),
-    "first_scores_read_before_the_cluster_met": (
-        "hw::wait_cluster();\n  }\n  DGEMMA_NO_UNROLL", "}\n  DGEMMA_NO_UNROLL", "no barrier after|twice",
-    ),
-    "scores_read_before_the_cluster_met": (WAIT + "warp.finish_values", "warp.finish_values", "no barrier after|twice"),
-    "exchange_in_one_place": (
-        "exchange = other_exchange();", "", "no barrier of the cluster after a read",
-    ),
     "other_block_may_not_have_begun": (
         MEETING + "warp.start_keys", SYNC + "warp.start_keys", "may not have begun",
     ),
-    "shows_scores_to_itself": (
-        "if (more) warp.show_keys_to(1 - task.part", "if (more) warp.show_keys_to(task.part", "writes into block",
+    "first_largest_scores_read_before_the_cluster_met": (MEETING + "task.fill", SYNC + "task.fill", NOT_MET),
+    "first_probabilities_read_before_the_cluster_met": (
+        MEETING.rstrip() + "\n\n    own = warp", SYNC + "\n    own = warp", NOT_MET,
     ),
-    "keys_filled_where_they_are_needed_next": (
-        "fill_keys(tile + 3, keys)", "fill_keys(tile + 3, other_keys())", BARRIER,
+    "told_before_the_cluster_met": ("    hw::wait_cluster();\n  }\n}", "  }\n}", NOT_MET),
+    "sums_read_before_the_cluster_met": (MEETING + "warp.add_sums", SYNC + "warp.add_sums", NOT_MET),
+    "sums_of_one_block": ("warp.add_sums(own.other().probabilities());", "", ""),
+    "barrier_of_keys_dropped": (TOP, TOP.replace(SYNC_OF_TILE, ""), BARRIER),
+    "fence_of_keys_dropped": (TOP, TOP.replace(FENCE_OF_TILE, ""), "no fence after"),
+    "keys_not_waited_for": (TOP, TOP.replace("<0>", "<1>"), BARRIER),
+    "barrier_of_values_dropped": (MIDDLE, MIDDLE.replace(SYNC_OF_TILE, ""), BARRIER),
+    "fence_of_values_dropped": (MIDDLE, MIDDLE.replace(FENCE_OF_TILE, ""), "no fence after"),
+    "values_not_waited_for": (MIDDLE, MIDDLE.replace("<1>", "<2>"), BARRIER),
+    "probabilities_in_one_place": (
+        "odd * Shape::kProbabilityBytes", "0", NOT_MET,
     ),
-    "keys_of_one_tile_further": ("fill_keys(tile + 3, keys)", "fill_keys(tile + 4, keys)", ""),
+    "largest_scores_in_one_place": (
+        "odd * Shape::kLargestBytes", "0", "no barrier of the cluster after a read",
+    ),
+    "keys_in_one_place": ("odd * Shape::kKeyTileBytes", "0", BARRIER),
+    "tells_itself": ("tell_probabilities(next, other_block", "tell_probabilities(next, task.part", "writes into block"),
+    "keys_of_one_tile_further": ("fill_keys(tile + 3", "fill_keys(tile + 4", ""),
+    "values_of_one_tile_further": ("fill_values(tile,", "fill_values(tile + 1,", "never written|"),
+    "output_not_rescaled": ("if (rescale) warp.rescale_output(correction);", "", ""),
+    "output_rescaled_too_soon": (
+        "warp.finish_values();\n  if constexpr (kMore > 0) {\n    if (rescale) warp.rescale_output(correction);",
+        "if (rescale) warp.rescale_output(correction);\n  warp.finish_values();\n  if constexpr (kMore > 0) {", "",
+    ),
+    "each_block_has_its_own_maximum": (
+        "fmaxf(largest[0][half], float_from_bits(words.word[half]))", "largest[0][half]", "",
+    ),
+    "scores_masked_as_the_first_keys": (
+        "finish_scores(p, walk, tile, rows, first_key())", "finish_scores(p, walk, tile, rows)", "",
+    ),
+    "values_of_its_own_keys_twice": ("Shape::kOwnKeys - first_key()", "first_key()", ""),
+    "first_columns_of_the_queries_four_times": (
+        "first_queries[step][half] = load_pair<true>(source + step * 16);",
+        "first_queries[step][half] = load_pair<true>(source);", "",
+    ),
+    "columns_of_the_queries_four_steps_further": (
+        "left.at(this->to_step(step - kQuerySteps,", "left.at(this->to_step(step,", "outside|never written|no fence|",
+    ),
+    "scores_added_to_the_last_ones": ("columns, step > 0)", "columns, true)", ""),
+    "scores_used_before_the_products_are_done": (
+        "hw::wait_multiplies<kPending>(this->ahead);", "", BARRIER + "|no fence|",
+    ),
+    "leader_takes_scores_too_soon": ("finish_keys<0>(task.p", "finish_keys<1>(task.p", ""),
+    "follower_takes_scores_too_soon": ("finish_keys<1>(task.p", "finish_keys<2>(task.p", ""),
+    "values_refilled_while_they_are_multiplied": (
+        "{ hw::wait_multiplies<0>(this->output[0]); }", "{}", BARRIER + "|no fence|",
+    ),
+    "values_without_a_fence": ("hw::begin_multiplies(this->output[0]);", "", "without a fence"),
+    "scores_without_a_fence": ("hw::begin_multiplies(this->ahead);", "", "without a fence"),
+    "values_not_committed": (
+        "hw::commit_multiplies();\n  }\n\n  DGEMMA_DEVICE_MEMBER void finish_values",
+        "}\n\n  DGEMMA_DEVICE_MEMBER void finish_values", "has not committed",
+    ),
 }  # fmt: skip
 # Of that for 256.
 START = (
-    "hw::wait_copies<0>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp.start_keys"
+    "hw::wait_copies<2>();\n    hw::show_copies_to_multiplies();\n    hw::sync_block();\n    warp.start_keys"
 )
-MIDDLE = (
-    "hw::show_copies_to_multiplies();\n"
-    "    // Nobody multiplies the next tile's keys or the last one's values any more.\n    "
+TILE = (
+    "hw::wait_copies<0>();\n  hw::show_copies_to_multiplies();\n"
+    "  // Nobody multiplies this tile's keys or the last one's values any more.\n  hw::sync_block();\n"
 )
 BLOCK_MUTANTS = {
     "first_barrier_dropped": (START, START.replace(SYNC, ""), BARRIER),
     "first_fence_dropped": (START, START.replace(FENCE, ""), "no fence after"),
-    "first_keys_refilled_too_soon": (SYNC + "task.fill_keys(task", "task.fill_keys(task", BARRIER),
-    "barrier_dropped": (SYNC + "warp.start_values", "warp.start_values", BARRIER),
-    "fence_dropped": (MIDDLE, MIDDLE.replace(FENCE[:-4], ""), "no fence after"),
-    "waits_for_one_group_less": (
-        "hw::wait_copies<0>();\n    " + MIDDLE, "hw::wait_copies<1>();\n    " + MIDDLE, BARRIER,
+    "first_keys_not_waited_for": (START, START.replace("<2>", "<3>"), BARRIER),
+    "barrier_dropped": (TILE, TILE.replace(SYNC_OF_TILE, ""), BARRIER),
+    "fence_dropped": (TILE, TILE.replace(FENCE_OF_TILE, ""), "no fence after"),
+    "waits_for_one_group_less": (TILE, TILE.replace("<0>", "<1>"), BARRIER),
+    "values_in_one_place": (
+        "next_values = Shape::kValuesOffset + (1 - odd) * Shape::kValueTileBytes",
+        "next_values = values", BARRIER + "|",
     ),
-    "values_in_one_place": ("values = other_values();", "", BARRIER + "|running"),
-    "keys_in_one_place": ("keys = other_keys();", "", BARRIER + "|running|"),
+    "keys_in_one_place": (
+        "next_keys = Shape::kKeysOffset + (1 - odd) * Shape::kKeyTileBytes", "next_keys = keys", BARRIER + "|",
+    ),
     "keys_filled_where_they_are_needed_next": (
-        "fill_keys(tile + 3, keys)", "fill_keys(tile + 3, other_keys())", BARRIER,
+        "fill_keys(tile + 2, keys)", "fill_keys(tile + 2, next_keys)", BARRIER,
     ),
-    "values_of_one_tile_further": ("fill_values(tile + 1, values)", "fill_values(tile + 2, values)", ""),
-    "scores_of_the_next_tile": (
-        "warp.take_scores();\n", "if (tile == task.walk.first) warp.take_scores();\n", "",
+    "values_of_one_tile_further": ("fill_values(tile + 1, next", "fill_values(tile + 2, next", "never written|"),
+    "scores_of_the_follower_not_taken": ("if constexpr (kMore) warp.template finish_keys<0>();", "", ""),
+    "scores_of_the_leader_taken_too_soon": ("warp.template finish_keys<1>();", "warp.template finish_keys<2>();", ""),
+    "output_of_the_leader_not_rescaled": ("    if (rescale) warp.rescale_output(correction);\n", "", ""),
+    "output_of_the_leader_rescaled_too_soon": (
+        "    warp.finish_values();\n    if (rescale) warp.rescale_output(correction);\n",
+        "    if (rescale) warp.rescale_output(correction);\n    warp.finish_values();\n", "",
     ),
-    "keys_not_waited_for": ("if (more) warp.finish_keys();", "", "without a fence|not committed|running"),
+    "output_of_the_follower_not_rescaled": (
+        "if (warp.take_softmax(task, tile, correction)) warp.rescale_output(correction);",
+        "warp.take_softmax(task, tile, correction);", "",
+    ),
+    "probabilities_of_the_last_tile": (
+        "    // Those before were multiplied until now.\n    warp.pack_probabilities(probabilities);\n", "", "",
+    ),
+    "values_not_waited_for": ("{ hw::wait_multiplies<0>(this->output[0]); }", "{}", BARRIER + "|no fence|"),
 }  # fmt: skip
 # Of what both are made of; tried at 512.
 WARP_MUTANTS = {
-    "scores_used_before_the_products_are_done": (
-        "{ hw::wait_multiplies(ahead); }", "{}", "without a fence|not committed|running",
-    ),
-    "values_refilled_while_they_are_multiplied": (
-        "{ hw::wait_multiplies(this->output[0]); }", "{}", "without a fence|not committed|running",
-    ),
-    "products_without_a_fence": ("hw::begin_multiplies(this->output[0]);", "", "without a fence"),
-    "scores_without_a_fence": ("hw::begin_multiplies(ahead);", "", "without a fence"),
-    "products_not_committed": (
-        "hw::commit_multiplies();\n  }\n\n  DGEMMA_DEVICE_MEMBER void finish_values",
-        "}\n\n  DGEMMA_DEVICE_MEMBER void finish_values", "has not committed",
-    ),
-    "scores_added_to_the_last_ones": ("right, step > 0)", "right, true)", ""),
     "swizzle_of_half_the_rows": ("(chunk % 8 ^ (row & 7))", "(chunk % 8 ^ (row & 3))", ""),
     "steps_of_half_the_width": ("uint32_t(step % 4) * 32", "uint32_t(step % 4) * 16", ""),
     "groups_of_keys_twice": ("uint32_t(k) * 2 * Shape::kGroupBytes", "uint32_t(k) * Shape::kGroupBytes", ""),
     "panels_and_groups_exchanged": (
-        "Shape::kPanelBytes,\n                                   Shape::kGroupBytes};",
-        "Shape::kGroupBytes,\n                                   Shape::kPanelBytes};", "outside|never written|",
+        "first{values, Shape::kValuePanelBytes, Shape::kGroupBytes}",
+        "first{values, Shape::kGroupBytes, Shape::kValuePanelBytes}", "outside|never written|",
     ),
-    "both_blocks_take_the_first_half_of_the_queries": ("part * Shape::kColumns + chunk * 8;", "chunk * 8;", ""),
+    "both_blocks_take_the_first_keys": ("slots.first += part * Shape::kOwnKeys * slots.stride;", "", ""),
+    "both_blocks_take_the_first_columns": ("(p, walk, tile, part * Shape::kColumns)", "(p, walk, tile, 0)", ""),
     "both_warpgroups_take_the_first_rows": (
-        "uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * Shape::kPanelRowBytes", "0", "",
+        "uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * kWgmmaPanelRowBytes", "0", "",
     ),
+    "queries_begin_with_the_first_column": ("+ kFirst + chunk * 8", "+ chunk * 8", ""),
 }  # fmt: skip
 PLANTED = [
     pytest.param(head_dim, f"sm_90a/{file}.cuh", *mutant, id=f"{head_dim}-{name}")

@@ -420,6 +420,37 @@ def test_a_part_of_the_threads_is_refused(instruction):
         run(body)
 
 
+WARPS_APART = """
+    mov.b32 %r10, global_smem;
+    mad.lo.u32 %r11, %r1, 4, %r10;
+    xor.b32 %r12, %r1, 32;
+    mad.lo.u32 %r12, %r12, 4, %r10;
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 bra $first;
+    st.shared.b32 [%r11], %r1;
+    bar.sync 0;
+    ld.shared.b32 %r13, [%r12];
+    bra.uni $end;
+    $first:
+    st.shared.b32 [%r11], %r1;
+    bar.sync 0;
+    {behind}
+    ld.shared.b32 %r13, [%r12];
+    $end:
+    mad.wide.u32 %rd10, %r1, 4, %rd1;
+    st.global.b32 [%rd10], %r13;
+"""
+
+
+def test_warps_of_a_block_meet_at_barriers_in_different_places():
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    run(WARPS_APART.format(behind=""), out, shared=4 * THREADS)
+    assert out.tolist() == (torch.arange(THREADS) ^ 32).tolist()
+    # What one does behind its barrier is not ordered with what the other does behind its own.
+    with pytest.raises(Unordered):
+        run(WARPS_APART.format(behind="st.shared.b32 [%r11], %r1;"), out, shared=4 * THREADS)
+
+
 def test_shuffles_and_reductions():
     out = torch.zeros(6, THREADS, dtype=torch.int32)
     modes = [("up", 3, 0), ("down", 3, 31), ("idx", 5, 31), ("bfly", 7, 31)]

@@ -157,9 +157,10 @@ struct BlockAttentionWarp {
     }
   }
 
-  // Scores in units of log2 after scale and softcap; -inf for keys that a row does not see.
+  // Scores in units of log2 after scale and softcap; -inf for keys that a row does not see. first_key: of the tile's that
+  // they are of.
   DGEMMA_DEVICE_MEMBER void finish_scores(const BlockAttentionParams& p, const KeyWalk& walk, int tile,
-                                          const QueryRows& rows) {
+                                          const QueryRows& rows, int first_key = 0) {
     scale_scores(p.softcap == 0.0f ? p.scale * kLog2E : p.scale / p.softcap);
     if (p.softcap != 0.0f) {
       const float cap = p.softcap * kLog2E;
@@ -192,27 +193,45 @@ struct BlockAttentionWarp {
         for (int n = 0; n < kKeyTiles; ++n) {
           DGEMMA_UNROLL
           for (int j = 0; j < 2; ++j)
-            if (const int key = n * 8 + lane % 4 * 2 + j; key >= visible || key < hidden)
+            if (const int key = first_key + n * 8 + lane % 4 * 2 + j; key >= visible || key < hidden)
               scores[i][n][2 * half + j] = -INFINITY;
         }
       }
     }
   }
 
+  // The largest score of each row; -inf where it sees no key.
+  DGEMMA_DEVICE_MEMBER void find_largest(float (&found)[kRowTiles][2]) const {
+    DGEMMA_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      DGEMMA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float largest = -INFINITY;
+        DGEMMA_UNROLL
+        for (int n = 0; n < kKeyTiles; ++n)
+          largest = fmaxf(largest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
+        largest = fmaxf(largest, hw::shuffle_xor(largest, 1));
+        found[i][half] = fmaxf(largest, hw::shuffle_xor(largest, 2));
+      }
+    }
+  }
+
   // Online softmax: new maxima, what was summed so far scaled to them, scores replaced by probabilities.
   DGEMMA_DEVICE_MEMBER void update_softmax() {
-    float correction[kRowTiles][2];
+    float largest[kRowTiles][2], correction[kRowTiles][2];
+    find_largest(largest);
+    if (take_probabilities(largest, correction)) rescale_output(correction);
+  }
+
+  // All of it but the output, for which it returns whether it has to be rescaled. of_tile: the largest scores of the
+  // tile, of keys that others have, too.
+  DGEMMA_DEVICE_MEMBER bool take_probabilities(const float (&of_tile)[kRowTiles][2], float (&correction)[kRowTiles][2]) {
     bool changed = false;
     DGEMMA_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
       DGEMMA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float largest = maximum[i][half];
-        DGEMMA_UNROLL
-        for (int n = 0; n < kKeyTiles; ++n)
-          largest = fmaxf(largest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
-        largest = fmaxf(largest, hw::shuffle_xor(largest, 1));
-        largest = fmaxf(largest, hw::shuffle_xor(largest, 2));
+        const float largest = fmaxf(maximum[i][half], of_tile[i][half]);
         correction[i][half] = exp2_below(maximum[i][half], largest);
         changed = changed || largest != maximum[i][half];
         maximum[i][half] = largest;
@@ -229,7 +248,10 @@ struct BlockAttentionWarp {
       }
     }
     // Maxima rarely move after the first tiles, and the output is most of the registers.
-    if (hw::ballot(changed) == 0) return;
+    return hw::ballot(changed) != 0;
+  }
+
+  DGEMMA_DEVICE_MEMBER void rescale_output(const float (&correction)[kRowTiles][2]) {
     DGEMMA_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
       DGEMMA_UNROLL

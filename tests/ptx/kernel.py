@@ -101,23 +101,24 @@ class Kernel:
     def run(self, machine: Machine) -> None:
         """`places` has the block of instructions that each thread is about to run."""
         places = np.zeros(machine.count, dtype=np.int64)
-        while (block := self.next(places, machine.threads)) is not None:
-            number, here = block
-            machine.active = None if here.all() else np.flatnonzero(here)
-            self.run_block(machine, number, places)
+        while groups := self.next(places, machine.threads):
+            for machine.has_met, (number, here) in enumerate(groups):
+                machine.active = None if here.all() else np.flatnonzero(here)
+                self.run_block(machine, number, places)
+            machine.has_met = False
         machine.products.end()
 
-    def next(self, places: np.ndarray, threads: int) -> tuple[int, np.ndarray] | None:
-        """(the instructions that run next, by which threads); None where all have ended.
+    def next(self, places: np.ndarray, threads: int) -> list[tuple[int, np.ndarray]]:
+        """[(the instructions that run next, by which threads)]; none where all have ended.
 
         Who is behind goes first, so that threads meet again where their branches end (see `in_flow`). At a barrier they
-        wait for the others of their block.
+        wait for the others of their block, whose warps may come to it at another place of the program.
         """
         lowest = int(places.min())
         if lowest >= len(self.blocks):
-            return None
+            return []
         if lowest not in self.barriers:
-            return lowest, places == lowest
+            return [(lowest, places == lowest)]
         for number in np.unique(places):
             if number >= len(self.blocks):
                 break
@@ -125,8 +126,15 @@ class Kernel:
             if number in self.barriers:
                 here &= here.reshape(-1, threads).all(axis=1).repeat(threads)
             if here.any():
-                return int(number), here
+                return [(int(number), here)]
         text = self.blocks[lowest][0][0].text
+        for of_block in places.reshape(-1, threads):
+            found = np.unique(of_block)
+            whole_warps = (of_block.reshape(-1, 32) == of_block[::32, None]).all()
+            alike = all(n in self.barriers and self.blocks[n][0][0].text == text for n in found)
+            if whole_warps and alike:
+                same = (places.reshape(-1, threads) == of_block).all(axis=1).repeat(threads)
+                return [(int(number), same & (places == number)) for number in found]
         raise Diverged(f"{self.program.name}: only a part of a block reaches {text}")
 
     def run_block(self, machine: Machine, block: int, places: np.ndarray) -> None:

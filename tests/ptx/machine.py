@@ -35,6 +35,8 @@ class Machine:
         self.copies, self.products = Copies(self.count), Products(self.count)
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None
+        # Warps of the same blocks have passed the barrier at another place.
+        self.has_met = False
         # Made where it is first used.
         self.tensor_memory = None
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
@@ -100,4 +102,5 @@ class Machine:
 
     def barrier(self) -> None:
         """What these blocks did before is ordered with what they do from now on."""
-        self.shared.barriers[np.unique(self.running() // self.threads)] += 1
+        if not self.has_met:
+            self.shared.barriers[np.unique(self.running() // self.threads)] += 1

@@ -13,34 +13,45 @@ DGEMMA_DEVICE uint32_t in_panels(int row, int chunk, uint32_t panel_bytes) {
          uint32_t((chunk % 8 ^ (row & 7)) * 16);
 }
 
-// Starts to copy this block's columns of the keys or values of a tile; slots after the last valid one become zeros.
-template <class Shape, class T>
+// Starts to copy the first kSlots rows of a tile, kChunks 16-byte chunks each; those after the last valid one become
+// zeros.
+template <int kThreads, int kSlots, int kChunks, class T>
 DGEMMA_DEVICE void fill_panels(uint32_t buffer, const SlotRows<T>& rows) {
-  constexpr int kStep = Shape::kThreads / Shape::kChunks;
+  constexpr int kStep = kThreads / kChunks;
+  static_assert(kStep * kChunks == kThreads && kSlots % kStep == 0, "every thread copies one chunk of every kStep-th slot");
   const int thread = hw::recomputed(hw::thread_x());
-  const int chunk = thread % Shape::kChunks, first = thread / Shape::kChunks;
+  const int chunk = thread % kChunks, first = thread / kChunks;
   const T* source = rows.first + first * rows.stride + chunk * 8;
   DGEMMA_UNROLL
-  for (int i = 0; i < Shape::kKeys; i += kStep, source += kStep * rows.stride)
-    hw::copy_async_16(buffer + in_panels(first + i, chunk, Shape::kPanelBytes), source, first + i < rows.valid);
+  for (int i = 0; i < kSlots; i += kStep, source += kStep * rows.stride)
+    hw::copy_async_16(buffer + in_panels(first + i, chunk, kSlots * kWgmmaPanelRowBytes), source, first + i < rows.valid);
 }
 
-// Starts to copy this block's columns of the queries; rows after the last one become zeros.
+// Where row r of a tile of rows begins in the queries; rows after the last one repeat it.
+template <class T>
+DGEMMA_DEVICE const T* query_row(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows, int row) {
+  const int r = row < rows.count ? row : rows.count - 1, position = r / rows.group;
+  const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
+  return static_cast<const T*>(p.query.data) + walk.batch * p.query.batch_stride + head * p.query.head_stride +
+         position * p.query.slot_stride;
+}
+
+// Starts to copy the queries' columns that shared memory holds; rows after the last one become zeros.
 template <class T, class Shape>
-DGEMMA_DEVICE void fill_queries(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows, int part) {
-  constexpr int kStep = Shape::kThreads / Shape::kChunks;
-  const int chunk = hw::thread_x() % Shape::kChunks;
+DGEMMA_DEVICE void fill_queries(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows) {
+  constexpr int kFirst = Shape::kQueryColumnsInRegisters, kChunks = (Shape::kHeadDim - kFirst) / 8;
+  static_assert(Shape::kRows * kChunks % Shape::kThreads == 0, "all threads copy as many chunks");
   DGEMMA_NO_UNROLL
-  for (int i = hw::thread_x() / Shape::kChunks; i < Shape::kRows; i += kStep) {
-    const int r = rows.first + i < rows.count ? rows.first + i : rows.count - 1, position = r / rows.group;
-    const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
-    const T* source = static_cast<const T*>(p.query.data) + walk.batch * p.query.batch_stride +
-                      head * p.query.head_stride + position * p.query.slot_stride + part * Shape::kColumns + chunk * 8;
-    hw::copy_async_16(in_panels(i, chunk, Shape::kQueryPanelBytes), source, rows.first + i < rows.count);
+  for (int i = hw::thread_x(); i < Shape::kRows * kChunks; i += Shape::kThreads) {
+    const int row = i / kChunks, chunk = i - row * kChunks;
+    hw::copy_async_16(in_panels(row, chunk, Shape::kQueryPanelBytes),
+                      query_row<T>(p, walk, rows, rows.first + row) + kFirst + chunk * 8,
+                      rows.first + row < rows.count);
   }
 }
 
-// What this block of threads multiplies: its rows, the tiles of keys that they see, and its part of the head's columns.
+// What this block of threads multiplies: its rows, the tiles of keys that they see, its part of a tile's keys and of
+// the values' columns.
 template <class T, class S>
 struct BlockAttentionTask {
   using Shape = S;
@@ -63,13 +74,18 @@ struct BlockAttentionTask {
 
   // Each closes a group of copies, an empty one behind the last tile.
   DGEMMA_DEVICE_MEMBER void fill_keys(int tile, uint32_t buffer) const {
-    if (tile < walk.end)
-      fill_panels<Shape>(buffer, tile_rows<T, Shape, false>(p, walk, tile, part * Shape::kColumns));
+    if (tile < walk.end) {
+      SlotRows<T> slots = tile_rows<T, Shape, false>(p, walk, tile);
+      slots.first += part * Shape::kOwnKeys * slots.stride;
+      slots.valid -= part * Shape::kOwnKeys;
+      fill_panels<Shape::kThreads, Shape::kOwnKeys, Shape::kHeadDim / 8>(buffer, slots);
+    }
     hw::commit_copies();
   }
   DGEMMA_DEVICE_MEMBER void fill_values(int tile, uint32_t buffer) const {
     if (tile < walk.end)
-      fill_panels<Shape>(buffer, tile_rows<T, Shape, true>(p, walk, tile, part * Shape::kColumns));
+      fill_panels<Shape::kThreads, Shape::kKeys, Shape::kColumns / 8>(
+          buffer, tile_rows<T, Shape, true>(p, walk, tile, part * Shape::kColumns));
     hw::commit_copies();
   }
 };
@@ -78,28 +94,22 @@ template <class T, class S>
 struct BlockAttentionWgmmaWarp : BlockAttentionWarp<T, S::kHeadDim, S> {
   using Shape = S;
 
-  // This block's part of the scores of the tile after the one whose `scores` are at work.
+  // Scores of this block's keys of the tile after the one whose `scores` are at work.
   float ahead[Shape::kKeyTiles][4];
 
-  // Starts on the scores of this block's columns. The 64 rows of a warpgroup are one operand.
-  DGEMMA_DEVICE_MEMBER void start_keys(uint32_t buffer) {
-    // Addresses kept through the loop would cost the registers that the accumulators need.
-    const uint32_t queries = uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * Shape::kPanelRowBytes;
-    hw::begin_multiplies(ahead);
-    DGEMMA_UNROLL
-    for (int step = 0; step < Shape::kColumns / 16; ++step) {
-      const uint32_t within = uint32_t(step % 4) * 32;
-      const hw::SharedMatrix left{queries + uint32_t(step / 4) * Shape::kQueryPanelBytes + within, 0,
-                                  Shape::kGroupBytes};
-      const hw::SharedMatrix right{buffer + uint32_t(step / 4) * Shape::kPanelBytes + within, 0, Shape::kGroupBytes};
-      hw::multiply_rows<T>(ahead, left, right, step > 0);
-    }
-    hw::commit_multiplies();
+  // The rows of this warpgroup, and the keys of a tile, from the first column on.
+  DGEMMA_DEVICE_MEMBER hw::SharedMatrix queries() const {
+    // Kept through the loop it would cost registers that the accumulators need.
+    return {uint32_t(hw::recomputed(this->row_warp) / 4) * 64 * kWgmmaPanelRowBytes, 0, Shape::kGroupBytes};
+  }
+  DGEMMA_DEVICE_MEMBER static hw::SharedMatrix keys_at(uint32_t buffer) { return {buffer, 0, Shape::kGroupBytes}; }
+
+  // Bytes from the first to the given 16 columns of an operand.
+  DGEMMA_DEVICE_MEMBER static uint32_t to_step(int step, uint32_t panel_bytes) {
+    return uint32_t(step / 4) * panel_bytes + uint32_t(step % 4) * 32;
   }
 
-  DGEMMA_DEVICE_MEMBER void finish_keys() { hw::wait_multiplies(ahead); }
-
-  // The scores of the next tile, where this block has all columns of the head.
+  // The scores of the next tile.
   DGEMMA_DEVICE_MEMBER void take_scores() {
     DGEMMA_UNROLL
     for (int n = 0; n < Shape::kKeyTiles; ++n) {
@@ -108,27 +118,25 @@ struct BlockAttentionWgmmaWarp : BlockAttentionWarp<T, S::kHeadDim, S> {
     }
   }
 
-  // Starts on output += probabilities x values, over this block's columns.
-  DGEMMA_DEVICE_MEMBER void start_values(uint32_t buffer) {
-    uint32_t probabilities[Shape::kKeyTiles / 2][4];
+  // Probabilities as the left operand of their product with values: an accumulator is laid out like half of one.
+  DGEMMA_DEVICE_MEMBER void pack_probabilities(uint32_t (&packed)[Shape::kKeyTiles / 2][4]) const {
     DGEMMA_UNROLL
     for (int k = 0; k < Shape::kKeyTiles; k += 2) {
       DGEMMA_UNROLL
       for (int j = 0; j < 4; ++j)
-        probabilities[k / 2][j] =
+        packed[k / 2][j] =
             hw::pack<T>(this->scores[0][k + j / 2][j % 2 * 2], this->scores[0][k + j / 2][j % 2 * 2 + 1]);
     }
-    hw::begin_multiplies(this->output[0]);
-    DGEMMA_UNROLL
-    for (int k = 0; k < Shape::kKeyTiles / 2; ++k) {
-      const hw::SharedMatrix right{buffer + uint32_t(k) * 2 * Shape::kGroupBytes, Shape::kPanelBytes,
-                                   Shape::kGroupBytes};
-      hw::multiply_columns<T>(this->output[0], probabilities[k], right);
-    }
-    hw::commit_multiplies();
   }
 
-  DGEMMA_DEVICE_MEMBER void finish_values() { hw::wait_multiplies(this->output[0]); }
+  // output += probabilities x values of as many keys.
+  template <int kSteps>
+  DGEMMA_DEVICE_MEMBER void multiply_values(const uint32_t (&probabilities)[kSteps][4], uint32_t values) {
+    const hw::SharedMatrix first{values, Shape::kValuePanelBytes, Shape::kGroupBytes};
+    DGEMMA_UNROLL
+    for (int k = 0; k < kSteps; ++k)
+      hw::multiply_columns<T>(this->output[0], probabilities[k], first.at(uint32_t(k) * 2 * Shape::kGroupBytes));
+  }
 };
 
 }  // namespace dgemma

@@ -13,4 +13,7 @@ DGEMMA_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t le
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kSwizzle128;
 }
 
+// The lower half of the descriptor of the same operand, so many bytes further on.
+DGEMMA_DEVICE constexpr uint32_t descriptor_at(uint32_t low, uint32_t bytes) { return low + (bytes >> 4); }
+
 }  // namespace dgemma::hw
