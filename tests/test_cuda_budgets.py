@@ -207,10 +207,10 @@ def test_a_tile_is_read_with_one_wide_load_per_sixteen_bytes():
         assert wide == 8 + 2, (arch, kernel, wide)
 
 
-# Of a kernel: how often its products are begun and waited for. Where ptxas cannot prove that nobody touches the sums it
-# waits after each product, and says so in a message alone. Scores of the first tile, of the second one, too, where there is a
-# cluster, come before the tiles. Each warpgroup has a loop of its own, which begins scores and values of a tile,
-# and behind it the values of the last tile, in the cluster's kernel of the last two.
+# Of a kernel: how often its products are begun and waited for. Where ptxas cannot prove that nobody touches the sums
+# it waits after each product, and says so in a message alone. Scores of the first tile come before the tiles, with a
+# cluster those of the second one, too. Each warpgroup has a loop of its own, which begins scores and values of a tile,
+# and behind it the values of the last tile, with a cluster of the last two.
 WAITS = {"block_attention_wgmma_kernel": 1 + 2 * (2 + 1), "block_attention_cluster_kernel": 2 + 2 * (2 + 2)}
 
 
