@@ -10,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_accel.backends import BackendError
 from dgemma_accel.reference.philox import WORD_SAMPLE, random_words, uniform_from_word
-from dgemma_accel.samplers import MaskedDiffusionSampler, Proposal, Threshold, proposals
+from dgemma_accel.samplers import (
+    Entropy,
+    JointThresholdEdit,
+    LowConfidence,
+    MaskedDiffusionSampler,
+    Proposal,
+    Threshold,
+    proposals,
+)
 from dgemma_accel.samplers.proposals import kth_largest, top_p_threshold
 
 SEED = torch.tensor(11)
@@ -240,6 +248,35 @@ def test_the_vocabulary_is_never_sorted(kind):
         except BackendError as error:
             pytest.skip(f"the host kernels are not built: {error}")
     assert 0 < sorts.longest < vocab / 10
+
+
+@pytest.mark.parametrize(
+    "strategy, temperature",
+    [(LowConfidence(), 1.0), (Entropy(epsilon=1e-10), 1.0), (JointThresholdEdit(), 0.0)],
+    ids=lambda value: type(value).__name__ if not isinstance(value, float) else f"T = {value}",
+)
+def test_rows_without_a_decision_are_not_filtered_whole(strategy, temperature, monkeypatch):
+    vocab, asked = 20_011, []
+    logits = torch.stack([rows_of(vocab, kind, rows=5) for kind in ("flat", "normal", "flat")])
+    original = Proposal.filtered_chunks
+
+    def noted(self, logits, rows=None):
+        asked.extend(range(logits.shape[:-1].numel()) if rows is None else rows.tolist())
+        return original(self, logits, rows)
+
+    monkeypatch.setattr(Proposal, "filtered_chunks", noted)
+    tokens = torch.full((3, 5), 3)
+    tokens[1] = 0
+    sampler = MaskedDiffusionSampler(
+        strategy, 0, 5, steps=5, temperature=temperature, top_p=0.9, confidence="proposal"
+    )
+    state = sampler.start(tokens, seed=0)
+    new_tokens = sampler.step(logits, tokens, state)
+    assert set(asked) == set(range(5, 10))
+    # And the rows that are decided are what they are alone, their draws being numbered by row.
+    alone = sampler.start(tokens[:2], seed=0)
+    assert torch.equal(sampler.step(logits[:2], tokens[:2], alone), new_tokens[:2])
+    assert torch.equal(new_tokens[2], tokens[2]) and state.nfe.tolist() == [0, 1, 0]
 
 
 class Counts(TorchDispatchMode):

@@ -184,6 +184,28 @@ def test_filters(name, made, monkeypatch):
     assert all(again) and (len(again) > 2) == (name == "Dream")
 
 
+def test_a_row_that_is_done_takes_no_replay_back(made, monkeypatch):
+    launched, take_step = [], MaskedDiffusionSampler.take_step
+
+    def noted(self, logits, tokens, state, *, last, unsettled=None):
+        launched.append(unsettled is None)
+        return take_step(self, logits, tokens, state, last=last, unsettled=unsettled)
+
+    def model(tokens):
+        logits = wide(tokens, flat=False)
+        logits[tokens[:, 0] == 1, :, 7] += 40
+        return logits
+
+    # Each prompt that begins with 1 is done after one step, and not fed any more.
+    ours, prompts = sampler_of(Threshold(0.9), temperature=1.0, top_p=0.9), [[1], [2], [1]]
+    expected = replace(ours, graph=False).generate(model, prompts, LENGTH, seed=0)
+    monkeypatch.setattr(MaskedDiffusionSampler, "take_step", noted)
+    result = ours.generate(model, prompts, LENGTH, seed=0)
+    assert torch.equal(result.sequences, expected.sequences) and result.nfe.tolist() == [1, LENGTH, 1]
+    # The first step of a kind is launched, and the last of a block.
+    assert len(made) == 1 and made[0].replays == LENGTH - 2 and sum(launched) == 2
+
+
 def test_two_blocks_take_turns(made):
     ours, model = sampler_of(LowConfidence(), temperature=0.7), MODELS["flat"](0)
     expected = [run(replace(ours, graph=False), model, given(seed=n), seed=n) for n in (5, 6)]

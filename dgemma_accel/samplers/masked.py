@@ -345,8 +345,8 @@ class MaskedDiffusionSampler(SpecialTokens):
         owned = state.open & state.active[:, None]
         masked = (tokens == self.mask_id) & owned
         proposal = self._proposal(state.step, tokens.shape[1])
-        if unsettled is not None:
-            proposal = replace(proposal, unsettled=unsettled)
+        if proposal.filters:
+            proposal = replace(proposal, unsettled=unsettled, active=state.active)
         state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
         # Where there is no distribution, and only there, `row_stats` says +inf, also when it leaves statistics out.

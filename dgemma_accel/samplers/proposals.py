@@ -195,6 +195,8 @@ class Proposal:
     statistics: False where the strategy reads the proposals alone; as in `row_stats`.
     unsettled: a 0-d bool tensor on the logits' device that is told whether some row has to be filtered whole, which is
         not done then: so nothing waits for the device. Who gives it asks it, and takes nothing else of such a call.
+    active: [B] bool, rows of the batch that are decided on, or None for all. The others are not filtered whole: what is
+        said of them holds for their candidates alone, and nobody takes it.
     """
 
     temperature: float | Tensor = 0.0
@@ -206,6 +208,7 @@ class Proposal:
     backend: str = "auto"
     statistics: bool = True
     unsettled: Tensor | None = field(default=None, compare=False, repr=False)
+    active: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def greedy(self) -> bool:
@@ -332,6 +335,8 @@ class Proposal:
             of_rows = 1.0 - (temperature == 0)
         if self.has_tiles(vocab):
             found, settled = self._settled_stats(logits, temperature, of_rows, seed, offset)
+            if self.active is not None:
+                settled = settled | ~self.active[:, None]
             if self.unsettled is not None:
                 self.unsettled.logical_or_(~settled.all())
                 return found

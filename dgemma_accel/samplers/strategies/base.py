@@ -180,7 +180,8 @@ class Strategy:
         """Prepare `state.memory` at the start of a block."""
 
     def propose(self, step_logits: Tensor, state: BlockState, masked: Tensor, proposal) -> RowStats:
-        """Statistics and proposals of the block's logits [B, C, V]; `proposal` is the sampler's `Proposal`."""
+        """Statistics and proposals of the block's logits [B, C, V]; `proposal` is the sampler's `Proposal` for
+        its rows."""
         return proposal.stats(step_logits, state.seed, state.offset)
 
     def rule(self, step: Step) -> Rule:

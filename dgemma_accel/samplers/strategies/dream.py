@@ -154,9 +154,9 @@ class Entropy(_TimedTopK):
         stats = super().propose(step_logits, state, masked, proposal)
         if not self.epsilon:
             return stats
-        parts = [
-            -(p * torch.log(p + self.epsilon)).sum(-1)
-            for p in (torch.softmax(x, -1) for _, x in proposal.filtered_chunks(step_logits))
-        ]
-        entropy = torch.cat(parts).reshape(stats.entropy.shape)
+        entropy = stats.entropy.clone()
+        decided = state.active[:, None].expand_as(masked).flatten().nonzero()[:, 0]
+        for rows, x in proposal.filtered_chunks(step_logits, decided):
+            p = torch.softmax(x, -1)
+            entropy.view(-1)[rows] = -(p * torch.log(p + self.epsilon)).sum(-1)
         return stats._replace(entropy=torch.where(stats.entropy.isinf(), stats.entropy, entropy))
