@@ -144,6 +144,20 @@ def test_tiles_give_what_the_whole_row_gives(kind, k, p, temperature, monkeypatc
         )
 
 
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.9])
+def test_ties_at_the_kth_that_are_no_candidates_are_part_of_the_mass(p):
+    """SDAR's order: what top-k keeps, ties included, is what top-p counts."""
+    vocab, k = 4608, 7
+    x = torch.zeros(1, 1, vocab)
+    x[..., [100, 2000, 4000]] = 4.7
+    stats = Proposal(1.0, k, p, True, "proposal").stats(x, SEED, 0)
+    # The three hold 0.067 of the mass, and all others tie at the seventh place.
+    kept = 3 if p < 0.067 else vocab
+    q = torch.softmax(x[0, 0].double().topk(kept).values, -1)
+    assert float(stats.entropy) == pytest.approx(float(torch.special.entr(q).sum()), rel=1e-5)
+    assert float(stats.top1_prob) == pytest.approx(float(q[0]), rel=1e-5)
+
+
 def test_filters_of_a_greedy_proposal_change_its_confidence_only():
     logits = torch.randn(2, 5, 61)
     stats = Proposal(0.0, 3, None, confidence="proposal").stats(logits, SEED, 0)

@@ -398,6 +398,8 @@ class Proposal:
         x = self._tempered(top.values, temperature)
         bound = self._tempered(top.bound[..., None], temperature)
         highest = x.amax(-1, keepdim=True)
+        # A row that is not finite is left to the whole filter.
+        settled = highest.isfinite()
         threshold = torch.full_like(highest, float("-inf"))
         if self.top_k:
             threshold = x.topk(self.top_k, dim=-1).values[..., -1:]
@@ -407,14 +409,15 @@ class Proposal:
                 total = torch.where(x >= threshold, shifted.exp(), 0.0).sum(
                     -1, keepdim=True, dtype=torch.float64
                 )
+                # Tokens that tie with the k-th and are no candidates are part of the mass too.
+                settled &= threshold > bound
             else:
                 total = self._total_mass(logits, temperature, highest, seed)
             least = _by_order(shifted, self.top_p * total)
             threshold = torch.maximum(
                 threshold, torch.where(shifted >= least, x, float("inf")).amin(-1, keepdim=True)
             )
-        # Not so for a row that is not finite: it is left to the whole filter.
-        settled = (threshold > bound) & highest.isfinite()
+        settled &= threshold > bound
         return x.masked_fill(x < threshold, float("-inf")), top.tokens, settled[..., 0]
 
     def _total_mass(self, logits: Tensor, temperature, highest: Tensor, seed: Tensor) -> Tensor:
