@@ -219,6 +219,33 @@ def test_streaming_of_drafts():
         sampler.generate(LLaDA(0), [[1], [2]], 8, streamer=recorder)
 
 
+class Keeper(Recorder):
+    """Keeps what it is given, or writes into it."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.writes, self.kept = writes, []
+
+    def put(self, value):
+        super().put(value)
+        self.kept.append(value.zero_() if self.writes else value)
+
+    def put_draft(self, value, **kwargs):
+        super().put_draft(value)
+        self.kept.append(value.zero_() if self.writes else value)
+
+
+def test_what_a_streamer_is_given_is_its_own():
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, eos_id=3)
+    expected = sampler.generate(LLaDA(0), [[1, 2]], 8)
+    for writes in (False, True):
+        keeper = Keeper(writes)
+        result = sampler.generate(LLaDA(0), [[1, 2]], 8, streamer=keeper)
+        assert torch.equal(result.sequences, expected.sequences)
+        told = [value for _, value in keeper.events[:-1]]
+        assert writes or [value.tolist() for value in keeper.kept] == told
+
+
 def test_seeds():
     sampler = MaskedDiffusionSampler(Random(), mask_id=MASK, temperature=1.5, block_length=8)
     model, prompt = LLaDA(0), prompts(2, 3, 0)

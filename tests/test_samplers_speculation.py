@@ -188,6 +188,23 @@ def test_a_streamer_hears_drafts_and_text():
     assert len(listener.drafts) == len(text) - 1 and all(draft.shape == (1, 8) for draft in listener.drafts)
 
 
+class Writer(Listener):
+    def put(self, value):
+        super().put(value.zero_())
+
+    def put_draft(self, value):
+        super().put_draft(value.zero_())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_what_a_streamer_is_given_is_its_own(threshold):
+    prompt, writer = prompts(1, 5, 2), SelfSpeculation(mask_id=MASK, block_length=8, threshold=threshold)
+    expected = writer.generate(Nemotron(2), prompt, 20)
+    result = writer.generate(Nemotron(2), prompt, 20, streamer=Writer())
+    assert torch.equal(prompt, prompts(1, 5, 2))
+    assert torch.equal(result.sequences, expected.sequences) and torch.equal(result.nfe, expected.nfe)
+
+
 @pytest.mark.parametrize("broken", ["nan", "mask"])
 def test_a_position_without_a_token_ends_the_row(broken):
     class Broken(Nemotron):

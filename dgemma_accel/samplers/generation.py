@@ -60,6 +60,11 @@ def check_listeners(streamer, callback, rows: int) -> None:
         raise TypeError(f"callback: a callable or None expected, got {type(callback).__name__}")
 
 
+def own_copy(tokens: Tensor) -> Tensor:
+    """Tokens on the host for a streamer, which may keep them and write into them."""
+    return tokens.to("cpu", copy=True)
+
+
 def _numbers_per_row(owner, names) -> dict[str, Tensor]:
     """The fields among `names` of a dataclass that hold one value per row."""
     values = {name: getattr(owner, name) for name in names}
@@ -236,7 +241,7 @@ class _Run:
         size = self.sampler.block_length
         first = self.prompt_length // size * size if self.sampler.interface.aligned else self.prompt_length
         if self.streamer is not None:
-            self.streamer.put(self.tokens[:, : self.prompt_length].cpu())
+            self.streamer.put(own_copy(self.tokens[:, : self.prompt_length]))
         self._begin_with(self.session.prefill(self._fed(), first), first)
         for number, start in enumerate(range(first, self.end, size)):
             end = min(start + size, self.tokens.shape[1])
@@ -305,14 +310,14 @@ class _Run:
         self._notice_ends(end)
         if self.streamer is not None:
             new = slice(max(start, self.prompt_length), min(end, self.end))
-            self.streamer.put(self.tokens[:, new].cpu())
+            self.streamer.put(own_copy(self.tokens[:, new]))
 
     def _report(self, number: int, state, start: int, end: int) -> None:
         if self.callback is not None:
             self.callback(self.tokens, number, state.step - 1)
         if hasattr(self.streamer, "put_draft"):
             new = slice(max(start, self.prompt_length), min(end, self.end))
-            self.streamer.put_draft(self.tokens[:, new].cpu())
+            self.streamer.put_draft(own_copy(self.tokens[:, new]))
 
     def _is_end(self) -> Tensor:
         ends = torch.tensor(self.sampler.eos_ids, device=self.tokens.device)

@@ -12,7 +12,7 @@ from .. import backends
 from ..ops import checks
 from ..ops.commit import commit
 from ..ops.row_stats import RowStats, row_stats
-from .generation import GenerateResult, check_listeners
+from .generation import GenerateResult, check_listeners, own_copy
 from .interfaces import past_of
 from .interfaces.causal import attending, check_two_modes, switched
 from .numbers import LONGEST, SpecialTokens, check_field, check_number
@@ -143,7 +143,7 @@ class _Run:
     def finish(self) -> list[int]:
         """The tokens written, up to an end token."""
         if self.streamer is not None:
-            self.streamer.put(self.prompt.cpu())
+            self.streamer.put(own_copy(self.prompt))
         text = self._cut([self._said(self.prompt, last=True).item()], [])
         while not (self.ended or self.stuck) and len(text) < self.max_new_tokens:
             block = self._draft(text[-1])
@@ -190,7 +190,7 @@ class _Run:
                 block, stats, rule, Keep(), candidates=masked, seed=0, backend=writer.backend
             ).tokens
             if hasattr(self.streamer, "put_draft"):
-                self.streamer.put_draft(block.cpu())
+                self.streamer.put_draft(own_copy(block))
             if writer.threshold and not bool((block == writer.mask_id).any()):
                 break
         return block
