@@ -1,6 +1,7 @@
 """What a sampler, a strategy, a proposal and a step refuse, when, and by which name."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -255,6 +256,41 @@ def test_a_step_takes_one_temperature_for_each_row():
                 sampler_of(temperature=temperature, **filters).step(LOGITS, TOKENS)
     with pytest.raises(ValueError, match="^temperature: one value per row is 2 values, got 1"):
         sampler_of(temperature=torch.tensor([0.5])).step(LOGITS.expand(2, -1, -1), TOKENS.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda s: s.start(TOKENS, open=(TOKENS == MASK).to("meta")),
+            "open: must be on cpu like tokens, got meta",
+        ),
+        (lambda s: s.step(LOGITS.to("meta"), TOKENS), "logits: must be on cpu like tokens, got meta"),
+        (
+            lambda s: s.step(LOGITS.to("meta"), TOKENS, s.start(TOKENS)),
+            "logits: must be on cpu like tokens, got meta",
+        ),
+        (
+            lambda s: s.step(LOGITS, TOKENS, replace(s.start(TOKENS), open=(TOKENS == MASK).to("meta"))),
+            "state.open: must be on cpu like tokens, got meta",
+        ),
+        (
+            lambda s: s.generate(lambda tokens: LOGITS[:, : tokens.shape[1]].to("meta"), [[1]], 4),
+            "logits: must be on cpu like tokens, got meta",
+        ),
+    ],
+)
+def test_tensors_on_another_device(call, message):
+    for sampler in (sampler_of(), sampler_of(temperature=0.5, top_p=0.9)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call(sampler)
+
+
+def test_tokens_of_a_step_are_a_tensor():
+    state = sampler_of().start(TOKENS)
+    for carried in (None, state):
+        with pytest.raises(TypeError, match="^tokens: a torch.Tensor expected, got list"):
+            sampler_of().step(LOGITS, TOKENS.tolist(), carried)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ class MaskedDiffusionSampler(SpecialTokens):
         else:
             checks.has_dtype("open", checks.is_tensor("open", open), (torch.bool,))
             checks.has_shape("open", open, tuple(tokens.shape), "as tokens")
+            checks.on_device("open", open, tokens.device, "tokens")
             # The caller's may be written later.
             open = open.clone()
         masked_at_start = (masked & open).sum(-1)
@@ -308,6 +309,7 @@ class MaskedDiffusionSampler(SpecialTokens):
         """
         checks.is_tensor("logits", logits)
         checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
+        checks.is_tensor("tokens", tokens)
         if state is None:
             state = self.start(tokens)
         elif not isinstance(state, BlockState):
@@ -321,7 +323,9 @@ class MaskedDiffusionSampler(SpecialTokens):
             raise ValueError(
                 f"mask_id: {self.mask_id} is outside the vocabulary of the logits, [0, {logits.shape[-1]})"
             )
+        checks.on_device("logits", logits, tokens.device, "tokens")
         checks.has_shape("state.open", state.open, tuple(tokens.shape), "as tokens")
+        checks.on_device("state.open", state.open, tokens.device, "tokens")
 
         recorded = recorded_step(self, logits, tokens, state)
         if recorded is not None:
