@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,73 @@ def test_a_compiled_model_is_called_as_what_it_wraps():
     plain = sampler.generate(FastDream(4), prompts(2, 5, 4), 8)
     compiled = sampler.generate(torch.compile(FastDream(4), backend="eager"), prompts(2, 5, 4), 8)
     assert torch.equal(plain.sequences, compiled.sequences)
+
+
+class Hands(torch.nn.Module):
+    """Hands all arguments on to the model inside, as nn.DataParallel does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class Adapted(torch.nn.Module):
+    """As PEFT's PeftModelForCausalLM, which names what its task has, and whose model is not its only part."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.adapter = Hands(model), torch.nn.Identity()
+
+    def get_base_model(self):
+        return self.base_model.module
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return self.base_model(input_ids, **kwargs)
+
+
+class Renamed(FastLLaDA):
+    """With the cache's name in transformers since 5.24."""
+
+    def forward(self, input_ids, cache=None, use_cache=False):
+        output = super().forward(input_ids, past_key_values=cache, use_cache=use_cache)
+        return SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+
+
+WRAPPERS = {"hands": Hands, "twice": lambda model: Hands(Hands(model)), "adapted": Adapted}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    "interface, kind",
+    [(SHIFTED["dual"], FastDream), (PrefixCache(), Renamed)],
+    ids=("dual_cache", "cache"),
+)
+def test_a_wrapped_model_is_called_as_what_it_wraps(interface, kind, wrapper):
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=interface)
+    plain, wrapped = (sampler.generate(one, prompts(2, 5, 4), 8) for one in (kind(4), wrapper(kind(4))))
+    assert torch.equal(plain.sequences, wrapped.sequences)
+
+
+def test_a_shifted_dual_cache_needs_to_know_the_models_parameters():
+    """Fast-dLLM's Dream without dual_cache=True would take the block for one behind all that is cached."""
+    sampler = MaskedDiffusionSampler(LowConfidence(), mask_id=MASK, block_length=4, interface=SHIFTED["dual"])
+    model = FastDream(4)
+    with pytest.raises(TypeError, match="model: its forward does not say whether it takes dual_cache"):
+        sampler.generate(lambda tokens, **options: model(tokens, **options), prompts(2, 5, 4), 8)
+    assert not model.calls
+
+    def without(tokens, past_key_values=None, use_cache=None, replace_position=None, **options):
+        """One whose cache needs no such flag."""
+        options |= {"dual_cache": True} if replace_position is not None else {}
+        return model(
+            tokens, None, None, past_key_values, use_cache, replace_position=replace_position, **options
+        )
+
+    plain = sampler.generate(FastDream(4), prompts(2, 5, 4), 8)
+    assert torch.equal(sampler.generate(without, prompts(2, 5, 4), 8).sequences, plain.sequences)
 
 
 def test_llada_that_ignores_its_mask_gives_each_row_what_it_gives_it_alone():

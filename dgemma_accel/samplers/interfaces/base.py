@@ -46,14 +46,36 @@ def past_of(output: Any) -> Any:
     )
 
 
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _parameters_of(model: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters that a model's `forward`, or a plain callable, declares; none where it has no signature."""
+    """The parameters that a model's `forward`, or a plain callable, declares; none where it has no signature.
+
+    Where it hands all arguments on, those of the model inside come with them.
+    """
     # A module that torch.compile wraps declares (*args, **kwargs).
     model = getattr(model, "_orig_mod", model)
     try:
-        return dict(inspect.signature(getattr(model, "forward", model)).parameters)
+        declared = dict(inspect.signature(getattr(model, "forward", model)).parameters)
     except (TypeError, ValueError):  # a callable without a signature
-        return {}
+        declared = {}
+    inside = _inside(model, declared)
+    return declared if inside is None else _parameters_of(inside) | declared
+
+
+def _inside(model: Callable, declared: dict[str, inspect.Parameter]) -> torch.nn.Module | None:
+    """The model that another one, with these parameters, wraps; None where none can be told."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    # PEFT names the parameters of a task, and hands all others on.
+    base = getattr(model, "get_base_model", None)
+    if callable(base):
+        inside = base()
+        return None if inside is model else inside
+    children = list(model.children())
+    hands_on = declared and all(parameter.kind in _ANY for parameter in declared.values())
+    return children[0] if hands_on and len(children) == 1 else None
 
 
 class Session:

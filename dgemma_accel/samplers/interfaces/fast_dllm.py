@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,16 @@ class PrefixCache(Interface):
 
 
 class _DualSession(_PrefixSession):
+    def __init__(self, interface: Interface, model: Callable, valid: Tensor):
+        super().__init__(interface, model, valid)
+        known = not self.takes_any or {"dual_cache", "replace_position"} & set(self.parameters)
+        if interface.shift_logits and not known:
+            # Without it Fast-dLLM's Dream would ignore replace_position, and write some other text.
+            raise TypeError(
+                "model: its forward does not say whether it takes dual_cache, with which DualCache(shift_logits=True) "
+                f"calls Fast-dLLM's Dream; one that names its parameters expected, got {type(model).__name__}"
+            )
+
     def logits(self, tokens: Tensor, start: int, end: int) -> Tensor:
         if self.past is None:
             return super().logits(tokens, start, end)
