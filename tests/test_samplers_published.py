@@ -11,6 +11,7 @@ from samplers_models import (
     MASK,
     SDAR,
     SEEDS,
+    VOCAB,
     Dream,
     FastDream,
     FastLLaDA,
@@ -647,3 +648,15 @@ def test_the_penalty_changes_the_text():
         for penalty in (0.0, 2.0)
     ]
     assert not torch.equal(texts[0].sequences, texts[1].sequences)
+
+
+@pytest.mark.parametrize("given", [VOCAB, VOCAB + 40])
+def test_a_given_token_without_a_logit_has_no_penalty(given):
+    """A model may have embeddings for more tokens than its head has logits."""
+    sampler = MaskedDiffusionSampler(JointThresholdEdit(0.0, penalty_lambda=2.0), mask_id=3, block_length=4)
+    for favourite in (0, VOCAB - 1):
+        logits = torch.zeros(1, 4, VOCAB, dtype=torch.bfloat16)
+        logits[0, 1, favourite] = 1.0
+        logits[0, 3, 5:7] = torch.tensor([1.0, 0.5])
+        tokens = sampler.step(logits, torch.tensor([[given, 3, 5, 3]]))
+        assert tokens.tolist() == [[given, favourite, 5, 6]]

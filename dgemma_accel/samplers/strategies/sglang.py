@@ -71,8 +71,10 @@ class JointThresholdEdit(Strategy):
             return super().propose(step_logits, state, masked, proposal)
         lowered = apply_softcap(step_logits, proposal.softcap)
         before = state.tokens[:, :-1, None]
-        less = lowered.new_full(before.shape, -self.penalty_lambda)
-        lowered = torch.cat([lowered[:, :1], lowered[:, 1:].scatter_add(-1, before, less)], 1)
+        # A token that was given may have no logit to take anything off.
+        index = before.clamp(0, lowered.shape[-1] - 1)
+        less = lowered.new_full(before.shape, -self.penalty_lambda).masked_fill(index != before, 0.0)
+        lowered = torch.cat([lowered[:, :1], lowered[:, 1:].scatter_add(-1, index, less)], 1)
         return replace(proposal, softcap=None).stats(lowered, state.seed, state.offset)
 
     def check(self, block_length, steps, temperature) -> None:
