@@ -18,6 +18,7 @@ from dgemma_accel.samplers import (
     Threshold,
     TopK,
 )
+from dgemma_accel.samplers.prompts import device_of
 
 
 def sampler_of(strategy=None, **options):
@@ -82,6 +83,26 @@ def test_prompts_of_all_forms():
     # Padding may hold anything.
     ids, mask = torch.tensor([[1, 2, 3, -100]]), torch.tensor([[1, 1, 1, 0]])
     assert torch.equal(sampler_of().generate(model, ids, 4, attention_mask=mask).sequences, expected)
+
+
+def test_where_a_generation_takes_place():
+    def ids(device):
+        return torch.zeros(2, dtype=torch.int64, device=device)
+
+    module = torch.nn.Linear(1, 1, device="meta")
+    for model, prompt_ids, device in (
+        (never, ids("meta")[None], "meta"),
+        (never, [ids("meta")], "meta"),
+        (never, ([1, 2], ids("meta")), "meta"),
+        (never, [[1, 2]], "cpu"),
+        (never, [], "cpu"),
+        (never, (row for row in [[1, 2]]), "cpu"),
+        (module, [[1, 2]], "meta"),
+        # Tensors that go where a module is may have been made anywhere.
+        (module, [ids("cpu")], "meta"),
+        (torch.nn.Identity(), [ids("meta")], "meta"),
+    ):
+        assert device_of(model, prompt_ids) == torch.device(device)
 
 
 def with_embeddings(size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,12 +75,17 @@ def _row(name: str, row: Any, device: torch.device) -> Tensor:
 
 
 def device_of(model: Callable, prompt_ids: Any) -> torch.device:
-    """Where a generation takes place: with the prompts, else with the model."""
+    """Where a generation takes place: with prompts [B, L], else with the model's parameters, else with the first of a
+    list of prompts that is a tensor."""
     if isinstance(prompt_ids, Tensor):
         return prompt_ids.device
     if isinstance(model, torch.nn.Module):
         for parameter in model.parameters():
             return parameter.device
+    if isinstance(prompt_ids, Sequence):
+        for row in prompt_ids:
+            if isinstance(row, Tensor):
+                return row.device
     return torch.device("cpu")
 
 
