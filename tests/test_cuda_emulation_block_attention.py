@@ -287,7 +287,7 @@ MUTANTS = {
     "adds_its_own_scores_twice": (
         "warp.cuh", "exchange(1 - column_warp).load", "exchange(column_warp).load", 512, "",
     ),
-    "keeps_the_old_maximum": ("warp.cuh", "if (hw::ballot(changed) == 0) return;", "return;", 64, ""),
+    "keeps_the_old_maximum": ("warp.cuh", "return hw::ballot(changed) != 0;", "return false;", 64, ""),
     "merges_without_weights": ("merge.cuh", "exp_device(lse - base)", "1.0f", 64, ""),
 }  # fmt: skip
 

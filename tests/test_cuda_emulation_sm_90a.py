@@ -235,9 +235,8 @@ PLANTED = [
 def run_mutant(folder, machine, csrc, head_dim=512):
     """(the finished process, the violations of the budget) of a case that meets every branch."""
     source = EMULATION / "block_attention.cpp"
-    program = compile_to(
-        folder / "mutant", csrc, [source, machine], "-O1", f"-DEMULATED_HEAD_DIM={head_dim}", "-Wno-unused"
-    )
+    only = [f"-DEMULATED_HEAD_DIM={head_dim}", "-DEMULATED_BFLOAT16", "-DEMULATED_WGMMA"]
+    program = compile_to(folder / "mutant", csrc, [source, machine], "-O1", *only, "-Wno-unused")
     case = make_case(1, 5, 1, 17, head_dim, prefix=230, ranges=[(3, 226)], dtype=torch.bfloat16)
     arguments = (head_dim**-0.5, None, False)
     write_case(folder, case, *arguments, splits=1)

@@ -1,7 +1,8 @@
 // Runs block_attention's kernels on cases from files: `block_attention FOLDER...`.
 //
 // A folder holds `case`, lines of a name and numbers, and one file of raw storage per tensor; `output` and `lse` are
-// written to it. Every tensor is allocated at its exact size, so AddressSanitizer sees what lies outside.
+// written to it. Every tensor is allocated at its exact size, so AddressSanitizer sees what lies outside. Where only one kind
+// of case is run, EMULATED_HEAD_DIM, EMULATED_BFLOAT16 and EMULATED_WGMMA leave the other kernels uncompiled.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -89,25 +90,34 @@ int64_t tiles_of_rows(const BlockAttentionParams& p) {
 
 template <class T, int kHeadDim>
 void run(const BlockAttentionParams& p, bool wgmma) {
-  if (wgmma) {
-    if constexpr (kHeadDim >= 256) {
-      using Shape = BlockAttentionWgmmaShape<kHeadDim>;
-      emulation::run({tiles_of_rows<Shape>(p) * Shape::kCluster, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
-                     [&] {
-                       if constexpr (Shape::kCluster == 1)
-                         block_attention_wgmma_kernel<T>(p);
-                       else
-                         block_attention_cluster_kernel<T>(p);
-                     },
-                     Shape::kCluster);
-    } else {
-      emulation::fail("head_dim %d has no wgmma kernel", kHeadDim);
-    }
-  } else {
+#if defined(EMULATED_WGMMA)
+  if (!wgmma) emulation::fail("the portable kernel is not compiled in");
+#else
+  if (!wgmma) {
     using Shape = BlockAttentionShape<kHeadDim>;
     emulation::run({tiles_of_rows<Shape>(p), p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
                    [&] { block_attention_kernel<T, kHeadDim>(p); });
+    return;
   }
+#endif
+  if constexpr (kHeadDim >= 256) {
+    using Shape = BlockAttentionWgmmaShape<kHeadDim>;
+    emulation::run({tiles_of_rows<Shape>(p) * Shape::kCluster, p.splits, 1}, Shape::kThreads, Shape::kSharedBytes,
+                   [&] {
+                     if constexpr (Shape::kCluster == 1)
+                       block_attention_wgmma_kernel<T>(p);
+                     else
+                       block_attention_cluster_kernel<T>(p);
+                   },
+                   Shape::kCluster);
+  } else {
+    emulation::fail("head_dim %d has no wgmma kernel", kHeadDim);
+  }
+}
+
+template <class T, int kHeadDim>
+void run_and_merge(const BlockAttentionParams& p, bool wgmma) {
+  run<T, kHeadDim>(p, wgmma);
   if (p.splits == 1) return;
   const int64_t rows_per_block = kBlockAttentionMergeThreads / (kHeadDim / 4);
   emulation::run({(p.batch * p.query_heads * p.length + rows_per_block - 1) / rows_per_block, 1, 1},
@@ -117,13 +127,13 @@ void run(const BlockAttentionParams& p, bool wgmma) {
 template <class T>
 void run_head_dim(const BlockAttentionParams& p, bool wgmma) {
 #if defined(EMULATED_HEAD_DIM)
-  if (p.head_dim == EMULATED_HEAD_DIM) return run<T, EMULATED_HEAD_DIM>(p, wgmma);
+  if (p.head_dim == EMULATED_HEAD_DIM) return run_and_merge<T, EMULATED_HEAD_DIM>(p, wgmma);
 #else
   switch (p.head_dim) {
-    case 64: return run<T, 64>(p, wgmma);
-    case 128: return run<T, 128>(p, wgmma);
-    case 256: return run<T, 256>(p, wgmma);
-    case 512: return run<T, 512>(p, wgmma);
+    case 64: return run_and_merge<T, 64>(p, wgmma);
+    case 128: return run_and_merge<T, 128>(p, wgmma);
+    case 256: return run_and_merge<T, 256>(p, wgmma);
+    case 512: return run_and_merge<T, 512>(p, wgmma);
   }
 #endif
   emulation::fail("head_dim %lld is not compiled in", (long long)p.head_dim);
@@ -162,7 +172,11 @@ void run_case(const std::string& folder) {
   if (p.dtype == Dtype::kBFloat16)
     run_head_dim<Bfloat16>(p, wgmma);
   else
+#if defined(EMULATED_BFLOAT16)
+    emulation::fail("fp16 is not compiled in");
+#else
     run_head_dim<Float16>(p, wgmma);
+#endif
   c.write("output", p.output, elements * 2);
   c.write("lse", p.lse, rows * sizeof(float));
 }
