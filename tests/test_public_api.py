@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_ops_are_registered_and_documented_alike():
         text = inspect.getdoc(getattr(dgemma_accel, op))
         for section in ("Args:", "Returns:", "Raises:", "Source:"):
             assert section in text, (op, section)
+
+
+def test_docstrings_name_the_backends_that_there_are():
+    for op in OPS:
+        text = inspect.getdoc(getattr(dgemma_accel, op))
+        if op == "head_stats":
+            assert "The others as in `row_stats`." in text
+            text = inspect.getdoc(dgemma_accel.row_stats)
+        (line,) = re.findall(r"^ +backend: (.+)$", text, re.MULTILINE)
+        assert re.findall('"(.+?)"', line) == ["auto", *backends.MODULES[op]], op
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def block_attention(
             on. Only with `causal`; the sliding layers of the encoder. None: all keys.
         return_lse: also return the log-sum-exp of the scores.
         check: read prefix_start and prefix_end on the device too. Waits for the device.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         [B, Hq, C, D] in the query's dtype, a view of [B, C, Hq, D] storage, so that transposing it for
