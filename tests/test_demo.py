@@ -1,5 +1,6 @@
 """What a new user runs first: the demo and `generate`, on the tiny checkpoint."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +14,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHECKPOINT = EXAMPLES / "tiny-dgemma" / "checkpoint"
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+def run(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
 
 
 def test_demo():
@@ -38,6 +42,15 @@ def test_generate_command():
     assert wrong.returncode == 2 and "--max-new-tokens: must be at least 1" in wrong.stdout
     wrong = run(*command, "--prompt", "x", "--seed", 2**64)
     assert wrong.returncode == 2 and "--seed: must have at most 64 bits" in wrong.stdout
+
+
+def test_text_that_the_terminal_cannot_encode_is_written_in_escapes():
+    command = ("-m", "dgemma_accel", "generate", "--model", CHECKPOINT, "--only", "reference", "--prompt")
+    result = run(*command, "sort 4271 é", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "The canvas settling on: 'sort 4271 \\xe9'" in result.stdout
+    _, _, table = result.stdout.partition("tokens/step")
+    assert "sort 4271 \\xe9" in table
 
 
 def test_the_table_s_library_is_missed_before_anything_is_generated(monkeypatch):

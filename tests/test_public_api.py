@@ -229,6 +229,16 @@ def test_generate_refuses_a_backend_in_one_line(capsys, monkeypatch):
     assert capsys.readouterr().out == "generate: backend 'reference' cannot accelerate a model here\n"
 
 
+def test_generate_takes_no_failure_of_a_decoder_for_a_bad_argument(monkeypatch):
+    from dgemma_accel.cli import generate
+
+    monkeypatch.setattr(generate, "load", lambda *_, **__: (None, None))
+    # As PyTorch's compiler raises where it reads what another program wrote.
+    monkeypatch.setattr(generate, "compare", lambda *_, **__: b"\xff".decode())
+    with pytest.raises(UnicodeDecodeError):
+        main(["generate", "--model", "x", "--prompt", "y"])
+
+
 def test_generate_refuses_a_backend_before_it_reads_a_model(capsys, monkeypatch):
     from dgemma_accel.cli import generate
 

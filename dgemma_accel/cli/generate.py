@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,9 @@ def add_parser(commands) -> None:
 
 
 def run(options) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        # Where the terminal's encoding lacks a character, better an escape than no answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         print(f"--max-new-tokens: must be at least 1, got {options.max_new_tokens}")
         return 2
@@ -88,6 +92,9 @@ def run(options) -> int:
             model, tokenizer, options.prompt, sides=sides, backend=options.backend, seed=options.seed,
             max_new_tokens=options.max_new_tokens,
         )  # fmt: skip
+    except UnicodeError:
+        # A ValueError, but of no argument: of what PyTorch's compiler read, for one.
+        raise
     except (BackendError, ValueError) as error:
         print(f"generate: {error}")
         return 2
