@@ -200,6 +200,15 @@ def test_doctor_of_an_extension_built_without_nvcc(monkeypatch):
     assert found["host_instruction_sets"]
 
 
+@pytest.mark.parametrize("name", ["triton", "transformers", "numpy"])
+def test_doctor_lists_a_package_that_is_missing(monkeypatch, name):
+    from dgemma_accel.cli import doctor
+
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda one: None if one == name else version(one))
+    assert any(line.startswith(name) and "pip install" in line for line in doctor.examine()["missing"])
+
+
 def test_generate_says_what_is_wrong():
     command = [sys.executable, "-m", "dgemma_accel", "generate", "--model", "no-such-folder", "--prompt", "x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_offline())

@@ -170,6 +170,8 @@ def _missing(report: dict) -> list[str]:
         lines.append("triton: pip install triton")
     elif report["gpus"] and (why := backends.load("experts", "triton")[1]) is not None:
         lines.append(f"kernels of Triton: {why}")
+    if report["packages"]["numpy"] is None:
+        lines.append("numpy: pip install numpy")
     if report["packages"]["transformers"] is None:
         lines.append("transformers, for accelerate(model): pip install 'dgemma-accel[hf]'")
     elif importlib.util.find_spec("transformers.models.diffusion_gemma") is None:
