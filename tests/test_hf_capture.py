@@ -598,3 +598,16 @@ class TestOnTheGPU:
             result = model.generate(ids, seed=1).sequences
             (report,) = reports_of(model)
         assert torch.equal(result, expected) and report.captured and not report.compiled
+
+
+def test_a_weight_that_became_its_transpose_is_captured_again(recorded):
+    """At the same address, of the same shape."""
+    model = dgemma_accel.accelerate(tiny_model(), graph=True)
+    ids, _ = prompt(2, 20)
+    before = generate(model, ids).sequences
+    weight = model.model.decoder.layers[1].self_attn.q_proj.weight
+    address, weight.data = weight.data_ptr(), weight.data.T
+    assert weight.data_ptr() == address and weight.shape[0] == weight.shape[1]
+    result = generate(model, ids)
+    assert len(recorded) == 2 and not torch.equal(result.sequences, before)
+    assert_same(result, generate(dgemma_accel.restore(model), ids))

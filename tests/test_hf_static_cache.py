@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_accel
 from dgemma_accel.hf import denoising, patches
+from dgemma_accel.hf.bank import CacheBank
 
 preallocated = pytest.importorskip("dgemma_accel.hf.preallocated")
 
@@ -83,6 +84,18 @@ def test_buffers_stay_from_call_to_call(model):
         assert third.past_key_values is not first.past_key_values
     assert_same(second, generate(model, short))
     assert_same(third, generate(model, longer))
+
+
+def test_buffers_of_the_batch_size_that_was_not_used_for_the_longest_time_go(model):
+    bank = CacheBank()
+    running = bank.lease(model.config, 9, 100)
+    for batch in (1, 2, 3, 1, 4):
+        bank.give_back(bank.lease(model.config, batch, 100))
+    # Those that a call reads stay.
+    assert list(bank.entries) == [9, 3, 1, 4]
+    bank.give_back(running)
+    bank.give_back(bank.lease(model.config, 5, 100))
+    assert list(bank.entries) == [3, 1, 4, 5]
 
 
 def test_a_model_of_another_dtype_gets_other_buffers():

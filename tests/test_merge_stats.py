@@ -146,6 +146,31 @@ def test_a_tie_is_drawn_from_both_shards_at_every_temperature(temperature):
     assert merged.top1_prob.tolist() == [0.5, 0.5]
 
 
+def owners(logits, cut, uniform, temperature=1.0, stats_temperature=None):
+    """The shard, 0 before the column `cut` and 1 from it on, that the sample of each row is drawn from."""
+    tables = []
+    for start, part in ((0, logits[:, :cut]), (cut, logits[:, cut:])):
+        kwargs = {"stats_temperature": stats_temperature, "backend": "reference"}
+        stats = dgemma_accel.row_stats(part, temperature=temperature, seed=0, **kwargs)
+        tables.append(shard_table(part, stats, start, None, torch.full((len(part),), temperature), **kwargs))
+    return merge_tables(torch.stack(tables)).split(uniform)[0]
+
+
+@pytest.mark.parametrize("empty, uniform, owner", [(0, 0.0, 1), (1, 1.0 - 2.0**-24, 0)])
+def test_a_shard_without_mass_holds_no_sample(empty, uniform, owner):
+    logits = torch.randn(4, 50)
+    logits[:, 20 * empty : 20 + 30 * empty] = -math.inf
+    assert owners(logits, 20, torch.full((4,), uniform)).tolist() == [owner] * 4
+
+
+def test_shards_hold_what_their_mass_is_at_the_temperature_of_the_sample():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(400, 50, generator=generator) * 2, torch.rand(400, generator=generator)
+    temperatures = {"temperature": 0.3, "stats_temperature": 1.0}
+    whole = dgemma_accel.row_stats(logits, uniform=uniform, backend="reference", **temperatures)
+    assert torch.equal(owners(logits, 20, uniform, **temperatures), (whole.sample >= 20).long())
+
+
 def test_rows_without_a_distribution(outcome):
     broken = outcome[0][1]
     assert broken.logsumexp[0, 0].isnan() and broken.entropy[0, 0] == math.inf and broken.sample[0, 0] == 0

@@ -135,6 +135,7 @@ def _not_implemented():
         (sampler_of(EntropyBoundRenoise(33)), [[1]], "vocab_size: EntropyBoundRenoise draws from 33"),
         (sampler_of(), [[1, 34], [2]], "prompt_ids: 34 is outside"),
         (sampler_of(), torch.tensor([[35]]), "prompt_ids: 35 is outside"),
+        (sampler_of(), [[29], [30]], "prompt_ids: 30 is outside"),
     ],
 )
 def test_tokens_that_the_model_does_not_have(model_of, sampler, prompt_ids, message):

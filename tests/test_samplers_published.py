@@ -571,6 +571,18 @@ def test_nemotron_labs_draws_the_first_token_at_the_temperature(temperature):
     assert differs
 
 
+def test_nemotron_labs_draws_no_token_with_the_number_of_a_first_token():
+    """With flat logits equal numbers would draw equal tokens: row 1 of the first tokens is position 1 of a block."""
+    model, equal = Nemotron(0, sharpness=0.0), torch.zeros(2)
+    sampler = MaskedDiffusionSampler.for_nemotron_labs(
+        Threshold(0.9), mask_id=MASK, block_length=4, temperature=1.0
+    )
+    for seed in range(10):
+        text = sampler.generate(model, prompts(2, 5, 1), 8, seed=seed).new_tokens
+        equal += text[1, ::4] == text[0, 1::4]
+    assert equal.max() < 5
+
+
 def test_nemotron_labs_flags_are_put_back_after_an_error():
     class Broken(Nemotron):
         def core(self, tokens, *args, **kwargs):

@@ -692,6 +692,11 @@ def test_what_is_cleared_meanwhile_is_not_kept(made, monkeypatch):
     assert not recorded._kept.steps and len(made) > 3 and all(one.waits == 1 for one in made)
 
 
+def test_the_largest_logits_are_those_of_the_docstring():
+    assert recorded.LARGEST == 96 << 20
+    assert "at most 96 MiB" in MaskedDiffusionSampler.__doc__
+
+
 @dataclass(frozen=True)
 class AsksTwice(Strategy):
     """Whether the first proposals were settled counts, too."""

@@ -108,6 +108,12 @@ def test_prompts_of_different_lengths():
     assert int(together.nfe.sum()) == together.calls
 
 
+def test_equal_prompts_have_draws_of_their_own():
+    writer = SelfSpeculation(mask_id=MASK, block_length=8, temperature=1.5)
+    one, other = writer.generate(Nemotron(3), prompts(1, 5, 3).repeat(2, 1), 14, seed=5).new_tokens
+    assert not torch.equal(one, other)
+
+
 def test_draws_are_those_of_autoregressive_decoding():
     """The second token, whose draft is another distribution."""
     prompt, temperature = prompts(1, 4, 1), 1.5
