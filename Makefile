@@ -65,11 +65,13 @@ sanitize:
 report: prepare
 	@$(RUN) -m bench report
 
-wheel: prepare
-	@$(RUN) tools/wheel.py
+# In an environment of its own, which needs no PyTorch.
+wheel:
+	@$(PYTHON) tools/prepare.py --venv $(VENV)-wheel --for-wheel
+	@$(VENV)-wheel/bin/python tools/wheel.py
 
 test-wheel: wheel
-	@$(RUN) tools/test_wheel.py
+	@$(VENV)-wheel/bin/python tools/test_wheel.py
 
 compile-tests: prepare
 	@OMP_NUM_THREADS=1 $(RUN) -W ignore tools/compile_tests.py $(CAPABILITY)

@@ -1,8 +1,8 @@
 """Make a virtual environment ready: PyTorch, the extras, and the package itself with its compiled extension.
 
 Nothing is done twice: a stamp in the environment remembers the inputs (setup.py, pyproject.toml, csrc/ and the
-options) it was last made from. Without an NVIDIA GPU the releases in TESTED are installed; with one, the PyTorch of
-the machine is used when it has CUDA, so that the environment matches the driver.
+options) it was last made from. Without an NVIDIA GPU the releases of `tested` are installed; with one, the PyTorch of
+the machine is used when it has CUDA, so that the environment matches the driver. A wheel needs the build tools alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What the tests are known to pass with: a release of another day changes no result of theirs.
 TESTED = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
+# The newest that there are for Python 3.10, where they are not the same.
+TESTED_ON_PYTHON_3_10 = {"triton": "3.8.0", "transformers": "5.20.2"}
 BUILD_TOOLS = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja>=1.11"]
 EXTRAS = "hf,test,bench"
 NEWEST = "newest"
@@ -50,11 +52,15 @@ def digest(options: list[str]) -> str:
     return state.hexdigest()
 
 
+def tested() -> dict[str, str]:
+    """The tested releases for this Python."""
+    return TESTED | (TESTED_ON_PYTHON_3_10 if sys.version_info < (3, 11) else {})
+
+
 def pins(transformers: str | None, gpu: bool) -> list[str]:
     """The releases asked of pip. With a GPU its PyTorch decides which Triton fits."""
-    chosen = dict(TESTED, transformers=transformers or TESTED["transformers"])
-    if gpu:
-        chosen = {"transformers": transformers} if transformers else {}
+    own = {"transformers": transformers} if transformers else {}
+    chosen = own if gpu else tested() | own
     return [f"{name}=={release}" for name, release in chosen.items() if release != NEWEST]
 
 
@@ -66,6 +72,22 @@ def torch_brings_triton(python: Path) -> bool:
         sys.exit(0 if any(re.match(r"triton\\s*==", line) for line in wanted) else 1)
     """
     return subprocess.run([str(python), "-c", code]).returncode == 0
+
+
+def pip_of(venv: Path) -> list[str | Path]:
+    return [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
+
+def prepare_for_wheel(venv: Path) -> None:
+    """The build tools alone: the extension does not link PyTorch."""
+    stamp, wanted = venv / ".ready", digest(BUILD_TOOLS)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    say(f"the build tools into {venv.name}")
+    if not (venv / "bin" / "python").exists():
+        run(sys.executable, "-m", "venv", venv)
+    run(*pip_of(venv), *BUILD_TOOLS)
+    stamp.write_text(wanted)
 
 
 def prepare(venv: Path, transformers: str | None) -> None:
@@ -86,9 +108,9 @@ def prepare(venv: Path, transformers: str | None) -> None:
         say(f"creating {venv.name}" + (" on top of this machine's PyTorch with CUDA" if inherit else ""))
         run(sys.executable, "-m", "venv", *(["--system-site-packages"] if inherit else []), venv)
     say("installing PyTorch and the build tools")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = pip_of(venv)
     if not python_has_cuda_torch(str(python)):
-        run(*pip, "torch>=2.11" if gpu else f"torch=={TESTED['torch']}")
+        run(*pip, "torch>=2.11" if gpu else f"torch=={tested()['torch']}")
     run(*pip, *BUILD_TOOLS)
     asked = pins(transformers, gpu)
     if torch_brings_triton(python):
@@ -108,9 +130,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--transformers", help="a release instead of the tested one: 5.17.0, or newest")
+    parser.add_argument("--for-wheel", action="store_true", help="install the build tools alone")
     options = parser.parse_args()
     try:
-        prepare(options.venv.resolve(), options.transformers)
+        if options.for_wheel:
+            prepare_for_wheel(options.venv.resolve())
+        else:
+            prepare(options.venv.resolve(), options.transformers)
     except subprocess.CalledProcessError as error:
         say(f"failed with exit status {error.returncode}: {' '.join(map(str, error.cmd))}")
         sys.exit(1)
