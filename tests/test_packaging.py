@@ -1,5 +1,6 @@
-"""What is installed to try the package and to build it."""
+"""What is installed to try the package and to build it, and what its source distribution carries."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +42,18 @@ def test_a_wheel_needs_the_build_tools_alone(prepare, monkeypatch, tmp_path):
     create, install = commands
     assert create[1:] == ("-m", "venv", tmp_path)
     assert [part for part in install[4:] if not part.startswith("-")] == prepare.BUILD_TOOLS
+
+
+def test_a_source_distribution_is_the_whole_tree(tmp_path):
+    """So that the targets of make and the tests are there for whoever builds from it."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, ROOT / "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    carried = set((tmp_path / "dgemma_accel.egg-info" / "SOURCES.txt").read_text().splitlines())
+    tree = [ROOT / name for name in ("LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")]
+    for folder in "bench csrc dgemma_accel docs examples tests tools triton_kernels".split():
+        tree += (path for path in (ROOT / folder).rglob("*.*") if "__pycache__" not in path.parts)
+    files = {str(path.relative_to(ROOT)) for path in tree if path.is_file() and path.suffix != ".so"}
+    assert sorted(files - carried) == []
+    assert not [name for name in carried if name.endswith((".so", ".pyc"))]
