@@ -377,23 +377,40 @@ class Own(transformers.LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("option", [{"seed": 1}, {"max_steps": 2}, {"return_steps": True}])
-def test_an_option_is_never_ignored(model, ids, option):
-    processors = transformers.LogitsProcessorList([Own()])
-    with pytest.raises(
-        ValueError,
-        match=rf"{next(iter(option))}: only the accelerated sampler has it, but .* processors: Own$",
-    ):
-        model.generate(ids, logits_processor=processors, **option)
+@pytest.mark.parametrize("why", ["processor", "step"])
+@pytest.mark.parametrize(
+    "option",
+    [{"seed": 1}, {"max_steps": 2}, {"return_steps": True}, {"return_confidence": True}, {"return_logprobs": [1]},
+     {"pinned": [0, 3], "decoder_input_ids": prompt(3, CANVAS)[0]}],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_an_option_is_never_ignored(model, ids, option, why, monkeypatch):
+    """By logits processors of the caller's, nor by a denoising step put in after `accelerate`."""
+    processors, recorder = transformers.LogitsProcessorList([Own()] if why == "processor" else []), Recorded()
+    reason = {"processor": "there are logits processors: Own", "step": "_denoising_step of .* own"}[why]
+    name = next(iter(option))
+    with monkeypatch.context() as patch:
+        if why == "step":
+            step = type(model)._denoising_step
+            patch.setitem(vars(model), "_denoising_step", lambda **kwargs: step(model, **kwargs))
+        with pytest.raises(ValueError, match=rf"{name}: only the accelerated sampler has it, but {reason}$"):
+            model.generate(ids, logits_processor=processors, streamer=recorder, **option)
+    assert not recorder.values
     # And the next call is as if nothing had happened.
-    assert len(processors) == 1
+    assert len(processors) == (why == "processor")
     model.generate(ids, max_steps=1)
+
+
+class Called(transformers.LogitsProcessorList):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
     "option",
     [
         {"seed": 1, "logits_processor": transformers.LogitsProcessorList([Own()])},
+        {"seed": 1, "logits_processor": Called()},
         {"return_steps": True, "return_dict_in_generate": False},
         {"return_confidence": True, "generation_config": {"return_dict_in_generate": False}},
         {"max_steps": 1, "streamer": "logits"},

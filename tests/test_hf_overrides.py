@@ -375,6 +375,68 @@ def test_a_samplers_own_choice_is_kept(monkeypatch):
     assert calls
 
 
+class Flatter(transformers.LogitsProcessorList):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * 0.1
+
+
+def a_method_of_the_sampler(name, function):
+    def put(model, monkeypatch):
+        prepare = model._prepare_sampler
+
+        def prepared(config):
+            sampler = prepare(config)
+            setattr(sampler, name, functools.partial(function, sampler))
+            return sampler
+
+        monkeypatch.setitem(vars(model), "_prepare_sampler", prepared)
+
+    return put
+
+
+def a_call_of_the_class(kind, function):
+    return lambda model, monkeypatch: monkeypatch.setattr(kind, "__call__", function)
+
+
+# By what the log says of it. Each puts code of the caller's into what the sampler is made of, or returns options.
+PARTS_OF_THE_SAMPLER = {
+    "the sampler's renoise_canvas is not transformers' own": a_method_of_the_sampler(
+        "renoise_canvas", lambda self, accepted, step: torch.where(self.accepted_token_mask, accepted, 5)
+    ),
+    "the sampler's initialize_canvas is not transformers' own": a_method_of_the_sampler(
+        "initialize_canvas", lambda self, batch_size, device: torch.full((batch_size, CANVAS), 5)
+    ),
+    "the __call__ of the list of logits processors is not transformers' own": lambda *_: {
+        "logits_processor": Flatter()
+    },
+    "the __call__ of the temperature schedule is not transformers' own": a_call_of_the_class(
+        generation.LinearTemperatureScheduleLogitsProcessor, lambda self, ids, scores, cur_step: scores / 0.2
+    ),
+    "the __call__ of the diffusion stopping criterion is not transformers' own": a_call_of_the_class(
+        generation.StableAndConfidentStoppingCriteria,
+        lambda self, draft, logits: torch.ones(len(draft), dtype=torch.bool),
+    ),
+}
+
+
+@pytest.mark.parametrize("line", PARTS_OF_THE_SAMPLER)
+def test_a_part_of_the_sampler(line, steps, monkeypatch, caplog):
+    model, ids = tiny_model(), prompt(3, 9)[0]
+    plain = generate(model, ids).sequences
+
+    def run():
+        with monkeypatch.context() as patch:
+            return generate(model, ids, **(PARTS_OF_THE_SAMPLER[line](model, patch) or {})).sequences
+
+    expected = run()
+    assert not torch.equal(expected, plain)
+    with dgemma_accel.accelerated(model, graph=False), caplog.at_level(logging.WARNING, "dgemma_accel"):
+        assert torch.equal(run(), expected) and not steps
+        assert f"sampler: the reference path serves this call ({line})" in caplog.text
+        # And the next call is as if nothing had happened.
+        assert torch.equal(generate(model, ids).sequences, plain) and steps
+
+
 @pytest.mark.parametrize("compiled", ["layer", "self_attn", "experts", "mlp"])
 def test_compiled_parts_of_a_layer_stay_in_the_graph(uncompiled, steps, compiled):
     model, ids = tiny_model(), prompt(1, 5)[0]

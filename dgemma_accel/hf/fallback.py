@@ -20,8 +20,12 @@ def why_original(model, call: Call | None, sampler, logits_processor, criteria) 
         return "the streamer takes logits"
     if type(sampler) is not generation.EntropyBoundSampler:
         return f"the sampler is a {type(sampler).__name__}"
+    # The class's own renoising is noise, which is drawn otherwise here; one in the instance is somebody's choice.
+    replaced = [name for name in ("renoise_canvas", "initialize_canvas") if name in sampler.__dict__]
     if "accept_canvas" in sampler.__dict__ or not is_own(type(sampler).accept_canvas):
-        return "the sampler's accept_canvas is not transformers' own"
+        replaced.append("accept_canvas")
+    if replaced:
+        return f"the sampler's {' and '.join(replaced)} is not transformers' own"
     schedules = [type(p) is generation.LinearTemperatureScheduleLogitsProcessor for p in logits_processor]
     if len(schedules) > 1 or not all(schedules):
         # The schedule that transformers adds itself is no reason, but a second one is.
@@ -30,6 +34,13 @@ def why_original(model, call: Call | None, sampler, logits_processor, criteria) 
         return f"there are logits processors: {names}"
     if criteria is not None and type(criteria) is not generation.StableAndConfidentStoppingCriteria:
         return f"the diffusion stopping criterion is a {type(criteria).__name__}"
+    called = {"list of logits processors": logits_processor, "diffusion stopping criterion": criteria}
+    if logits_processor:
+        called["temperature schedule"] = logits_processor[0]
+    for name, part in called.items():
+        # Plain lists and None are not called.
+        if callable(part) and not is_own(type(part).__call__):
+            return f"the __call__ of the {name} is not transformers' own"
     if has_hooks(model):
         return "the model has forward hooks"
     return _why_other_code(model)
@@ -50,7 +61,8 @@ def _why_other_code(model) -> str | None:
         if path and is_compiled(module):
             return f"{path}forward is compiled, and takes self-conditioning as logits only"
     step = patch_of(model, "_denoising_step")
-    if step is not None and step.overridden:
+    # Where it is no patch, somebody put it there after `accelerate`.
+    if step.overridden if step is not None else "_denoising_step" in model.__dict__:
         return "_denoising_step of the model is not transformers' own"
     if patch_of(decoder.self_conditioning) is None:
         return "the self-conditioning block was replaced after accelerate(model); call that again"

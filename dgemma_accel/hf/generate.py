@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -196,8 +198,6 @@ def _check_served(model, call: Call, generation_config, logits_processor, kwargs
 
     The preparations are those of the original `generate`, which makes them again.
     """
-    import transformers
-
     config, _ = model._prepare_generation_config(generation_config, **kwargs)
     if call.reporting and not getattr(config, "return_dict_in_generate", True):
         raise ValueError(
@@ -207,9 +207,8 @@ def _check_served(model, call: Call, generation_config, logits_processor, kwargs
         raise ValueError(
             "return_logprobs: no rank has all the logits of a vocabulary that is split over ranks"
         )
-    # The schedule is appended to a list of the caller's.
-    processors = transformers.LogitsProcessorList(logits_processor or ())
-    processors = model._prepare_logits_processor(config, processors)
+    # A copy: the schedule is appended to a list of the caller's.
+    processors = model._prepare_logits_processor(config, copy.copy(logits_processor))
     sampler = model._prepare_sampler(config)
     reason = why_original(
         model, call, sampler, processors, model._prepare_diffusion_stopping_criteria(config)
