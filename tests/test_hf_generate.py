@@ -367,6 +367,41 @@ class TestReferencePath:
             output = model(input_ids=ids, decoder_input_ids=canvas, output_attentions=True)
         assert len(output.attentions) == 3 and output.attentions[0].shape == (1, 4, CANVAS, 6 + CANVAS)
 
+    @pytest.mark.parametrize("graph", [False, True])
+    @pytest.mark.parametrize("way", ["comes", "goes"])
+    def test_a_logits_processor_between_two_canvases(self, model, monkeypatch, way, graph):
+        """Each canvas is served as it can be; drafts and passes are those of the whole call, rows that end included."""
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+        class Forbid(transformers.LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                return scores.index_fill(-1, torch.arange(5, 9), -1e4)
+
+        def talk():
+            processors = transformers.LogitsProcessorList([] if way == "comes" else [Forbid()])
+
+            class Changes(Recorder):
+                def put(self, value):
+                    super().put(value)
+                    # The prompt and the first canvas.
+                    if len(self.put_values) == 2:
+                        processors.insert(0, Forbid()) if way == "comes" else processors.pop(0)
+
+            recorder = Changes()
+            output = generate(
+                model, prompt(3, 9)[0], streamer=recorder, logits_processor=processors,
+                max_new_tokens=4 * CANVAS, eos_token_id=list(range(30, 36)),
+            )  # fmt: skip
+            return output, recorder
+
+        expected, theirs = talk()
+        with dgemma_accel.accelerated(model, graph=graph):
+            result, ours = talk()
+        assert_same(expected, result, (theirs, ours))
+        canvases = expected.sequences[:, 9:].unflatten(1, (-1, CANVAS))
+        padded = (canvases == PAD).all(-1)
+        assert padded.any() and not padded[:, :2].all(), "no row ends while others go on"
+
     def test_a_mask_of_the_users_own(self, model, caplog):
         ids, _ = prompt(1, 6)
         canvas, _ = prompt(1, CANVAS, seed=1)

@@ -26,11 +26,14 @@ class CanvasReport:
     """What the steps of one canvas left behind; nothing here waits for the device.
 
     steps: [B] int64, decoder passes of each row until it was finished. draft: [B, C] int64.
+    counted: [B] bool, rows of which the loop of the original `generate` counts all these steps as one pass; those of
+    others it does not count.
     confidence, entropy: [B, C] fp32 of the draft, from each row's last pass; None unless asked for.
     logprobs: [B, C, K] fp32 of the tokens asked for, likewise. ended: [B] bool, rows without a step, or None.
     """
 
     steps: Tensor
+    counted: Tensor | None = None
     draft: Tensor | None = None
     confidence: Tensor | None = None
     entropy: Tensor | None = None
@@ -47,9 +50,11 @@ class Call:
     max_steps: steps after which a canvas is taken as it is, or None.
     logprobs_of: [K] int64, tokens whose log-probabilities are reported, or None.
     put_draft: the streamer's, or None. needs_logits: it takes the logits of every step instead of a draft.
-    drafts_taken: the accelerated sampler delivers the drafts, so the original's loop does not.
+    drafts_taken: the accelerated sampler delivers the drafts of this canvas, so the original's loop does not.
+    canvases_begun: by either sampler. steps_left: with the last step that the original took.
     leased: (bank, cache) of the buffers to give back.
-    ended: [B] bool, rows that ended with an earlier canvas and write nothing but padding, or None.
+    finished: [B] bool, rows that ended with an earlier canvas; None during the first.
+    ended: the same where these write nothing but padding and nobody looks at their drafts, else None.
     given_mask: the caller's attention mask, which it may write.
     masks_on_host: attention masks of the device by id, with how often they were written and their values then.
     undisturbed: no code of the caller's is known to run while the call goes on, so the model stays as it was found.
@@ -66,7 +71,9 @@ class Call:
     needs_logits: bool = False
     drafts_taken: bool = False
     canvases_begun: int = 0
+    steps_left: int = 0
     leased: list[tuple] = field(default_factory=list)
+    finished: Tensor | None = None
     ended: Tensor | None = None
     given_mask: Tensor | None = None
     masks_on_host: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
@@ -124,6 +131,14 @@ class Call:
         self.reports.append(CanvasReport(torch.zeros(batch, dtype=torch.int64, device=device)))
         self.canvases_begun += 1
         return (self.canvases_begun - 1) * CANVAS_STRIDE
+
+    def leave_step(self, cur_step: int) -> None:
+        """The original takes the step with `cur_step` steps left, hands over its draft and counts it."""
+        self.drafts_taken = False
+        # No seed is drawn for it: its own noise is that of the generator.
+        if cur_step >= self.steps_left:
+            self.canvases_begun += 1
+        self.steps_left = cur_step
 
     def starting_canvas(self, batch: int, length: int, vocab: int, device: torch.device) -> Tensor:
         """[B, C] int64 tokens drawn uniformly from the seed, for the canvas that begins next."""

@@ -61,6 +61,7 @@ def denoising_step(
             call.disturb()
             if options := call.options_in_use():
                 raise ValueError(refusal(options, reason))
+            call.leave_step(cur_step)
         acceleration.say("sampler", reason)
         return patch.original()(
             decoder_forward=decoder_forward,
@@ -86,10 +87,13 @@ def denoising_step(
     carry = self_conditioning_logits
     if not isinstance(carry, StepCarry):
         carry = StepCarry.start(denoiser.call, current_canvas, carry, model.model.decoder.embed_tokens)
-    if call is not None and call.ended is not None:
-        # Nobody waits for what becomes padding.
-        finished_denoising = finished_denoising | call.ended
-        call.reports[-1].ended = call.ended
+    if call is not None:
+        report, finished = call.reports[-1], call.finished
+        report.counted = ~(finished_denoising if finished is None else finished_denoising | finished)
+        if call.ended is not None:
+            # Nobody waits for what becomes padding.
+            finished_denoising = finished_denoising | call.ended
+            report.ended = call.ended
     state = current_canvas.to(torch.int64), argmax_canvas.to(torch.int64), carry, finished_denoising
     if call is None:
         return denoiser.step(*state, cur_step)

@@ -136,6 +136,7 @@ def finalize_canvas(patch: Patch, input_ids: Tensor, **kwargs) -> tuple[Tensor, 
         new.copy_(torch.where(pinned.to(new.device), canvas, new))
     padded = getattr(kwargs.get("generation_config"), "pad_token_id", None) is not None
     # Whoever looks at drafts sees those of all rows.
+    call.finished = finished
     call.ended = finished if padded and call.put_draft is None and not patch.overridden else None
     return input_ids, finished
 
@@ -143,13 +144,12 @@ def finalize_canvas(patch: Patch, input_ids: Tensor, **kwargs) -> tuple[Tensor, 
 def compute_tokens_per_forward(
     patch: Patch, input_ids: Tensor, decoder_forward_passes: Tensor, initial_input_ids_len: int, pad_token_id
 ):
-    """`_compute_tokens_per_forward` with the passes that were made; the original's loop saw one a canvas."""
+    """`_compute_tokens_per_forward` with the passes that were made; of a canvas that was denoised in one call the
+    original's loop saw one."""
     call = active_call()
-    if call is not None and call.reports:
-        steps = torch.stack([report.steps for report in call.reports], -1)
-        canvases = torch.arange(steps.shape[1], device=steps.device)
-        counted = canvases < decoder_forward_passes[:, None]
-        decoder_forward_passes = (steps * counted).sum(-1).to(decoder_forward_passes.dtype)
+    for report in [] if call is None else call.reports:
+        unseen = torch.where(report.counted, report.steps - 1, 0)
+        decoder_forward_passes = decoder_forward_passes + unseen.to(decoder_forward_passes.dtype)
     return patch.original()(input_ids, decoder_forward_passes, initial_input_ids_len, pad_token_id)
 
 
