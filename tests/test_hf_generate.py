@@ -402,6 +402,23 @@ class TestReferencePath:
         padded = (canvases == PAD).all(-1)
         assert padded.any() and not padded[:, :2].all(), "no row ends while others go on"
 
+    @pytest.mark.parametrize("turn", ["first", "second"])
+    def test_a_mask_that_is_too_short(self, model, turn):
+        """What it does not mention is hidden from the encoder, though the mask is all ones."""
+        ids, _ = prompt(2, 10)
+
+        def talk():
+            if turn == "first":
+                return generate(model, ids, torch.ones(2, 8, dtype=torch.int64)).sequences
+            first = generate(model, ids)
+            new = torch.cat([first.sequences[:, -CANVAS:], prompt(2, 7, seed=5)[0]], -1)
+            # As a tokenizer makes it, of the new tokens only.
+            return generate(model, new, torch.ones_like(new), cache=first.past_key_values, base=2).sequences
+
+        expected = talk()
+        with dgemma_accel.accelerated(model):
+            assert torch.equal(talk(), expected)
+
     def test_a_mask_of_the_users_own(self, model, caplog):
         ids, _ = prompt(1, 6)
         canvas, _ = prompt(1, CANVAS, seed=1)

@@ -151,9 +151,10 @@ def create_encoder_masks(
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] == 0):
         return original()
     visible = None if attention_mask is None else _on_host(attention_mask)
-    if visible is not None and bool(visible.all()):
-        visible = None
     new = inputs_embeds.shape[1]
+    # What a mask does not mention it hides, be it all True.
+    if visible is not None and visible.shape[1] >= cache.get_seq_length() + new and bool(visible.all()):
+        visible = None
     masks = {}
     for kind, index in _first_layers(text).items():
         sliding = kind == "sliding_attention"
