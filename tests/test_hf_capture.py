@@ -429,6 +429,22 @@ class TestGenerate:
         assert len(recorded) == 5 and not torch.equal(sharper.sequences, results[-1])
         assert_same(sharper, generate(dgemma_accel.restore(model), ids))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_reports_are_fp32_whatever_torchs_default_dtype(self, model, recorded, dtype):
+        ids, results = prompt(3, 13)[0], []
+        torch.set_default_dtype(dtype)
+        try:
+            for graph in (False, True):
+                with dgemma_accel.accelerated(model, graph=graph):
+                    results.append(model.generate(ids, seed=1, return_confidence=True))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        eager, replayed = results
+        assert torch.equal(replayed.sequences, eager.sequences) and recorded
+        for name in ("confidence", "entropy"):
+            torch.testing.assert_close(replayed[name], eager[name], rtol=1e-4, atol=1e-5)
+            assert replayed[name].dtype == torch.float32
+
     def test_a_capture_that_fails(self, model, recorded, monkeypatch, caplog):
         attempts = []
 

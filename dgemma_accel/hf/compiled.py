@@ -338,8 +338,8 @@ def _first_state(denoiser, canvas: Tensor, argmax: Tensor, carry, finished: Tens
         history=canvas.new_full((depth, *canvas.shape), -1),
         finished=finished,
         soft=soft,
-        confidence=torch.zeros(canvas.shape, device=canvas.device),
-        entropy=torch.zeros(canvas.shape, device=canvas.device),
+        confidence=torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device),
+        entropy=torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device),
         steps=torch.zeros(canvas.shape[0], dtype=torch.int64, device=canvas.device),
     )
 
