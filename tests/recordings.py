@@ -1,5 +1,7 @@
 """What stands in for a CUDA graph where there is no GPU, and sees what none could hold."""
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -43,10 +45,74 @@ class Again:
         self.waits += 1
 
 
-def record_on_a_cpu(monkeypatch):
-    """Steps and passes of models are recorded by `Again`, without the compiler's minutes."""
+class Operators(TorchDispatchMode):
+    """Each operator that is called, with its arguments and what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class Tape(Again):
+    """Calls the operators again that the function called, on the very tensors that they had, and nothing else of it: as
+    a graph it goes on to read what is no longer the model's.
+
+    What it made lies in the pool's memory, which holds rubbish before a run and behind it, as if others had used it.
+    """
+
+    def __init__(self, function, device, pool):
+        super().__init__(function, device, pool)
+        with torch.inference_mode(False), torch.no_grad(), Operators() as operators:
+            function()
+        self.function, self.calls = None, operators.calls
+        pool.append(weakref.ref(self))
+
+    @staticmethod
+    def make_pool(device, *, products=True):
+        return []
+
+    def begin(self):
+        super().begin()
+        self._spoil()
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if not _is_in_place(func):
+                for mine, fresh in zip(_tensors(result), _tensors(again)):
+                    mine.copy_(fresh)
+
+    def end(self):
+        super().end()
+        self._spoil()
+
+    @torch.no_grad()
+    def _spoil(self):
+        for func, _, _, result in [call for tape in self.pool if tape() for call in tape().calls]:
+            for tensor in [] if _is_in_place(func) else _tensors(result):
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+
+def _is_in_place(func):
+    """Whether an operator writes where its arguments lie, or makes a view of them."""
+    return any(one.alias_info is not None for one in func._schema.returns)
+
+
+def _tensors(values):
+    return [value for value in tree_iter(values) if isinstance(value, torch.Tensor)]
+
+
+def record_on_a_cpu(monkeypatch, recording=Again):
+    """Steps and passes of models are recorded by `recording`, without the compiler's minutes."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Again)
+    monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", recording)
     for kind in ("made", "stored"):
         monkeypatch.setattr(Again, kind, [])
 

@@ -68,8 +68,11 @@ def streamer():
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_once_and_while_the_device_is_at_work(model, asked, streams, capsys):
-    """With a streamer of transformers' own, too."""
+    """With a streamer of transformers' own, too. A recording runs the modules, so it is asked again behind it."""
     with dgemma_accel.accelerated(model, graph=True):
+        generate(model, prompt(1, 9)[0], **OPTIONS)
+        assert [one for one in asked if one != "wait"] == [STEP, STEP, PASS, PASS]
+        asked.clear()
         output = generate(model, prompt(1, 9)[0], streamer=streamer() if streams else None, **OPTIONS)
     assert ("word" in capsys.readouterr().out) == streams
     assert output.sequences.shape[1] > 9 + 2 * CANVAS and Again.stored[0].replays > 1

@@ -6,11 +6,12 @@ import itertools
 import logging
 import pickle
 import threading
+import types
 
 import pytest
 import torch
 from hf_models import CANVAS, WINDOW, Drafts, generate, generation, prompt, tiny_model
-from recordings import Again, record_on_a_cpu
+from recordings import Again, Tape, record_on_a_cpu
 
 import dgemma_accel
 from dgemma_accel import cuda_graph
@@ -33,7 +34,7 @@ class LowRank(torch.nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base, self.active, self.disabled = base, ["first"], False
-        self.scaling = {"first": 1.0, "second": 2.0}
+        self.scaling, self.settings = {"first": 1.0, "second": 2.0}, types.SimpleNamespace(strength=1.0)
         noise = torch.Generator().manual_seed(5)
         for name in self.scaling:
             down = torch.nn.Linear(base.in_features, 2, bias=False)
@@ -46,14 +47,37 @@ class LowRank(torch.nn.Module):
         result = self.base(x)
         if self.disabled:
             return result
-        return result + sum(self.get_submodule(name)(x) * self.scaling[name] for name in self.active)
+        added = sum(self.get_submodule(name)(x) * self.scaling[name] for name in self.active)
+        return result + added * self.settings.strength
+
+
+class Steered(torch.nn.Module):
+    """An MLP whose results are shifted by a vector, held as `how` says."""
+
+    def __init__(self, mlp, how):
+        super().__init__()
+        self.mlp, self.how = mlp, how
+        self.vector, self.vectors, self.settings = None, {}, types.SimpleNamespace()
+        self.steer(torch.zeros(64))
+
+    def steer(self, vector):
+        if self.how == "alone":
+            self.vector = vector
+        elif self.how == "in a dict":
+            self.vectors["vector"] = vector
+        else:
+            self.settings.vector = vector
+
+    def forward(self, x):
+        held = self.vectors.get("vector", self.vector)
+        return self.mlp(x) + (self.settings.vector if held is None else held)
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Steps are recorded on a CPU too, without the compiler's minutes. The list of recordings made."""
-    record_on_a_cpu(monkeypatch)
-    return Again.made
+    record_on_a_cpu(monkeypatch, Tape)
+    return Tape.made
 
 
 class TestOneCapture:
@@ -415,6 +439,7 @@ class TestGenerate:
         for change in (
             lambda: adapter.active.__setitem__(0, "second"),
             lambda: adapter.scaling.update(second=0.5),
+            lambda: setattr(adapter.settings, "strength", 3.0),
             lambda: setattr(adapter, "disabled", True),
         ):
             change()
@@ -426,8 +451,61 @@ class TestGenerate:
             assert not torch.equal(one, other)
         attention.scaling = attention.scaling * 2
         sharper = generate(model, ids)
-        assert len(recorded) == 5 and not torch.equal(sharper.sequences, results[-1])
+        assert len(recorded) == 6 and not torch.equal(sharper.sequences, results[-1])
         assert_same(sharper, generate(dgemma_accel.restore(model), ids))
+
+    @pytest.mark.parametrize("held", ["alone", "in a dict", "in an object"])
+    def test_a_tensor_assigned_anew_is_captured_again(self, model, recorded, held):
+        """It is no parameter and no buffer, but an attribute of a module of the caller's."""
+        model = copy.deepcopy(model)
+        steered = [Steered(layer.mlp, held) for layer in model.model.decoder.layers]
+        for layer, module in zip(model.model.decoder.layers, steered):
+            layer.mlp = module
+        ids, _ = prompt(2, 20)
+        dgemma_accel.accelerate(model, graph=True)
+        results = [generate(model, ids).sequences]
+        for seed in (1, 2):
+            vector = 3 * torch.randn(64, generator=torch.Generator().manual_seed(seed))
+            for module in steered:
+                module.steer(vector.clone())
+            results.append(generate(model, ids).sequences)
+            generate(model, ids)
+            assert len(recorded) == len(results) and len(captured(model)) == 1
+        for one, other in itertools.combinations(results, 2):
+            assert not torch.equal(one, other)
+        assert torch.equal(generate(dgemma_accel.restore(model), ids).sequences, results[-1])
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_module_that_keeps_what_it_saw(self, model, recorded, monkeypatch, fails):
+        """It is captured once. Where it cannot be, that is not tried for each thing that it keeps."""
+        model, attempts = copy.deepcopy(model), []
+
+        class Keeps(torch.nn.Module):
+            def __init__(self, mlp):
+                super().__init__()
+                self.mlp, self.seen = mlp, types.SimpleNamespace()
+
+            def forward(self, x):
+                self.last, self.seen.last = x, x
+                return self.mlp(x)
+
+        class Fails(Tape):
+            def __init__(self, function, device, pool):
+                attempts.append(1)
+                function()
+                raise RuntimeError("capture: no")
+
+        if fails:
+            monkeypatch.setitem(cuda_graph.RECORDINGS, "cpu", Fails)
+        ids, _ = prompt(2, 9)
+        expected = generate(model, ids, max_new_tokens=3 * CANVAS)
+        for layer in model.model.decoder.layers:
+            layer.mlp = Keeps(layer.mlp)
+        dgemma_accel.accelerate(model, graph=True)
+        for streamer in (None, None, Drafts()):
+            assert_same(generate(model, ids, max_new_tokens=3 * CANVAS, streamer=streamer), expected)
+        # Also of the pass that stores a canvas.
+        assert len(recorded) == (0 if fails else 1) and len(attempts) == (2 if fails else 0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
     def test_reports_are_fp32_whatever_torchs_default_dtype(self, model, recorded, dtype):
@@ -470,7 +548,7 @@ class TestGenerate:
     def test_an_exception_inside_a_replay(self, model, recorded, monkeypatch):
         ids, _ = prompt(2, 9)
         expected = generate(model, ids)
-        right, count = Again.replay, []
+        right, count = Tape.replay, []
 
         def broken(self):
             right(self)
@@ -478,7 +556,7 @@ class TestGenerate:
             if len(count) == 3:
                 raise RuntimeError("in a step")
 
-        monkeypatch.setattr(Again, "replay", broken)
+        monkeypatch.setattr(Tape, "replay", broken)
         before = {id(module): dict(vars(module)) for module in model.modules()}
         with dgemma_accel.accelerated(model, graph=True):
             with pytest.raises(RuntimeError, match="in a step"):

@@ -360,7 +360,7 @@ class TestTheRegistry:
     KEY = (registry.STEP, DEVICE, "a shape")
 
     def lease(self, captures, key, make, weights="weights"):
-        with captures.lease(key, (weights,), lambda device: object(), make) as captured:
+        with captures.lease(key, lambda: weights, lambda device: object(), make) as captured:
             return captured
 
     def test_a_failure_costs_the_pool(self):
@@ -397,9 +397,62 @@ class TestTheRegistry:
         assert list(captures.found) == [steps[1], passes[1], steps[2], passes[2]]
         self.lease(captures, steps[2], make, "others")
         assert list(captures.found) == [passes[1], passes[2], steps[2]] and len(set(map(id, pools))) == 1
-        captures.failures[passes[1]] = "no"
+        captures.failed(passes[1], "no")
         self.lease(captures, passes[0], make, "others")
         assert list(captures.found) == [steps[2], passes[0]] and not captures.failures
+
+    def test_failures_go_with_what_failed(self, monkeypatch):
+        """Where every attempt fails, too: keys hold what would have been captured."""
+        monkeypatch.setattr(registry, "MOST_CAPTURES", 2)
+        captures = registry.Captures()
+
+        def fails(pool):
+            raise RuntimeError("no")
+
+        keys = [(registry.STEP, DEVICE, n) for n in range(4)]
+        for key in keys:
+            with pytest.raises(RuntimeError):
+                self.lease(captures, key, fails)
+            captures.failed(key, "no")
+        assert list(captures.found) == list(captures.failures) == keys[2:]
+        for n in range(2):
+            self.lease(captures, (registry.STEP, DEVICE, "other", n), lambda pool: "made")
+        assert len(captures.found) == 2 and not captures.failures
+
+    def test_modules_that_write_attributes_as_they_run(self):
+        """A capture belongs to what its recording left; one that failed is not tried again for what they write."""
+        captures, written, tried = registry.Captures(), [0], []
+
+        def lease(make, *more):
+            key = (*self.KEY, *more)
+            with captures.lease(key, lambda: written[0], lambda device: object(), make) as captured:
+                return captured
+
+        def runs(pool):
+            written[0] += 1
+            tried.append(pool)
+            return "made"
+
+        def fails(pool):
+            runs(pool)
+            raise RuntimeError("no")
+
+        assert [lease(runs) for _ in range(2)] == ["made", "made"] and len(tried) == 1
+        # What it was before is not what was recorded.
+        written[0] = 0
+        assert lease(runs) == "made" and len(tried) == 2
+        # Another one may have moved what the first reads.
+        assert lease(runs, "another") == "made" and list(captures.found) == [(*self.KEY, "another")]
+        tried.pop()
+        written[0] = 5
+        with pytest.raises(RuntimeError):
+            lease(fails)
+        for _ in range(3):
+            # Uncaptured they run.
+            written[0] += 1
+            assert lease(fails) is None and len(tried) == 3
+        captures.clear()
+        assert lease(runs) == "made"
 
     def test_an_interrupt_is_no_failure(self):
         captures = registry.Captures()

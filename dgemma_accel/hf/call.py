@@ -119,6 +119,10 @@ class Call:
             self._found[key] = find(*given)
         return self._found[key]
 
+    def forget(self, find: Callable, *arguments) -> None:
+        """What `find(*arguments)` found may no longer be so."""
+        self._found.pop((find, arguments, None), None)
+
     def disturb(self) -> None:
         """Code of the caller's runs after all, or may: from now on everything is asked each time."""
         self.undisturbed = False

@@ -284,12 +284,20 @@ def leased(
     Args:
         modules: what it runs, with all that is in them.
     """
-    captures = acceleration.captures
+    captures, question = acceleration.captures, (fingerprint, acceleration.model, *modules)
+
+    def weigh() -> tuple:
+        return call.once(*question)
+
+    def recorded(pool):
+        # The modules run, and may write attributes of their own.
+        call.forget(*question)
+        return make(pool)
+
     try:
-        weights = call.once(fingerprint, acceleration.model, *modules)
-        found = stack.enter_context(captures.lease(key, weights, recording.make_pool, make))
+        found = stack.enter_context(captures.lease(key, weigh, recording.make_pool, recorded))
     except Exception as error:
-        captures.failures[key] = one_line(error)
+        captures.failed(key, one_line(error))
         acceleration.say("graph", f"not captured: {one_line(error)}", UNCAPTURED[key[0]])
         return None
     if found is not None:

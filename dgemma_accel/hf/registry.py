@@ -32,6 +32,7 @@ class Captures:
         self.found: OrderedDict[tuple, object] = OrderedDict()
         self.failures: dict[tuple, str] = {}
         self.weights: dict[str, tuple] = {}
+        self.unsettled: set[str] = set()
         self.pool = None
 
     def __reduce__(self):
@@ -41,15 +42,19 @@ class Captures:
     def lease(
         self,
         key: tuple,
-        weights: tuple,
+        weigh: Callable[[], tuple],
         make_pool: Callable[[torch.device], object],
         make: Callable[[object], object],
     ) -> Iterator:
         """The capture for `key`, made if there is none; None while another thread replays, or after a failure.
 
+        Modules may write attributes of their own as they run, the last states that they saw, say. A replay does not run
+        them, so a capture belongs to what its recording left, and those before it do not. Where none can be made they
+        run in every canvas, and what they write is no reason to try again.
+
         Args:
             key: begins with the kind and the device.
-            weights: `fingerprint` of the modules that captures of this kind run; those with another one read memory
+            weigh: the `fingerprint` of the modules that captures of this kind run; those with another one read memory
                 that is no longer the model's.
             make: from a memory pool to a capture. What it raises goes on to the caller, once.
         """
@@ -57,17 +62,20 @@ class Captures:
             yield None
             return
         try:
-            kind = key[0]
+            kind, weights = key[0], weigh()
             if weights != self.weights.get(kind):
+                if kind in self.unsettled:
+                    yield None
+                    return
                 self._let_go(kind)
                 self.weights[kind] = weights
             # `clear` may come meanwhile, from whatever the steps call.
             found = self.found
             if key not in found:
-                self._make(found, key, make_pool, make)
-                alike = [other for other in found if other[0] == kind]
-                for oldest in alike[: max(0, len(alike) - MOST_CAPTURES)]:
-                    del found[oldest]
+                try:
+                    self._make(found, key, make_pool, make)
+                finally:
+                    self._settle(found, key, weights, weigh())
             found.move_to_end(key)
             yield found[key]
         finally:
@@ -76,6 +84,12 @@ class Captures:
     def clear(self) -> None:
         """Let go of every capture and its memory; one that is replayed stays until its run is over."""
         self.found, self.failures, self.weights, self.pool = OrderedDict(), {}, {}, None
+        self.unsettled = set()
+
+    def failed(self, key: tuple, why: str) -> None:
+        """Keep why there is no capture for `key`, as long as one would be kept."""
+        self.failures[key] = why
+        self._trim(self.failures, key[0])
 
     def _let_go(self, kind: str) -> None:
         """`clear` for the captures of one kind. The others' memory stays, and is shared with those made next."""
@@ -83,6 +97,25 @@ class Captures:
         self.failures = {key: line for key, line in self.failures.items() if key[0] != kind}
         if not self.found:
             self.pool = None
+
+    def _settle(self, found: OrderedDict, key: tuple, before: tuple, after: tuple) -> None:
+        """See to the captures besides that for `key`, the recording of which was tried: their number and weights."""
+        kind = key[0]
+        self._trim(found, kind)
+        if after != before:
+            self.weights[kind] = after
+            for other in [one for one in found if one[0] == kind and one != key]:
+                del found[other]
+                self.failures.pop(other, None)
+            if found.get(key) is None:
+                self.unsettled.add(kind)
+
+    def _trim(self, held: dict[tuple, object], kind: str) -> None:
+        """Let go of the oldest of one kind that are too many."""
+        alike = [key for key in held if key[0] == kind]
+        for oldest in alike[: max(0, len(alike) - MOST_CAPTURES)]:
+            held.pop(oldest)
+            self.failures.pop(oldest, None)
 
     def _make(self, found: OrderedDict, key: tuple, make_pool, make) -> None:
         try:
@@ -114,24 +147,28 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 
 _PLAIN = frozenset({bool, int, float, str, torch.dtype})
+_OF_EACH_MODULE = frozenset(vars(nn.Module()))
 
 
 def fingerprint(model: nn.Module, *roots: nn.Module) -> tuple:
     """What a recording of `roots` and all modules in them depends on besides its inputs: the configuration, their code,
     the numbers, names and switches among their attributes (an adapter is off by one, and scaled by another), and the
-    addresses of their weights.
+    addresses of their weights. Of the caller's modules tensors among the attributes as well, and all of this in their
+    collections and in the attributes of their objects.
 
     Values that are written in place (`load_state_dict`, `copy_`) are read anew by every replay and are not in it.
     """
     configs = (model.config, model.config.get_text_config())
     found: list = [getattr(model.config, "_experts_implementation", None), *map(_plain, map(vars, configs))]
+    objects: dict[int, object] = {}
     for module in itertools.chain.from_iterable(map(modules_of, roots)):
         attributes = module.__dict__
         found.append((id(module), type(module), id(attributes.get("forward"))))
         found.extend([value for value in attributes.values() if type(value) in _PLAIN])
-        if not type(module).__module__.startswith(("torch.", "transformers.")):
-            # Those keep nothing in collections that a step reads; to look into all of theirs takes milliseconds.
-            found.extend([_plain(value) for value in attributes.values() if type(value) not in _PLAIN])
+        if not _is_of_a_library(type(module)):
+            # To look into all of theirs takes milliseconds.
+            others = [name for name in attributes if name not in _OF_EACH_MODULE]
+            found.extend([_plain(attributes[name], objects) for name in others])
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
@@ -139,17 +176,35 @@ def fingerprint(model: nn.Module, *roots: nn.Module) -> tuple:
     return tuple(found)
 
 
-def _plain(value: object) -> object:
-    """A value of Python's own, or a collection of them, as it is now; None for anything else."""
+def _plain(value: object, objects: dict[int, object] | None = None) -> object:
+    """A value of Python's own, where a tensor lies, or a collection of these, as it is now; of another object the same
+    of its attributes, and None for anything else.
+
+    Args:
+        objects: what came of those that were looked into, by id; None inside of one, where no other is.
+    """
     if type(value) in _PLAIN:
         return value
+    if isinstance(value, Tensor):
+        return _addresses(value)
     if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
+        return tuple([_plain(one, objects) for one in value])
     if isinstance(value, (set, frozenset)):
-        return frozenset(map(_plain, value))
+        return frozenset([_plain(one, objects) for one in value])
     if isinstance(value, dict):
-        return tuple((_plain(key), _plain(one)) for key, one in value.items())
-    return None
+        return tuple([(_plain(key, objects), _plain(one, objects)) for key, one in value.items()])
+    if objects is None or _is_of_a_library(type(value)):
+        return None
+    if id(value) not in objects:
+        attributes = getattr(value, "__dict__", None)
+        objects[id(value)] = _plain(attributes) if type(attributes) is dict else None
+    return objects[id(value)]
+
+
+def _is_of_a_library(kind: type) -> bool:
+    """Whether a class is Python's, PyTorch's or transformers', whose instances keep nothing in collections that a step
+    reads."""
+    return kind.__module__.startswith(("builtins", "torch.", "transformers."))
 
 
 def _addresses(tensor: Tensor) -> tuple:
