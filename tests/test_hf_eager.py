@@ -141,6 +141,15 @@ class TestACall:
             dgemma_accel.accelerate(model, graph=False)
             assert torch.equal(generate(model, ids, max_new_tokens=CANVAS).sequences, result)
 
+    def test_autocast_is_the_head_s_too(self):
+        """Its logits are rounded as the original's; the first steps of canvases read nothing else that differs."""
+        model, (ids, mask) = tiny_model(seed=2), prompt(3, 13, left_padding=(0, 4, 2))
+        options = {"max_denoising_steps": 1, "max_new_tokens": 3 * CANVAS}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = generate(model, ids, mask, **options).sequences
+            with dgemma_accel.accelerated(model):
+                assert torch.equal(generate(model, ids, mask, **options).sequences, expected)
+
     def test_weights_split_over_ranks(self, model, monkeypatch, caplog):
         monkeypatch.setattr(eager, "crosses_ranks", lambda model: True)
         with caplog.at_level(logging.WARNING, "dgemma_accel"):

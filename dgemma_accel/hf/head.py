@@ -50,7 +50,8 @@ def logits_and_stats(
         "backend": backend,
     }
     if not (torch.is_grad_enabled() and lm_head.weight.requires_grad):
-        if is_plain(lm_head, hidden):
+        # Autocast says in which dtype the module multiplies; an op does not ask it.
+        if is_plain(lm_head, hidden) and not torch._C._is_any_autocast_enabled():
             return head_stats(hidden, lm_head.weight, **draw)
         if split_head.is_split(lm_head, hidden):
             return split_head.logits_and_stats(lm_head, hidden, **draw)
