@@ -12,9 +12,9 @@ import torch
 from dgemma_accel import captures, restore
 
 from . import ceilings, floors, memory, step_model, step_trace
-from .peers.torch_chain import as_in_a_process_of_its_own
+from .peers.torch_chain import as_in_a_process_of_its_own, as_in_a_process_that_compiles
 from .runner import _one_line
-from .step_ways import REFERENCE, Way, decoder, denoiser, model_of
+from .step_ways import COMPILED_REFERENCE, REFERENCE, Way, decoder, denoiser, model_of
 from .timing import forget_frames
 
 # Of a step's kernels those that take most of it stand in a row.
@@ -155,8 +155,8 @@ class Bench:
             return decoder(model, cache, self.options.batch, context, compiled=way.compiles)
         run = denoiser(model, cache, self.options.batch)
         if way == REFERENCE:
-            return lambda *counts: as_in_a_process_of_its_own(lambda: run(*counts))()
-        return run
+            return as_in_a_process_of_its_own(run)
+        return as_in_a_process_that_compiles(run) if way == COMPILED_REFERENCE else run
 
     def measure(self, ways: list[Way], context: int) -> list[dict]:
         """The rows of some ways at one context, timed in turn."""

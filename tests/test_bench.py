@@ -30,7 +30,7 @@ from bench import (
     timing,
 )
 from bench.cases import Case, Sizes, Variant, disagreement
-from bench.peers import sdpa, torch_chain
+from bench.peers import sdpa, torch_chain, torch_compile
 
 pytestmark = pytest.mark.source_tree
 
@@ -417,6 +417,34 @@ def test_chain_peers_agree_with_the_reference(op):
             assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], (
                 variant.name
             )
+
+
+@pytest.mark.parametrize("op", ["row_stats", "head_stats"])
+def test_a_compiled_chain_beside_the_plain_one_is_compiled_once_and_whole(op, monkeypatch):
+    """torch.compile turns the distributions' validation off, the plain chain turns it on: their calls alternate."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    graphs = []
+
+    def compile_eagerly(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    right = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: right(function, backend=compile_eagerly)
+    )
+    module = {"row_stats": bench_row_stats, "head_stats": bench_head_stats}[op]
+    case = module.cases(CPU, Sizes(**SMALL))[0][0]
+    inputs = case.make(CPU, 0)
+    (compiled,) = (variant.prepare(inputs) for variant in torch_compile.variants(case, inputs))
+    plain = torch_chain.variants(case, inputs)[-1].prepare(inputs)
+    plain()
+    for _ in range(2):
+        compiled()
+        assert not torch.distributions.Distribution._validate_args
+        plain()
+        assert torch.distributions.Distribution._validate_args
+    assert len(graphs) == 1
 
 
 class _TableOps(torch.utils._python_dispatch.TorchDispatchMode):

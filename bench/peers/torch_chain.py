@@ -29,10 +29,18 @@ def softcapped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
 
 def as_in_a_process_of_its_own(call):
     """The call with the distributions' validation, part of the work, which compiling turns off for a whole process."""
+    return _with_validation(call, __debug__)
 
-    def run():
-        torch.distributions.Distribution._validate_args = __debug__
-        return call()
+
+def as_in_a_process_that_compiles(call):
+    """The call without it: torch.compile turns it off, and what was compiled without would be compiled again with it."""
+    return _with_validation(call, False)
+
+
+def _with_validation(call, on: bool):
+    def run(*arguments):
+        torch.distributions.Distribution._validate_args = on
+        return call(*arguments)
 
     return run
 

@@ -22,8 +22,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _compiled(function):
-    # The validation inside Categorical reads a tensor, so the graph breaks there as it does for a user.
-    return torch.compile(function, dynamic=False)
+    return torch_chain.as_in_a_process_that_compiles(torch.compile(function, dynamic=False))
 
 
 def variants(case: Case, inputs) -> list[Variant]:
