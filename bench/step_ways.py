@@ -95,7 +95,9 @@ def denoiser(model, cache, batch: int) -> Callable[..., object]:
 def decoder(model, cache, batch: int, context: int, compiled: bool) -> Callable[[int], object]:
     """A call that decodes n tokens one by one with the encoder's causal pass, greedily."""
     encoder = model.model.encoder
-    forward = torch.compile(encoder, mode="reduce-overhead", fullgraph=True) if compiled else encoder
+    forward = encoder
+    if compiled:
+        forward = _with_still_lengths(torch.compile(encoder, mode="reduce-overhead", fullgraph=True), cache)
     device, softcap = model.device, model.config.text_config.final_logit_softcapping
     position = context
 
@@ -121,3 +123,24 @@ def decoder(model, cache, batch: int, context: int, compiled: bool) -> Callable[
         return token
 
     return run
+
+
+def _with_still_lengths(forward: Callable, cache) -> Callable:
+    """A compiled pass of one token that sees of the length of each sliding layer only whether its window is full.
+
+    transformers keeps that length as a Python number, which becomes an input of the graph; with another number at each
+    token a CUDA graph is recorded for each and none is ever replayed.
+    """
+    sliding = [layer for layer in cache.layers if hasattr(layer, "cumulative_length_int")]
+
+    def call(**arguments):
+        lengths = [layer.cumulative_length_int for layer in sliding]
+        for layer, length in zip(sliding, lengths):
+            layer.cumulative_length_int = layer.max_cache_len if length >= layer.max_cache_len else 0
+        try:
+            return forward(**arguments)
+        finally:
+            for layer, length in zip(sliding, lengths):
+                layer.cumulative_length_int = length + 1
+
+    return call

@@ -408,6 +408,43 @@ def test_launches_are_counted_on_one_and_the_same_canvas():
     assert launches == pytest.approx(sum(drawn[1:]) / 3 + alone)
 
 
+@pytest.mark.parametrize("context", [4, 40])
+def test_compiled_decoding_gives_its_graph_the_same_numbers_for_every_token(model, monkeypatch, context):
+    """A CUDA graph is recorded for each set of numbers. Contexts below and beyond the sliding window of 12."""
+    right, numbers = torch.compile, []
+
+    def backend(graph, example):
+        def run(*arguments):
+            numbers.append([one for one in arguments if isinstance(one, int)])
+            return graph(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: right(f, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    tokens = []
+    for compiled in (False, True):
+        cache = step_model.random_cache(model, 1, context, kind="static", room=8)
+        decode = step_ways.decoder(model, cache, 1, context, compiled)
+        tokens.append([int(decode(1)) for _ in range(6)])
+        assert int(cache.get_seq_length()) == context + 6
+        assert {int(layer.get_seq_length()) for layer in cache.layers} == {context + 6}
+    assert tokens[0] == tokens[1]
+    assert len(numbers) == 6 and all(one == numbers[0] for one in numbers)
+
+
+def test_compiled_decoding_into_the_sliding_window(model, monkeypatch):
+    """Decoding passes the window of 12: what the layer does then is another branch."""
+    right = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: right(f, backend="eager", fullgraph=True))
+    tokens = []
+    for compiled in (False, True):
+        cache = step_model.random_cache(model, 1, 9, kind="static", room=16)
+        decode = step_ways.decoder(model, cache, 1, 9, compiled)
+        tokens.append([int(decode(1)) for _ in range(8)])
+    assert tokens[0] == tokens[1]
+
+
 def test_compilers_come_last():
     options = bench_step.parser().parse_args(["--compiled"])
     plan = bench_step.schedule(options, [64, 128], CPU)

@@ -33,7 +33,7 @@ def as_in_a_process_of_its_own(call):
 
 
 def as_in_a_process_that_compiles(call):
-    """The call without it: torch.compile turns it off, and what was compiled without would be compiled again with it."""
+    """The call without it: torch.compile turns it off, and with it a compiled call is compiled anew, in pieces."""
     return _with_validation(call, False)
 
 
