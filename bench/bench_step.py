@@ -21,10 +21,27 @@ from .cases import BenchError
 from .runner import NOT_REACHED, exit_status, within
 from .step_measure import Bench
 from .step_table import step_lines, window_line
-from .step_ways import AUTOREGRESSIVE, WAYS, Way
+from .step_ways import (
+    AUTOREGRESSIVE,
+    COMPILED_REFERENCE,
+    GRAPH,
+    GRAPH_FP8,
+    GRAPH_NVFP4,
+    OURS,
+    OURS_STATIC,
+    REFERENCE,
+    WAYS,
+    Way,
+)
 
-# Below the sliding window of 1024 transformers' static cache is right, and so its compiled steps can be compared.
-CONTEXTS = (512, 1024, 8192, 32_768, 131_072)
+# Below the sliding window of 1024 transformers' static cache is right, and so its compiled steps can be compared. The
+# last is measured when all else is.
+CONTEXTS = (512, 8192, 32_768, 131_072, 1024)
+# Where the ways of `BESIDES` are measured if no context is asked for.
+BESIDES_AT = 8192
+DECODING, DECODING_COMPILED = AUTOREGRESSIVE
+LAUNCHED = (OURS, OURS_STATIC)
+BESIDES = ((GRAPH_FP8,), (GRAPH_NVFP4,), LAUNCHED, (DECODING_COMPILED,))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,10 +133,11 @@ def main(arguments: list[str]) -> int:
 
 
 def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[list[Way], int]]:
-    """What is measured together, in order; a later measurement replaces an earlier one of the same variant.
+    """What is measured together, in order: every variant once at a context.
 
-    First what does not compile, so that there are figures before the compiler's minutes; then all of it again at every
-    context beside our graph, so that they are timed in turn; at last what else compiles, ours first.
+    First our replayed step beside transformers': at the shortest context beside its compiled one, at the others beside
+    decoding. Ways that compile for minutes more, and on a GPU our steps without a graph, come after them, at one
+    context alone where none is asked for.
     """
     ways = [
         way
@@ -130,13 +148,22 @@ def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[l
         left_out = "transformers' compiled variants and quantized experts"
         print(f"{left_out} are left out on a CPU (--compiled includes them)")
         ways = [way for way in ways if not way.compiles or (way.graph and not way.experts)]
-    eager = [way for way in ways if not way.compiles]
-    graph = [way for way in ways if way.graph and not way.experts]
-    late = sorted((way for way in ways if way.compiles and way not in graph), key=lambda way: not way.ours)
-    plan = [(eager, context) for context in (contexts[:1] if graph else contexts) if eager]
-    if graph:
-        plan += [(eager + graph, context) for context in contexts]
-    return plan + [([way], context) for way in late for context in contexts]
+    on_gpu = device.type == "cuda"
+    if on_gpu and not options.context and contexts == list(CONTEXTS):
+        first, *others, last = contexts
+        plan = [((REFERENCE, GRAPH, COMPILED_REFERENCE), first)]
+        plan += [((REFERENCE, GRAPH, DECODING), context) for context in others]
+        plan += [(group, BESIDES_AT) for group in BESIDES]
+        plan += [((REFERENCE, GRAPH, DECODING), last)]
+    else:
+        # On a CPU the steps without a graph cost little, and are better timed in turn with the others.
+        together = () if on_gpu else LAUNCHED
+        besides = [group for group in BESIDES if group != together]
+        plan = [
+            ((REFERENCE, *together, GRAPH, COMPILED_REFERENCE, DECODING), context) for context in contexts
+        ]
+        plan += [(group, context) for group in besides for context in contexts]
+    return [(found, context) for group, context in plan if (found := [way for way in group if way in ways])]
 
 
 def bench(
@@ -164,50 +191,57 @@ def bench(
         bad = [row for row in found.values() if row["error"]]
         return late + [f"{row['variant']} at context {row['context']}: {row['error']}" for row in bad]
 
+    clocks = {"before": before, "after": None}
+
     def result() -> dict:
+        order = [way.name for way in (*WAYS, *AUTOREGRESSIVE)]
         return {
             "schema": schema.SCHEMA,
             "kind": "step",
             "environment": facts,
-            "clocks": {"before": before, "after": environment.clocks(device)},
+            "clocks": clocks,
             "ceilings": limits.as_dict(),
             "options": {
                 "model": name,
                 "layers": model.config.text_config.num_hidden_layers,
                 "dtype": str(model.dtype),
             },
-            "rows": list(found.values()),
+            "rows": [found[key] for key in sorted(found, key=lambda key: (key[0], order.index(key[1])))],
             "problems": refused + failures(),
             **({"note": options.note} if options.note else {}),
         }
 
-    measured = Bench(model, limits, options)
-    plan = schedule(options, contexts, device)
-    for position, (ways, context) in enumerate(plan):
-        if not has_time():
-            for way in ways:
-                line = f"{way.name} at context {context}: {NOT_REACHED} of {options.budget:g} s"
-                # The plan has what does not compile twice.
-                if (context, way.name) not in found and line not in late:
-                    late.append(line)
-            continue
-        with step_trace.reading_compiled_code() if device.type == "cpu" else contextlib.nullcontext():
-            group = measured.measure(ways, context)
-        for row in group:
-            found[context, row["variant"]] = row
-            if row["status"] == "ok":
+    def keep(rows: list[dict]) -> None:
+        for row in rows:
+            key = row["context"], row["variant"]
+            if row["step_ms"] is not None and row["step_ms"] != found.get(key, {}).get("step_ms"):
                 print(
-                    f"context {context}, {row['variant']}: {table.duration(row['step_ms'] * 1e3)} a step",
+                    f"context {row['context']}, {row['variant']}: {table.duration(row['step_ms'] * 1e3)} a step",
                     flush=True,
                 )
+            found[key] = row
+        if options.json:
+            # What is there is there, should the time end in a compiler or a profiler.
+            schema.write(result(), options.json)
+
+    measured = Bench(model, limits, options)
+    plan = schedule(options, contexts, device) if contexts else []
+    for position, (ways, context) in enumerate(plan):
+        if not has_time():
+            late += [
+                f"{way.name} at context {context}: {NOT_REACHED} of {options.budget:g} s" for way in ways
+            ]
+            continue
+        with step_trace.reading_compiled_code() if device.type == "cpu" else contextlib.nullcontext():
+            group = measured.times(ways, context, keep)
+            clocks["after"] = environment.clocks(device)
+            keep(list(group.rows.values()))
+            measured.insides(group, keep)
         measured.keep({way.name for later, _ in plan[position + 1 :] for way in later})
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if options.json:
-            # What is there is there, should the time end in a compiler.
-            schema.write(result(), options.json)
-    rows = list(found.values())
-    for context in contexts:
+    rows = result()["rows"]
+    for context in sorted(contexts):
         here = [row for row in rows if row["context"] == context]
         if here:
             print(f"\ncontext {context}")

@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -22,11 +23,15 @@ KERNELS = 60
 
 
 def room(way: Way, options, canvas: int) -> int:
-    """Tokens that all calls of one variant may add to its cache: one by one, or prompts of one and the canvases of
-    `per_canvas` and `launches_of_a_canvas`."""
+    """Tokens that all calls of one variant may add to its cache: one by one, or prompts of one and, where they are
+    measured, the canvases of `per_canvas` and `launches_of_a_canvas`.
+
+    No more than that: transformers' static caches are read as far as they are allocated.
+    """
     if way.decodes:
-        return 100 + (4 + options.repeats) * (options.steps + 2)
-    return 100 + 10 * options.repeats + (3 + 2 * options.repeats) * canvas
+        return 40 + (2 + options.repeats) * (options.steps + 1)
+    canvases = 3 + 2 * options.repeats if has_canvases(way) else 0
+    return 30 + 4 * options.repeats + canvases * canvas
 
 
 def clock(call: Callable[[], object], device: torch.device) -> float:
@@ -41,15 +46,24 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
 
 
 def per_step(
-    runs: dict[str, Callable[[int], object]], steps: int, repeats: int, device: torch.device
+    runs: dict[str, Callable[[int], object]],
+    steps: int,
+    repeats: int,
+    device: torch.device,
+    early: dict[str, Callable[[float], None]] | None = None,
 ) -> dict[str, float | Exception]:
-    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised."""
+    """name -> milliseconds of a step: the median over repeats of (N steps - 1 step) / (N - 1), or what was raised.
+
+    early: name -> what is given one more sample of that run, taken as soon as it is warm.
+    """
 
     def sample(run: Callable[[int], object]) -> float:
         one = clock(lambda: run(1), device)
         return (clock(lambda: run(steps), device) - one) / (steps - 1)
 
-    return _in_turn(runs, repeats, lambda run: (run(1), run(2)), sample)
+    # The first call of a compiled function is without CUDA graphs, the second is recorded. Both a run's first step and
+    # those behind it, which are another function, have then been recorded.
+    return _in_turn(runs, repeats, lambda run: (run(1), run(4)), sample, early or {})
 
 
 def per_canvas(
@@ -61,11 +75,16 @@ def per_canvas(
         repeats,
         lambda run: run(1, 2),
         lambda run: (clock(lambda: run(1, 3), device) - clock(lambda: run(1, 1), device)) / 2,
+        {},
     )
 
 
 def _in_turn(
-    runs: dict[str, Callable], repeats: int, warm_up: Callable, sample: Callable
+    runs: dict[str, Callable],
+    repeats: int,
+    warm_up: Callable,
+    sample: Callable,
+    early: dict[str, Callable[[float], None]],
 ) -> dict[str, float | Exception]:
     """name -> the median over samples, one of each run in turn, so that a drifting clock meets all alike; or what was
     raised."""
@@ -78,6 +97,8 @@ def _in_turn(
             try:
                 if repeat < 0:
                     warm_up(run)
+                    if name in early:
+                        early[name](sample(run))
                 else:
                     found[name].append(sample(run))
             except Exception as error:
@@ -138,6 +159,19 @@ def blank_row(way: Way, options, context: int, canvas: int, floor: dict) -> dict
     }
 
 
+@dataclass(frozen=True)
+class Group:
+    """Ways that were timed in turn at one context, with the row of each by name, and the runs of those that run."""
+
+    ways: list[Way]
+    rows: dict[str, dict]
+    runs: dict[str, Callable[..., object]]
+
+
+def _nobody(rows: list[dict]) -> None:
+    """Nobody is told of rows."""
+
+
 class Bench:
     """The variants with their models, made when first wanted and kept: what a variant compiled serves every context."""
 
@@ -159,9 +193,19 @@ class Bench:
         return as_in_a_process_that_compiles(run) if way == COMPILED_REFERENCE else run
 
     def measure(self, ways: list[Way], context: int) -> list[dict]:
-        """The rows of some ways at one context, timed in turn."""
+        """The rows of some ways at one context."""
+        group = self.times(ways, context)
+        self.insides(group)
+        return list(group.rows.values())
+
+    def times(self, ways: list[Way], context: int, tell: Callable[[list[dict]], None] = _nobody) -> Group:
+        """Time some ways at one context in turn.
+
+        tell: is given a row as soon as there is one sample, where ways behind it have to be compiled first.
+        """
         options, device = self.options, self.model.device
-        rows, runs = {}, {}
+        rows, runs, early = {}, {}, {}
+        compiled = [way.name for way in ways if way.compiles and way.name not in self.models]
         for way in ways:
             canvas = 1 if way.decodes else self.model.config.canvas_length
             floor = floor_of(self.model, self.limits, context, options.batch, canvas, experts=way.experts)
@@ -170,33 +214,50 @@ class Bench:
                 runs[way.name] = self.runner(way, context)
             except Exception as error:
                 rows[way.name] |= {"status": "failed", "error": _one_line(error)}
-        times = per_step(runs, options.steps, options.repeats, device)
-        for way in ways:
-            row = rows[way.name]
-            if way.name not in runs:
-                continue
+
+        def timed(name: str, milliseconds: float) -> dict:
+            row = rows[name]
+            return row | {"step_ms": milliseconds, "floor_multiple": milliseconds / row["floor_ms"]}
+
+        for position, way in enumerate(ways):
+            if any(later.name in compiled for later in ways[position + 1 :]):
+                early[way.name] = lambda found, name=way.name: tell([timed(name, found)])
+        for name, found in per_step(runs, options.steps, options.repeats, device, early).items():
+            if isinstance(found, Exception):
+                rows[name] |= {"status": "failed", "error": _one_line(found)}
+            else:
+                rows[name] = timed(name, found)
+        return Group(ways, rows, runs)
+
+    def insides(self, group: Group, tell: Callable[[list[dict]], None] = _nobody) -> None:
+        """Add to the rows of a group what is found inside its steps, and what canvases take besides, telling each."""
+        good = [way for way in group.ways if group.rows[way.name]["status"] == "ok"]
+        # Ours first: what is asked of them is more, and takes less time.
+        for way in sorted(good, key=lambda way: not way.ours):
+            row = group.rows[way.name]
             try:
-                if isinstance(times[way.name], Exception):
-                    raise times[way.name]
-                row["step_ms"] = times[way.name]
-                row["floor_multiple"] = row["step_ms"] / row["floor_ms"]
-                self._look_inside(way, runs[way.name], row)
+                self._look_inside(way, group.runs[way.name], row)
             except Exception as error:
-                row |= {"status": "failed", "error": _one_line(error), "step_ms": None}
+                row["error"] = f"inside its steps: {_one_line(error)}"
+            tell([row])
         # Last, since every canvas makes the cache longer.
-        good = [way for way in ways if rows[way.name]["status"] == "ok" and has_canvases(way)]
-        canvases = per_canvas({way.name: runs[way.name] for way in good}, options.repeats, device)
-        for way in good:
-            row, found = rows[way.name], canvases[way.name]
+        self._canvases([way for way in good if has_canvases(way)], group)
+        tell(list(group.rows.values()))
+
+    def _canvases(self, ways: list[Way], group: Group) -> None:
+        device = self.model.device
+        runs = {way.name: group.runs[way.name] for way in ways}
+        canvases = per_canvas(runs, self.options.repeats, device)
+        for way in ways:
+            row, found = group.rows[way.name], canvases[way.name]
             try:
                 if isinstance(found, Exception):
                     raise found
                 row["canvas_ms"] = found - row["step_ms"]
-                if device.type == "cuda" and way.ours:
+                if device.type == "cuda" and way.ours and row["launches"] is not None:
                     row["canvas_launches"] = launches_of_a_canvas(runs[way.name], device) - row["launches"]
             except Exception as error:
                 row["error"] = f"a canvas besides its steps: {_one_line(error)}"
-        return list(rows.values())
 
     def _look_inside(self, way: Way, run: Callable[[int], object], row: dict) -> None:
         options, device = self.options, self.model.device

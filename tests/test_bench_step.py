@@ -358,7 +358,7 @@ def test_variants_take_turns_and_one_that_fails_leaves_the_others():
         return run
 
     times = step_measure.per_step({"a": runs("a"), "b": runs("b", True), "c": runs("c")}, 5, 2, CPU)
-    warm = [(name, steps) for name in "abc" for steps in (1, 2)]
+    warm = [(name, steps) for name in "abc" for steps in (1, 4)]
     assert order == [
         *warm,
         ("a", 1),
@@ -445,23 +445,225 @@ def test_compiled_decoding_into_the_sliding_window(model, monkeypatch):
     assert tokens[0] == tokens[1]
 
 
-def test_compilers_come_last():
-    options = bench_step.parser().parse_args(["--compiled"])
-    plan = bench_step.schedule(options, [64, 128], CPU)
-    names = [([way.name for way in ways], context) for ways, context in plan]
-    eager = [f"{name}, dynamic cache" for name in ("transformers", "ours", "autoregressive")]
-    eager.insert(2, "ours, static cache")
-    assert names[0] == (eager, 64)
-    assert names[1:3] == [([*eager, "ours, graph"], 64), ([*eager, "ours, graph"], 128)]
-    late = (
+CUDA = torch.device("cuda")
+
+
+def planned(arguments, contexts, device):
+    options = bench_step.parser().parse_args(arguments)
+    plan = bench_step.schedule(options, contexts, device)
+    return [([way.name for way in ways], context) for ways, context in plan]
+
+
+def test_what_is_asked_of_a_step_comes_first_and_what_else_compiles_last():
+    plan = planned([], list(bench_step.CONTEXTS), CUDA)
+    reference, graph, decoding = "transformers, dynamic cache", "ours, graph", "autoregressive, dynamic cache"
+    assert plan[0] == ([reference, graph, "transformers, static cache, compiled"], 512)
+    main = [reference, graph, decoding]
+    assert plan[1:4] == [(main, context) for context in (8192, 32_768, 131_072)]
+    late = [
+        ["ours, graph, FP8 experts"],
+        ["ours, graph, NVFP4 experts"],
+        ["ours, dynamic cache", "ours, static cache"],
+        ["autoregressive, static cache, compiled"],
+    ]
+    assert plan[4:] == [*((names, 8192) for names in late), (main, 1024)]
+    assert planned(["--way", "ours, graph"], list(bench_step.CONTEXTS), CUDA) == [
+        ([graph], context) for context in bench_step.CONTEXTS
+    ]
+
+
+def test_contexts_that_are_asked_for_are_measured_in_every_way():
+    main = [
+        "transformers, dynamic cache",
+        "ours, graph",
+        "transformers, static cache, compiled",
+        "autoregressive, dynamic cache",
+    ]
+    launched = ["ours, dynamic cache", "ours, static cache"]
+    late = [
         "ours, graph, FP8 experts",
         "ours, graph, NVFP4 experts",
-        "transformers, static cache, compiled",
         "autoregressive, static cache, compiled",
-    )
-    assert names[3:] == [([name], context) for name in late for context in (64, 128)]
-    plan = bench_step.schedule(bench_step.parser().parse_args([]), [64], CPU)
-    assert not any(way.experts or (way.compiles and not way.graph) for ways, _ in plan for way in ways)
+    ]
+    plan = planned(["--context", "64", "8192"], [64, 8192], CUDA)
+    assert plan[:2] == [(main, 64), (main, 8192)]
+    groups = [[late[0]], [late[1]], launched, [late[2]]]
+    assert plan[2:] == [(names, context) for names in groups for context in (64, 8192)]
+    # On a CPU what does not compile is timed in turn.
+    main[1:1] = launched
+    plan = planned(["--compiled"], [64, 128], CPU)
+    assert plan[:2] == [(main, 64), (main, 128)]
+    assert plan[2:] == [([name], context) for name in late for context in (64, 128)]
+    main.remove("transformers, static cache, compiled")
+    assert planned([], [64, 128], CPU) == [(main, 64), (main, 128)]
+
+
+@pytest.mark.parametrize("killed", ["while it looks inside", "while it compiles"])
+def test_a_run_that_is_ended_leaves_the_times_it_had(model, monkeypatch, tmp_path, killed):
+    class Ended(BaseException):
+        pass
+
+    def runner(bench, way, context):
+        bench.models[way.name] = model
+
+        def run(steps, canvases=1):
+            if killed == "while it compiles" and way == step_ways.COMPILED_REFERENCE:
+                raise Ended
+
+        return run
+
+    def ended(*_):
+        raise Ended
+
+    monkeypatch.setattr(step_measure.Bench, "runner", runner)
+    monkeypatch.setattr(step_measure.Bench, "insides", ended)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}))
+    path = tmp_path / "step.json"
+    options = bench_step.parser().parse_args(["--compiled", "--context", "16", "--json", str(path)])
+    with pytest.raises(Ended):
+        bench_step.bench(model, "full (2 layers, narrow)", options, CPU)
+    result = json.loads(path.read_text())
+    assert schema.violations(result) == []
+    timed = {row["variant"] for row in result["rows"] if row["status"] == "ok"}
+    assert {"transformers, dynamic cache", "ours, graph"} <= timed
+    compiled = "transformers, static cache, compiled"
+    assert (compiled in timed) == (killed == "while it looks inside") == bool(result["clocks"]["after"])
+
+
+def test_a_sample_is_told_early_where_others_compile_first(model, monkeypatch):
+    options = bench_step.parser().parse_args(["--repeats", "1"])
+    measured = step_measure.Bench(model, ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}), options)
+
+    def runner(way, context):
+        measured.models[way.name] = model
+        return lambda *counts: None
+
+    monkeypatch.setattr(measured, "runner", runner)
+    ways = [step_ways.REFERENCE, step_ways.GRAPH, step_ways.AUTOREGRESSIVE[0]]
+    names = [way.name for way in ways]
+    told = []
+    for _ in range(2):
+        group = measured.times(ways, 16, told.extend)
+        # What compiles has been compiled when the context is the second.
+        assert [row["variant"] for row in told] == names[:1]
+    assert told[0]["status"] == "ok" and told[0]["step_ms"] is not None and list(group.rows) == names
+
+
+def test_what_is_seen_inside_a_step_fails_without_its_time(model, monkeypatch):
+    options = bench_step.parser().parse_args(["--steps", "2", "--repeats", "1"])
+    measured = step_measure.Bench(model, ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}), options)
+
+    def fails(*_):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(step_measure, "counted", fails)
+    (row,) = measured.measure([step_ways.REFERENCE], 16)
+    assert row["status"] == "ok" and row["step_ms"] > 0 and row["launches"] is None
+    assert "inside its steps: RuntimeError: no profiler" in row["error"] and row["canvas_ms"] is not None
+
+
+def test_transformers_compiled_functions_are_recorded_before_they_are_timed(model, monkeypatch):
+    """Under a stand-in for torch.compile that keeps the books of PyTorch's CUDA graph trees.
+
+    The first call of a function, and all behind it until the next step begins, warm up; the next is recorded, later
+    ones are replayed.
+    """
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    warm, recorded, path, warming, timed, validated = set(), set(), [], [], [], set()
+
+    def begin():
+        path.clear()
+        warming.clear()
+
+    def compile_nothing(function, **options):
+        def call(*arguments, **named):
+            first = named.get("self_conditioning_logits", 0) is None
+            key = getattr(function, "__qualname__", "") + " first" * first
+            if key not in warm or warming:
+                what = "warm-up"
+                warm.add(key)
+                warming.append(key)
+            else:
+                path.append(key)
+                what = "replay" if tuple(path) in recorded else "recording"
+                recorded.add(tuple(path))
+            timed.append(what)
+            validated.add(torch.distributions.Distribution._validate_args)
+            return function(*arguments, **named)
+
+        return call
+
+    clock = step_measure.clock
+
+    def clock_from_here(call, device):
+        begin()
+        del timed[:]
+        spent = clock(call, device)
+        samples.append(set(timed))
+        return spent
+
+    samples = []
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", begin)
+    monkeypatch.setattr(step_measure, "clock", clock_from_here)
+    options = bench_step.parser().parse_args(["--steps", "6", "--repeats", "2"])
+    measured = step_measure.Bench(model, ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}), options)
+    group = measured.times([step_ways.REFERENCE, step_ways.COMPILED_REFERENCE], 4)
+    assert all(row["status"] == "ok" for row in group.rows.values()), group.rows
+    assert {"replay"} in samples and not any({"recording", "warm-up"} & sample for sample in samples)
+    # Beside transformers uncompiled, whose process validates.
+    assert validated == {False}
+
+
+def test_a_static_cache_holds_what_its_runs_need():
+    """transformers reads a static cache to its end: what no run fills would be a part of its step."""
+    options = bench_step.parser().parse_args(["--repeats", "2"])
+    for way, slots in (
+        (step_ways.COMPILED_REFERENCE, 512 + 2 * 16 + 6),
+        (step_ways.AUTOREGRESSIVE[1], 512 + 108),
+        (step_ways.GRAPH, 512 + 38 + 7 * 256),
+    ):
+        assert 512 + step_measure.room(way, options, 256) == slots
+
+
+@pytest.mark.parametrize(
+    "way", [step_ways.COMPILED_REFERENCE, *step_ways.AUTOREGRESSIVE, step_ways.OURS_STATIC]
+)
+def test_all_runs_of_a_way_fit_into_its_cache(model, monkeypatch, way):
+    """As on a GPU, where launches are counted by running everything twice, and with an early sample."""
+    made = []
+    right = step_model.random_cache
+
+    def remember(*arguments, room, **options):
+        cache = right(*arguments, room=room, **options)
+        made.append((cache, room))
+        return cache
+
+    monkeypatch.setattr(step_model, "random_cache", remember)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(step_measure, "can_count", lambda *_: True)
+    right_count = step_trace.count
+
+    def count_twice(call, device):
+        call()
+        return right_count(call, device)
+
+    monkeypatch.setattr(step_trace, "count", count_twice)
+    options = bench_step.parser().parse_args(["--steps", "5", "--repeats", "2"])
+    measured = step_measure.Bench(model, ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}), options)
+    never = dataclasses.replace(step_ways.GRAPH, name="compiles behind it")
+    group = measured.times([way, never], 16)
+    del group.rows[never.name]
+    measured.insides(step_measure.Group([way], group.rows, group.runs))
+    row = group.rows[way.name]
+    assert row["status"] == "ok" and row["error"] is None
+    if step_measure.has_canvases(way):
+        step_measure.launches_of_a_canvas(group.runs[way.name], CPU)
+    for _ in range(2 if way.ours else 0):
+        group.runs[way.name](4)
+    cache, room = made[0]
+    used = int(cache.get_seq_length()) - 16
+    assert 0 < used <= room
 
 
 @pytest.mark.parametrize(
