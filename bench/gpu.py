@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,12 @@ class Part:
     command: tuple[str, ...]
     weight: float
     environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def result(self) -> str | None:
+        """The name of its result file."""
+        after = self.command[1:]
+        return next((Path(file).name for name, file in zip(self.command, after) if name == "--json"), None)
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,63 @@ def run_parts(
     return outcomes
 
 
-def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
+class Files:
+    """What a run leaves in a folder: logs and result files of its parts, and nothing that was there before it.
+
+    together: in one archive, into which the files of a part go when it has ended, for a place that takes only a few.
+    """
+
+    ARCHIVE = "results.zip"
+
+    def __init__(self, out: Path, parts: list[Part], together: bool) -> None:
+        self.out, self.together = out, together
+        self.results = [part.result for part in parts if part.result]
+        self.names = [*(f"{part.name}.log" for part in parts), *self.results]
+        self.before = {name: self._written(name) for name in self.names}
+        self.packed: dict[str, bytes] = {}
+
+    def _written(self, name: str) -> int | None:
+        path = self.out / name
+        return path.stat().st_mtime_ns if path.is_file() else None
+
+    def _fresh(self) -> list[str]:
+        return [name for name in self.names if self._written(name) not in (None, self.before[name])]
+
+    def gather(self) -> None:
+        """Put what the parts have left so far into the archive, beside what it holds from earlier runs."""
+        fresh = self._fresh() if self.together else []
+        if not fresh:
+            return
+        self.packed |= {name: (self.out / name).read_bytes() for name in fresh}
+        archive = self.out / self.ARCHIVE
+        held: dict[str, bytes] = {}
+        if archive.is_file():
+            with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(archive) as old:
+                held = {name: old.read(name) for name in old.namelist()}
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in (held | self.packed).items():
+                new.writestr(name, data)
+        replace_file(archive, content.getvalue())
+        for name in fresh:
+            (self.out / name).unlink()
+            self.before[name] = None
+
+    def contents(self) -> list[tuple[Path, str]]:
+        """(path, text) of each result file of this run."""
+        texts = {name: data.decode(errors="replace") for name, data in self.packed.items()}
+        texts |= {name: (self.out / name).read_text(errors="replace") for name in self._fresh()}
+        return [(self.out / name, texts[name]) for name in self.results if name in texts]
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole: what is ended meanwhile leaves the one of before."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def summary_lines(outcomes: list[Outcome], files: Files) -> list[str]:
     """The parts with their outcome, then one line for each figure in the result files they left."""
     from . import schema, table
     from .cases import BenchError
@@ -232,11 +296,9 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
     for outcome in outcomes:
         code = f" (exit {outcome.code})" if outcome.code else ""
         lines.append(f"{outcome.name}: {outcome.status}{code}, {outcome.seconds:.0f} s")
-    for path in sorted(out.glob("*.json")):
-        if path.name == "summary.json":
-            continue
+    for path, text in files.contents():
         try:
-            result = schema.read(path)
+            result = schema.parse(text, path)
         except BenchError as error:
             lines.append(str(error))
             continue
@@ -270,7 +332,7 @@ def summary_lines(outcomes: list[Outcome], out: Path) -> list[str]:
 
 
 def output_folder(facts: dict) -> Path:
-    """$OUT where it is set, else bench/results/<device>."""
+    """$OUT where it is set, else bench/results/<device>. The former gets few files: see `Files`."""
     if os.environ.get("OUT"):
         return Path(os.environ["OUT"]).resolve()
     from .environment import folder_name
@@ -314,25 +376,30 @@ def main(arguments: list[str]) -> int:
     print(
         f"{facts['name']}, compute capability {major}.{minor}; {options.minutes:g} minutes; results in {out}"
     )
+    files = Files(out, parts, together=bool(os.environ.get("OUT")))
     # After every part: what ends this process, too, leaves the summary of what had been done.
     outcomes = run_parts(
-        parts, 60 * options.minutes, out, tell=lambda so_far: write_summary(so_far, out, facts)
+        parts, 60 * options.minutes, out, tell=lambda so_far: write_summary(so_far, files, facts)
     )
-    print("\n== summary\n" + "\n".join(write_summary(outcomes, out, facts)))
+    print("\n== summary\n" + "\n".join(write_summary(outcomes, files, facts)))
     if problems:
         return 2
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
-def write_summary(outcomes: list[Outcome], out: Path, facts: dict) -> list[str]:
-    """Write summary.md and summary.json; the summary's lines."""
-    lines = summary_lines(outcomes, out)
+def write_summary(outcomes: list[Outcome], files: Files, facts: dict) -> list[str]:
+    """Gather the files of the parts that have ended, write summary.md and summary.json; the summary's lines."""
+    try:
+        files.gather()
+    except OSError as error:
+        print(f"bench gpu: {files.ARCHIVE} cannot be written: {error}", file=sys.stderr)
+    lines = summary_lines(outcomes, files)
     major, minor = facts["capability"]
     head = f"{facts['name']}, compute capability {major}.{minor}"
     items = [f"- {line}" if line else "" for line in lines]
-    (out / "summary.md").write_text("\n".join([f"# {head}", "", *items]) + "\n")
+    replace_file(files.out / "summary.md", ("\n".join([f"# {head}", "", *items]) + "\n").encode())
     record = {"device": head, "parts": [vars(outcome) for outcome in outcomes]}
-    (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    replace_file(files.out / "summary.json", (json.dumps(record, indent=1) + "\n").encode())
     return lines
 
 

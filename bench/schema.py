@@ -169,10 +169,22 @@ def read(path: Path) -> dict:
         BenchError: it cannot be read, is not JSON or has another schema.
     """
     try:
-        result = json.loads(path.read_text())
+        return parse(path.read_text(), path)
     except OSError as error:
         raise BenchError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise BenchError(f"{path}: not JSON: {error}") from error
+
+
+def parse(text: str, path: Path) -> dict:
+    """The result that a file's text is.
+
+    Raises:
+        BenchError: it is not JSON or has another schema.
+    """
+    try:
+        result = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BenchError(f"{path}: not JSON: {error}") from error
     problems = violations(result)
     if problems:

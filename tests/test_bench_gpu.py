@@ -1,12 +1,15 @@
 """The run for a machine with a GPU: its parts, its time budget and its summary, with the commands replaced."""
 
+import functools
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+import test_bench_report
 
-from bench import gpu
+from bench import gpu, schema
 from bench.gpu import Outcome, Part
 
 pytestmark = pytest.mark.source_tree
@@ -151,6 +154,101 @@ def test_main_runs_all_parts_and_leaves_a_summary(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(gpu, "_installed", lambda module: False)
     assert gpu.main(["--parts", "commit"]) == 1
     assert seen == ["build", "commit"] and "it is built first" in capsys.readouterr().out
+
+
+def fake_run(monkeypatch, folder, result, parts=()):
+    """`bench gpu` with parts that write their files at once; the greatest number of files in the folder on its way."""
+    most = 0
+
+    def execute(command, environment, seconds, log):
+        nonlocal most
+        log.write_text("said\n")
+        if "--json" in command:
+            schema.write(result, Path(command[command.index("--json") + 1]))
+        most = max(most, len(list(folder.rglob("*"))) + 1)
+        return 0
+
+    monkeypatch.setattr(gpu, "device_facts", lambda: {"name": "NVIDIA Test", "capability": (9, 0)})
+    monkeypatch.setattr(gpu, "_installed", lambda module: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "run_parts", functools.partial(gpu.run_parts, execute=execute))
+        assert gpu.main(["--parts", *parts]) == 0
+    return most
+
+
+STEP = test_bench_report.STEP
+OPS = test_bench_report.OPS
+
+
+def test_a_whole_run_leaves_few_files_where_only_few_may_be(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    most = fake_run(monkeypatch, tmp_path, OPS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.zip", "summary.json", "summary.md"]
+    # One more was counted for what is being written.
+    assert most <= 8
+    with zipfile.ZipFile(tmp_path / "results.zip") as archive:
+        names = set(archive.namelist())
+        assert names == {
+            *(f"{part.name}.log" for part in PARTS),
+            *(part.result for part in PARTS if part.result),
+        }
+        assert schema.parse(archive.read("commit.json").decode(), Path("x")) == OPS
+    assert (tmp_path / "summary.md").read_text().count("123 us") == len(gpu.OPS) + 1
+    # Another run adds to it, and speaks for itself alone.
+    fake_run(monkeypatch, tmp_path, STEP, ["step"])
+    with zipfile.ZipFile(tmp_path / "results.zip") as archive:
+        assert set(archive.namelist()) == names
+        assert schema.parse(archive.read("step-full.json").decode(), Path("x")) == STEP
+    summary = (tmp_path / "summary.md").read_text()
+    assert "20.50 ms" in summary and "123 us" not in summary
+
+
+def test_a_run_that_is_ended_leaves_the_files_of_every_part(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+
+    class Ended(BaseException):
+        pass
+
+    right = gpu.replace_file
+
+    def ended(path, data):
+        if path.name == "results.zip" and b"commit.log" in data:
+            path.with_name(path.name + ".part").write_bytes(data[:50])
+            raise Ended
+        right(path, data)
+
+    monkeypatch.setattr(gpu, "replace_file", ended)
+    with pytest.raises(Ended):
+        fake_run(monkeypatch, tmp_path, OPS, ["row_stats", "commit"])
+    with zipfile.ZipFile(tmp_path / "results.zip") as archive:
+        assert set(archive.namelist()) == {"row_stats.log", "row_stats.json"}
+    assert (
+        schema.read(tmp_path / "commit.json") == OPS
+        and "row_stats: ok" in (tmp_path / "summary.md").read_text()
+    )
+
+
+def test_the_folder_of_a_device_gets_a_file_for_each_part_and_old_ones_stay(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    folder = tmp_path / "bench" / "results" / "test"
+    old = {**OPS, "rows": [{**OPS["rows"][0], "median_us": 987.0}]}
+    for name in ("block_attention", "commit", "ops-shared"):
+        schema.write(old, folder / f"{name}.json")
+
+    monkeypatch.setattr(gpu, "device_facts", lambda: {"name": "NVIDIA Test", "capability": (9, 0)})
+    monkeypatch.setattr(gpu, "_installed", lambda module: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "run_parts", functools.partial(gpu.run_parts, execute=lambda *_: 1))
+        assert gpu.main(["--parts", "attention"]) == 1
+    summary = (folder / "summary.md").read_text()
+    assert "block_attention: failed" in summary and "us" not in summary.split("failed")[1]
+    fake_run(monkeypatch, folder, OPS, ["commit"])
+    summary = (folder / "summary.md").read_text()
+    assert summary.count("123 us") == 1 and "987 us" not in summary
+    assert schema.read(folder / "block_attention.json") == schema.read(folder / "ops-shared.json") == old
+    names = {path.name for path in folder.iterdir()}
+    assert {"commit.json", "commit.log", "summary.md", "summary.json"} < names and "results.zip" not in names
 
 
 def test_sanitizer_runs_the_gpu_tests_under_each_tool():
