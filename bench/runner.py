@@ -158,12 +158,16 @@ class Runner:
         sets = [inputs, *(case.make(self.device, seed) for seed in range(1, count))]
         cold = count * set_bytes >= 2 * memory.cache_size(self.device)
 
-        calls, extra = {}, {}
+        calls, extra, broken = {}, {}, {}
         for key, variant in runnable.items():
-            prepared = [variant.prepare(one) for one in sets]
-            extra[key] = memory.peak_extra(prepared[0], self.device)
+            try:
+                prepared = [variant.prepare(one) for one in sets]
+                extra[key] = memory.peak_extra(prepared[0], self.device)
+            except Exception as error:
+                broken[key] = timing.forget_frames(error)
+                continue
             calls[key] = (prepared, variant.capturable)
-        timings = timing.measure(calls, self.device, seconds=self.seconds, least=self.least)
+        timings = timing.measure(calls, self.device, seconds=self.seconds, least=self.least) | broken
 
         peer_rows = [
             {"peer": peer, "variant": variant.name, "ratio": None}

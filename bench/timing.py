@@ -55,6 +55,7 @@ def input_sets(set_bytes: int, device: torch.device, spare: int) -> int:
 
 class _HostTimer:
     method = "clock"
+    calls_a_sample = 1
 
     def __init__(self, calls: list[Callable[[], object]]):
         self.calls = calls
@@ -78,6 +79,7 @@ class _DeviceTimer:
         self.next = 0
         self.method = "events"
         self.graph = None
+        self.calls_a_sample = 1
         for _ in range(3):
             for call in calls:
                 call()
@@ -102,7 +104,7 @@ class _DeviceTimer:
         recording.begin()
         recording.replay()
         torch.cuda.synchronize()
-        self.graph, self.calls_in_graph, self.method = recording, len(calls), "graph"
+        self.graph, self.calls_a_sample, self.method = recording, len(calls), "graph"
 
     def sample(self) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -111,7 +113,7 @@ class _DeviceTimer:
             self.graph.replay()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end) * 1e3 / self.calls_in_graph
+            return start.elapsed_time(end) * 1e3 / self.calls_a_sample
         call = self.calls[self.next % len(self.calls)]
         self.next += 1
         torch.cuda._sleep(HEAD_START)
@@ -162,7 +164,7 @@ def measure(
                 results[name] = forget_frames(error)
                 active.discard(name)
                 continue
-            spent = sum(samples[name]) / 1e6
+            spent = sum(samples[name]) * timers[name].calls_a_sample / 1e6
             if len(samples[name]) >= most or (len(samples[name]) >= least and spent >= seconds):
                 active.discard(name)
     for name, timer in timers.items():

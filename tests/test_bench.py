@@ -186,6 +186,36 @@ def test_a_kernel_that_raises_fails_alone():
     assert rows[0]["error"] == "RuntimeError: launch failed" and len(problems) == 1
 
 
+@pytest.mark.parametrize("breaks", ["prepared again", "called again"])
+@pytest.mark.parametrize("whose", ["peer", "backend"])
+def test_a_variant_that_breaks_when_it_is_used_again_fails_alone(whose, breaks):
+    prepared = []
+
+    def prepare(inputs):
+        prepared.append(inputs)
+        again = len(prepared) > 1
+        if again and breaks == "prepared again":
+            raise torch.OutOfMemoryError("no room for a second set")
+
+        def call():
+            if again:
+                raise RuntimeError("no plan found")
+            return right.prepare(inputs)()
+
+        return call
+
+    case = wrong_case(1.0)
+    right, fragile = case.backends[1], Variant("fragile", prepare)
+    case = Case(**{**vars(case), "backends": (right, fragile) if whose == "backend" else (right,)})
+    peer = SimpleNamespace(NAME="peer", variants=lambda case, inputs: [fragile] if whose == "peer" else [])
+    rows, problems = runner.Runner(CPU, LIMITS, [peer], quick=True).run(case)
+    assert rows[0]["status"] == "ok" and rows[0]["median_us"] > 0
+    failed = rows[0]["peers"][0] if whose == "peer" else rows[1]
+    assert failed["status"] == "failed" and failed["median_us"] is None
+    assert ("no plan found" if breaks == "called again" else "no room") in failed["error"]
+    assert len(problems) == (whose == "backend")
+
+
 SMALL = {"quick": True, "rows": 4, "vocab": 640, "batch": 1}
 
 
@@ -344,6 +374,24 @@ def test_a_variant_that_fails_while_timed_leaves_the_others():
         {"bad": ([breaks], False), "good": ([lambda: None], False)}, CPU, seconds=0, least=4
     )
     assert isinstance(found["bad"], RuntimeError) and found["good"].runs == 4
+
+
+def test_a_replay_counts_as_all_the_time_that_its_calls_took(monkeypatch):
+    class Replayed:
+        """A graph of 50 calls of 270 us each."""
+
+        method, calls_a_sample = "graph", 50
+
+        def __init__(self, calls, capturable):
+            pass
+
+        def sample(self):
+            return 270.0
+
+    monkeypatch.setattr(timing, "_DeviceTimer", Replayed)
+    found = timing.measure({"a": ([None], True)}, torch.device("cuda"), seconds=0.3)
+    assert found["a"].runs * 50 * 270e-6 == pytest.approx(0.3, rel=0.05)
+    assert timing.measure({"a": ([None], True)}, torch.device("cuda"), seconds=0.01)["a"].runs == 3
 
 
 def test_a_failure_keeps_no_tensors_of_the_frames_it_passed():

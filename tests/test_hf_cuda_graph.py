@@ -256,7 +256,7 @@ def test_a_peer_that_cannot_be_recorded_is_timed_eagerly_and_leaves_the_generato
     timer = object.__new__(timing._DeviceTimer)
     timer.device, timer.graph, timer.calls = DEVICE, None, [lambda: None]
     timer._capture()
-    assert timer.method == "graph" and timer.calls_in_graph == timing.CALLS_IN_GRAPH
+    assert timer.method == "graph" and timer.calls_a_sample == timing.CALLS_IN_GRAPH
 
     def waits():
         if played.recording:
