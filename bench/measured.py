@@ -1,4 +1,4 @@
-"""What the result files of a folder hold: of two files with a case the newer counts."""
+"""What the result files of a folder hold: of two files with a case, or a step of a variant, the newer counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .cases import BenchError
 
 # (device, op, shape, dtype, case)
 Key = tuple[str, str, str, str, str]
+# (device, model, context, batch, variant)
+StepKey = tuple[str, str, int, int, str]
 
 
 def find_results(folder: Path) -> tuple[list[tuple[Path, dict]], list[str]]:
@@ -69,6 +71,16 @@ def newest_cases(results: list[dict]) -> dict[Key, list[tuple[dict, dict]]]:
             fresh.setdefault(key, []).append((row, result["environment"]))
         found |= fresh
     return found
+
+
+def newest_steps(results: list[dict]) -> dict[StepKey, tuple[dict, dict]]:
+    """The row of every variant at every context, with the environment of its file; by device, model and context."""
+    found: dict[StepKey, tuple[dict, dict]] = {}
+    for result in sorted(results, key=lambda one: one["environment"]["date"]):
+        for row in result["rows"] if result["kind"] == "step" else ():
+            where = device(result["environment"]), result["options"]["model"], row["context"], row["batch"]
+            found[(*where, row["variant"])] = row, result["environment"]
+    return dict(sorted(found.items(), key=lambda item: item[0][:4]))
 
 
 def fastest(rows: list[tuple[dict, dict]]) -> tuple[dict, dict] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .environment import folder_name
-from .measured import fastest, newest_cases
+from .measured import fastest, newest_cases, newest_steps
 from .step_trace import COMPONENTS
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
@@ -108,11 +108,12 @@ def steps(results: list[dict], folder: Path) -> list[Path]:
     """One plot a device and model: a group of bars a context, a bar a variant, its components stacked."""
     pyplot = _pyplot()
     written = []
-    for result in results:
-        rows = [row for row in result["rows"] if row["status"] == "ok"] if result["kind"] == "step" else []
-        rows = [row for row in rows if not row["variant"].startswith("autoregressive")]
-        if not rows:
-            continue
+    by_model: dict[tuple[str, str], list[tuple[dict, dict]]] = {}
+    for (_, model, *_), (row, facts) in newest_steps(results).items():
+        if row["status"] == "ok" and not row["variant"].startswith("autoregressive"):
+            by_model.setdefault((model, folder_name(facts)), []).append((row, facts))
+    for (model, device), measured in by_model.items():
+        rows = [row for row, _ in measured]
         figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(rows)))
         for position, row in enumerate(rows):
             start, split = 0.0, row["components_ms"]
@@ -131,8 +132,7 @@ def steps(results: list[dict], folder: Path) -> list[Path]:
         axes.set_xlabel("milliseconds a step (black: floor)")
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
         axes.legend(handles, COLORS, fontsize=7)
-        axes.set_title(f"{result['options']['model']}: {origin(result['environment'])}", fontsize=9)
-        model = result["options"]["model"].split()[0]
-        written.append(_save(figure, folder / f"step-{model}-{folder_name(result['environment'])}.svg"))
+        axes.set_title(f"{model}: {origin(*(facts for _, facts in measured))}", fontsize=9)
+        written.append(_save(figure, folder / f"step-{model.split()[0]}-{device}.svg"))
         pyplot.close(figure)
     return written

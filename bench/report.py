@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import OPS, step_table, table
 from .cases import BenchError
-from .measured import device, disturbance, fastest, find_results, full_runs, newest_cases
+from .measured import device, disturbance, fastest, find_results, full_runs, newest_cases, newest_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -84,30 +84,25 @@ def op_table(results: list[dict], headline: bool, whole: bool = True) -> list[st
 
 
 def steps_table(results: list[dict], whole: bool = True) -> list[str]:
-    """Markdown: a row for every variant and context of the step files; a full model without one says so where it is
-    `whole`."""
+    """Markdown: the newest row for every variant and context; a full model without one says so where it is `whole`."""
     lines = [
         "| Model | Context | Variant | Device | Step | Times the floor | A canvas besides | "
         f"Tokens/s at {step_table.TOKENS_PER_STEP[0]} a step | Launches | Host syncs | Commit, date |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     full = False
-    for result in results:
-        if result["kind"] != "step":
-            continue
-        facts, model = result["environment"], result["options"]["model"]
+    for (name, model, *_), (row, facts) in newest_steps(results).items():
         full |= model.split()[0] == "full" and facts["device_type"] == "cuda"
-        for row in result["rows"]:
-            head = f"| {model} | {row['context']} | {row['variant']} | {device(facts)} |"
-            if row["status"] != "ok":
-                lines.append(f"{head} {row['status']} | | | | | | {mark(facts)} |")
-                continue
-            tokens = step_table.rate(row, step_table.TOKENS_PER_STEP[0])
-            lines.append(
-                f"{head} {table.duration(row['step_ms'] * 1e3)} | {row['floor_multiple']:.3g} | "
-                f"{step_table.besides(row)} | {'-' if tokens is None else f'{tokens:,.0f}'} | "
-                f"{table.count(row['launches'])} | {table.count(row['host_syncs'])} | {mark(facts)} |"
-            )
+        head = f"| {model} | {row['context']} | {row['variant']} | {name} |"
+        if row["status"] != "ok":
+            lines.append(f"{head} {row['status']} | | | | | | {mark(facts)} |")
+            continue
+        tokens = step_table.rate(row, step_table.TOKENS_PER_STEP[0])
+        lines.append(
+            f"{head} {table.duration(row['step_ms'] * 1e3)} | {row['floor_multiple']:.3g} | "
+            f"{step_table.besides(row)} | {'-' if tokens is None else f'{tokens:,.0f}'} | "
+            f"{table.count(row['launches'])} | {table.count(row['host_syncs'])} | {mark(facts)} |"
+        )
     if whole and not full:
         lines.append(f"| full (26B-A4B) | | | NVIDIA GPU | {NOT_MEASURED} | | | | | | |")
     return lines

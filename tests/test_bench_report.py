@@ -195,6 +195,40 @@ def test_table_and_plot_show_the_newer_of_two_files_even_if_it_is_slower(place):
     assert "0123456789; fedcba9876" in words
 
 
+def test_of_several_step_files_the_newest_row_of_each_variant_and_context_counts(place):
+    whole, later = copy.deepcopy(STEP), copy.deepcopy(STEP)
+    whole["rows"] = [{**STEP_ROW, "context": context, "step_ms": 99.0} for context in (1024, 512)]
+    whole["rows"].append({**STEP_ROW, "variant": "transformers", "step_ms": 75.0})
+    # Ended before it came to the others.
+    later["environment"] |= {"date": "2026-02-02T00:00:00", "commit": "fedcba9876543210"}
+    other = copy.deepcopy(STEP)
+    other["options"]["model"] = "6-layers (6 of 30 layers)"
+    other["rows"][0]["step_ms"] = 4.25
+    # Named so that neither order of names is that of their dates.
+    for name, result in (("b", whole), ("a", later), ("c", other)):
+        schema.write(result, place / "results" / "test" / f"{name}.json")
+    assert make(place) == 0
+    text = (place / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| full (30")]
+    assert [
+        (row.split("|")[2].strip(), row.split("|")[3].strip(), row.split("|")[5].strip()) for row in rows
+    ] == [
+        ("512", "dgemma_accel", "99 ms"),
+        ("1024", "dgemma_accel", "20.5 ms"),
+        ("1024", "transformers", "75 ms"),
+    ]
+    assert "0123456789 2026-01-02" in rows[0] and "fedcba9876 2026-02-02" in rows[1]
+    assert "| 6-layers (6 of 30 layers) | 1024 |" in text and text.count("4.25 ms") == 1
+    plots = {path.name: path.read_text() for path in (place / "results" / "plots").glob("step-*.svg")}
+    assert sorted(plots) == ["step-6-layers-test.svg", "step-full-test.svg"]
+    words = plots["step-full-test.svg"]
+    assert (
+        "512: dgemma_accel" in words and "1024: transformers" in words and "0123456789; fedcba9876" in words
+    )
+    assert words.count("1024: dgemma_accel") == 1
+    assert make(place, "--check") == 0
+
+
 def test_a_bar_beyond_the_ceiling_is_drawn_whole(monkeypatch, tmp_path):
     from bench import plots
 
