@@ -5,6 +5,15 @@
 
 # Exit status of a bench that had no time for all of its cases.
 INCOMPLETE = 3
+# What `python -m bench` does besides timing ops: name -> (module, what for).
+COMMANDS = {
+    "step": ("bench_step", "time a whole denoising step"),
+    "report": ("report", "write the README's table and the plots from result files"),
+    "tune": ("tune", "search tile shapes of an op for this GPU"),
+    "auto": ("auto", "let result files decide which kernel `auto` takes"),
+    "gpu": ("gpu", "all that needs a GPU, inside a time budget"),
+    "sanitize": ("gpu", "the gpu tests under compute-sanitizer"),
+}
 # The ops that have cases, in `bench_<op>.py`.
 OPS = (
     "block_attention",

@@ -108,7 +108,11 @@ def main(arguments: list[str]) -> int:
     results.sort(key=lambda result: result["environment"]["date"])
     means = measured(results)
     table = updated(json.loads(AUTO_FILE.read_text()), means, device_of(results))
-    options.output.write_text(file_text(table))
+    try:
+        options.output.write_text(file_text(table))
+    except OSError as error:
+        complain(f"--output {options.output}: {error.strerror}")
+        return 2
     print(
         f"{len(means)} measured entries in {options.output.name}"
         if means

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import OPS, ceilings, environment, peers, schema, table
+from . import COMMANDS, OPS, ceilings, environment, peers, schema, table
 from .cases import BenchError, Case, Sizes
 from .runner import NOT_REACHED, DeviceLost, Runner, exit_status, within
 
@@ -18,8 +18,12 @@ ALIASES = {"attention": "block_attention"}
 
 
 def parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  python -m bench {name:10}{what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=f"Time ops beside their peers. OP: {', '.join(OPS)}; default all."
+        prog="python -m bench",
+        description=f"Time ops beside their peers. OP: {', '.join(OPS[:5])},\n{', '.join(OPS[5:])}; default all.",
+        epilog=f"other commands, each with a --help of its own:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", metavar="OP")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")

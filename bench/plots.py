@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .environment import folder_name
 from .measured import fastest, newest_cases, newest_steps
-from .step_trace import COMPONENTS
+from .schema import COMPONENTS
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 COLORS = dict(zip((*COMPONENTS, "whole step"), PALETTE))
@@ -117,7 +117,7 @@ def steps(results: list[dict], folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(rows)))
         for position, row in enumerate(rows):
             start, split = 0.0, row["components_ms"]
-            if split:
+            if split and sum(split.values()) > 0:
                 # The split comes from a run with marks in it; its shares are laid over the time without them.
                 scale = row["step_ms"] / sum(split.values())
                 pieces = [(name, split[name] * scale) for name in COMPONENTS]

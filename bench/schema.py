@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,9 @@ KINDS = ("ops", "step")
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
 # Fields that earlier files of the schema do not have.
-LATER = frozenset({"canvas", "canvas_ms", "canvas_launches", "kernels"})
+LATER = frozenset({"canvas", "canvas_ms", "canvas_launches", "kernels", "threads"})
+# The parts of a step.
+COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
 
 _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
@@ -22,6 +25,7 @@ ENVIRONMENT = {
     "device": str,
     "device_type": str,
     "capability": str,
+    "threads": int,
     "driver": (str, type(None)),
     "cuda": (str, type(None)),
     "torch": str,
@@ -87,6 +91,22 @@ def _is_a(value: object, kinds: type | tuple) -> bool:
     return type(value) in allowed if isinstance(value, bool) else isinstance(value, allowed)
 
 
+def _is_finite(value: object) -> bool:
+    """False for a number that no float holds; JSON as Python reads it has NaN and integers of any size."""
+    if not isinstance(value, (int, float)):
+        return True
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _numbers(where: str, value: object) -> list[str]:
+    """What keeps a value from being an object of numbers."""
+    fields = dict.fromkeys(value, _NUMBER) if isinstance(value, dict) else {}
+    return _fields(where, value, fields)
+
+
 def _fields(where: str, value: object, fields: dict, measured: tuple[str, ...] = ()) -> list[str]:
     if not isinstance(value, dict):
         return [f"{where}: an object expected, got {type(value).__name__}"]
@@ -98,6 +118,8 @@ def _fields(where: str, value: object, fields: dict, measured: tuple[str, ...] =
             problems.append(f"{where}: {name} is missing")
         elif not _is_a(value[name], kinds):
             problems.append(f"{where}: {name} has type {type(value[name]).__name__}")
+        elif not _is_finite(value[name]):
+            problems.append(f"{where}: {name} is no finite number")
     if value.get("status", "ok") not in STATUSES:
         problems.append(f"{where}: unknown status {value['status']!r}")
     elif value.get("status") == "ok":
@@ -117,8 +139,17 @@ def violations(result: object) -> list[str]:
     for name in ("ceilings", "clocks", "options"):
         if not isinstance(result.get(name), dict):
             problems.append(f"{name} is missing")
+    if isinstance(result.get("clocks"), dict):
+        for name, clock in result["clocks"].items():
+            problems += _numbers(f"clocks.{name}", clock) if clock is not None else []
+    facts = result.get("environment")
+    if isinstance(facts, dict) and facts.get("device_type") == "cpu" and "threads" not in facts:
+        problems.append("environment: threads is missing")
     if result["kind"] == "step" and isinstance(result.get("options"), dict):
         problems += _fields("options", result["options"], {"model": str})
+        model = result["options"].get("model")
+        if isinstance(model, str) and not model.strip():
+            problems.append("options: model is empty")
     if not isinstance(result.get("note", ""), str):
         problems.append(f"note has type {type(result['note']).__name__}")
     if not isinstance(result.get("rows"), list) or not isinstance(result.get("problems"), list):
@@ -127,9 +158,28 @@ def violations(result: object) -> list[str]:
         where = f"rows[{number}]"
         form = (OP_ROW, OP_MEASURED) if result["kind"] == "ops" else (STEP_ROW, STEP_MEASURED)
         problems += _fields(where, row, *form)
-        if result["kind"] == "ops" and isinstance(row, dict):
-            for index, peer in enumerate(row.get("peers") or ()):
+        if not isinstance(row, dict):
+            continue
+        if result["kind"] == "step":
+            problems += _of_a_step(where, row)
+        elif isinstance(row.get("peers"), list):
+            for index, peer in enumerate(row["peers"]):
                 problems += _fields(f"{where}.peers[{index}]", peer, PEER_ROW, PEER_MEASURED)
+    return problems
+
+
+def _of_a_step(where: str, row: dict) -> list[str]:
+    """What keeps the values of a step's row from going together."""
+    problems = []
+    if row.get("canvas_ms") is not None and "canvas" not in row:
+        problems.append(f"{where}: canvas_ms without canvas")
+    if isinstance(row.get("canvas", 1), int) and row.get("canvas", 1) < 1:
+        problems.append(f"{where}: canvas is {row['canvas']}")
+    split = row.get("components_ms")
+    if isinstance(split, dict):
+        inside = f"{where}.components_ms"
+        problems += [f"{inside}: {name} is missing" for name in COMPONENTS if name not in split]
+        problems += _numbers(inside, split)
     return problems
 
 

@@ -85,7 +85,8 @@ def per_token(row: dict, tokens: float) -> float:
 
 def rate(row: dict, tokens: float) -> float | None:
     """Tokens a second of the whole batch, canvases included; None where what they take was not measured."""
-    return None if row.get("canvas_ms") is None else row["batch"] * 1e3 / per_token(row, tokens)
+    each = per_token(row, tokens)
+    return None if row.get("canvas_ms") is None or each <= 0 else row["batch"] * 1e3 / each
 
 
 def speedups(rows: list[dict]) -> list[str]:

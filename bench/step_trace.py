@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_accel.hf.patches import acceleration_of
 
-COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
+from .schema import COMPONENTS
 
 # Where the ops of this package belong, wherever the denoising loop calls them.
 OP_COMPONENT = {

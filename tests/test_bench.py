@@ -11,6 +11,7 @@ import torch
 import dgemma_accel
 from bench import (
     INCOMPLETE,
+    OPS,
     bench_block_attention,
     bench_commit,
     bench_experts,
@@ -99,6 +100,18 @@ def test_nothing_is_timed_for_backends_that_are_not_here(name, line, capsys, fix
     assert bench_ops.main(["commit", "--device", "cpu", "--backend", name]) == 2
     out, err = capsys.readouterr()
     assert line in err and "median" not in out
+
+
+def test_help_lists_the_commands(capsys):
+    from bench.__main__ import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for name in ("step", "report", "tune", "auto", "gpu", "sanitize"):
+        assert f"python -m bench {name} " in text
+    assert all(op in text for op in OPS) and max(map(len, text.splitlines())) < 120
 
 
 def test_a_lost_device_leaves_what_was_measured(tmp_path, monkeypatch, fixed_ceilings):

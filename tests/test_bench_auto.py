@@ -142,3 +142,6 @@ def test_command(tmp_path, capsys):
     assert output.read_text() == backends.AUTO_FILE.read_text()
     assert auto.main(["--results", str(tmp_path / "nowhere"), "--output", str(output)]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+    missing = tmp_path / "nosuch" / "x.json"
+    assert auto.main(["--results", str(tmp_path), "--output", str(missing)]) == 2
+    assert f"--output {missing}: No such file or directory" in capsys.readouterr().err

@@ -316,6 +316,13 @@ def test_files_of_another_schema_get_a_line_and_the_others_count(place, capsys):
         (lambda r: r.update(kind="plan"), "kind 'plan'"),
         (lambda r: r.pop("clocks"), "clocks is missing"),
         (lambda r: r.update(note=3), "note has type int"),
+        (lambda r: r["rows"][0].update(peers=5), "rows[0]: peers has type int"),
+        (lambda r: r["rows"][0].update(median_us=float("nan")), "rows[0]: median_us is no finite number"),
+        (lambda r: r["rows"][0].update(bytes=10**400), "rows[0]: bytes is no finite number"),
+        (lambda r: r.update(clocks={"after": 5}), "clocks.after: an object expected, got int"),
+        (lambda r: r.update(clocks={"before": {"load": None}}), "clocks.before: load has type NoneType"),
+        (lambda r: r["environment"].update(threads=None), "environment: threads has type NoneType"),
+        (lambda r: r["environment"].update(device_type="cpu"), "environment: threads is missing"),
         (lambda r: r["rows"][0].update(median_us=None), "rows[0]: ok without median_us"),
         (lambda r: r["rows"][0].update(roofline_percent=None), "rows[0]: ok without roofline_percent"),
         (lambda r: r["rows"][0]["peers"][0].update(p20_us=None), "rows[0].peers[0]: ok without p20_us"),
@@ -331,6 +338,27 @@ def test_the_schema_finds_what_is_missing(change, line, tmp_path):
         schema.read(tmp_path / "r.json")
     with pytest.raises(AssertionError):
         schema.write(result, tmp_path / "w.json")
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (lambda r: r["rows"][0].pop("canvas"), "rows[0]: canvas_ms without canvas"),
+        (lambda r: r["rows"][0].update(canvas=0), "rows[0]: canvas is 0"),
+        (lambda r: r["rows"][0].update(components_ms={}), "rows[0].components_ms: attention is missing"),
+        (
+            lambda r: r["rows"][0]["components_ms"].update(head="x"),
+            "rows[0].components_ms: head has type str",
+        ),
+        (lambda r: r["options"].update(model=" "), "options: model is empty"),
+    ],
+)
+def test_values_of_a_step_that_do_not_go_together_get_a_line(place, change, line, capsys):
+    result = copy.deepcopy(STEP)
+    change(result)
+    (place / "results" / "test" / "step.json").write_text(json.dumps(result))
+    assert make(place) == 2
+    assert f"step.json: not a result file of this bench: {line}" in capsys.readouterr().err
 
 
 def test_step_results_have_a_schema_too():

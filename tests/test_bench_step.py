@@ -732,6 +732,14 @@ def test_speedup_over_decoding_counts_tokens_of_a_step():
     assert step_table.speedups([row("ours, graph", 20.0)]) == []
 
 
+def test_a_canvas_that_measured_below_nothing_makes_no_token_faster():
+    row = {"variant": "ours, graph", "status": "ok", "step_ms": 16.0, "canvas": 256, "batch": 1}
+    assert step_table.per_token(row | {"canvas_ms": -64.0}, 16) == step_table.per_token(row, 16) == 1.0
+    assert step_table.per_token(row | {"canvas_ms": 64.0}, 16) == 1.25
+    assert step_table.rate(row | {"canvas_ms": -64.0}, 16) == 1000.0
+    assert step_table.rate(row | {"canvas_ms": -64.0, "step_ms": 0.0}, 16) is None
+
+
 def test_kernels_of_a_step_are_what_more_steps_ran_more():
     one = {"prompt": (3, 50.0), "layer": (10, 100.0)}
     many = {"prompt": (3, 52.0), "layer": (40, 430.0), "copy": (6, 6.0)}
