@@ -312,6 +312,11 @@ def summary_lines(outcomes: list[Outcome], files: Files) -> list[str]:
                     )
                     if row.get("canvas_ms") is not None:
                         line += f", a canvas {row['canvas_ms']:.2f} ms besides"
+                    if row["launches"] is not None:
+                        launches, syncs = (table.count(row[name]) for name in ("launches", "host_syncs"))
+                        line += f", {launches} launches, {syncs} host syncs"
+                    if row.get("head_peak_bytes") is not None:
+                        line += f", {table.size(row['head_peak_bytes'])} for head to self-conditioning"
                     lines.append(line)
             continue
         for row in result["rows"]:

@@ -14,7 +14,7 @@ KINDS = ("ops", "step")
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
 # Fields that earlier files of the schema do not have.
-LATER = frozenset({"canvas", "canvas_ms", "canvas_launches", "kernels", "threads"})
+LATER = frozenset({"canvas", "canvas_ms", "canvas_launches", "kernels", "head_peak_bytes", "threads"})
 # The parts of a step.
 COMPONENTS = ("attention", "experts", "head", "sampler", "self-conditioning", "rest")
 
@@ -80,6 +80,7 @@ STEP_ROW = {
     "launches": _OPTIONAL,
     "host_syncs": _OPTIONAL,
     "peak_extra_bytes": (int, type(None)),
+    "head_peak_bytes": (int, type(None)),
     "floor_ms": _NUMBER,
     "floor_multiple": _OPTIONAL,
 }

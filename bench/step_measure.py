@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dgemma_accel import captures, restore
+from dgemma_accel import captures, commit, head_stats, restore, soft_embedding
+from dgemma_accel.hf.patches import acceleration_of
+from dgemma_accel.samplers import EntropyBound, Renoise
 
 from . import ceilings, floors, memory, step_model, step_trace
 from .peers.torch_chain import as_in_a_process_of_its_own, as_in_a_process_that_compiles
@@ -126,6 +128,33 @@ def launches_of_a_canvas(run: Callable[..., object], device: torch.device) -> fl
     return two[0] - one[0]
 
 
+@torch.no_grad()
+def head_memory(model, batch: int) -> int | None:
+    """Bytes at the peak of an accelerated step's head, sampler and self-conditioning together, called as in a step."""
+    acceleration, device, text = acceleration_of(model), model.device, model.config.text_config
+    embed_tokens = model.model.decoder.embed_tokens
+    shape = batch, model.config.canvas_length
+    hidden = torch.empty(*shape, text.hidden_size, dtype=model.dtype, device=device).normal_()
+    canvas = torch.zeros(shape, dtype=torch.int64, device=device)
+    scores = {"softcap": text.final_logit_softcapping, "temperature": torch.tensor(0.6, device=device)}
+
+    def call() -> tuple:
+        logits, stats = head_stats(
+            hidden, model.lm_head.weight, **scores, seed=0, backend=acceleration.backend_of("head_stats")
+        )
+        rule, write = EntropyBound(0.1), Renoise(text.vocab_size)
+        decided = commit(canvas, stats, rule, write, seed=0, backend=acceleration.backend_of("commit"))
+        soft = soft_embedding(
+            logits, stats, embed_tokens.weight, **scores, backend=acceleration.backend_of("soft_embedding")
+        )
+        del logits
+        return decided, soft * embed_tokens.embed_scale.to(soft.dtype)
+
+    # What is made once, a kernel's state say, counts for nothing.
+    call()
+    return memory.peak_extra(call, device)
+
+
 def has_canvases(way: Way) -> bool:
     """Whether what a canvas takes besides its steps is measured: transformers' compiled way compiles the pass that
     stores a canvas as well, for minutes more."""
@@ -154,6 +183,7 @@ def blank_row(way: Way, options, context: int, canvas: int, floor: dict) -> dict
         "launches": None,
         "host_syncs": None,
         "peak_extra_bytes": None,
+        "head_peak_bytes": None,
         "floor_ms": floor["total"],
         "floor_multiple": None,
     }
@@ -269,6 +299,8 @@ class Bench:
                 one = step_trace.kernels_on_cuda(lambda: run(1))
                 many = step_trace.kernels_on_cuda(lambda: run(steps))
                 row["kernels"] = step_trace.kernels_of_a_step(one, many, steps)[:KERNELS]
+        if way.ours:
+            row["head_peak_bytes"] = head_memory(self.models[way.name], options.batch)
         if way.eager and not way.decodes:
             with step_trace.component_timeline(self.models[way.name]) as timeline:
                 run(options.steps)

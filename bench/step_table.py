@@ -51,6 +51,11 @@ def step_lines(rows: list[dict]) -> list[str]:
     for line in speedups(rows):
         lines.append(f"  {line}")
     for row in rows:
+        if row.get("head_peak_bytes") is not None:
+            what = "head, sampler and self-conditioning together hold at most"
+            lines.append(
+                f"  {row['variant']}: {what} {table.size(row['head_peak_bytes'])} beyond weights and cache"
+            )
         lines += kernel_lines(row)
     return lines
 

@@ -1,6 +1,7 @@
 """The op bench: it checks before it times, counts what it says it counts, and serves bad requests with a line."""
 
 import json
+import sys
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from bench import (
     timing,
 )
 from bench.cases import Case, Sizes, Variant, disagreement
-from bench.peers import sdpa, torch_chain, torch_compile
+from bench.peers import liger, sdpa, torch_chain, torch_compile
 
 pytestmark = pytest.mark.source_tree
 
@@ -506,6 +507,16 @@ def test_a_compiled_chain_beside_the_plain_one_is_compiled_once_and_whole(op, mo
         plain()
         assert torch.distributions.Distribution._validate_args
     assert len(graphs) == 1
+
+
+def test_no_graph_is_tried_with_a_peer_that_waits_for_the_host(monkeypatch):
+    cross_entropy = SimpleNamespace(LigerCrossEntropyFunction=None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.cross_entropy", cross_entropy)
+    case = bench_row_stats.cases(CPU, Sizes(**SMALL))[0][0]
+    (variant,) = liger.variants(case, case.make(CPU, 0))
+    assert not variant.capturable
 
 
 class _TableOps(torch.utils._python_dispatch.TorchDispatchMode):

@@ -200,7 +200,7 @@ def test_a_whole_run_leaves_few_files_where_only_few_may_be(monkeypatch, tmp_pat
         assert set(archive.namelist()) == names
         assert schema.parse(archive.read("step-full.json").decode(), Path("x")) == STEP
     summary = (tmp_path / "summary.md").read_text()
-    assert "20.50 ms" in summary and "123 us" not in summary
+    assert "20.50 ms" in summary and "500 launches, 0 host syncs" in summary and "123 us" not in summary
 
 
 def test_a_run_that_is_ended_leaves_the_files_of_every_part(monkeypatch, tmp_path):

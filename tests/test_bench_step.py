@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from live_memory import LiveBytes
 
 from bench import ceilings, floors, schema
 from bench.cases import BenchError
@@ -732,6 +733,32 @@ def test_speedup_over_decoding_counts_tokens_of_a_step():
     assert step_table.speedups([row("ours, graph", 20.0)]) == []
 
 
+def test_the_memory_of_head_sampler_and_self_conditioning_is_theirs_alone(model, monkeypatch):
+    own = step_ways.model_of(model, step_ways.OURS, "reference")
+    calls = []
+
+    def peak_extra(call, device):
+        with LiveBytes(*own.parameters()) as held:
+            calls.append(call())
+        return held.peak
+
+    monkeypatch.setattr(step_measure.memory, "peak_extra", peak_extra)
+    batch, canvas, vocab = 2, NARROW["canvas_length"], NARROW["vocab_size"]
+    table = batch * canvas * vocab * model.dtype.itemsize
+    # The reference makes several tables in fp32; none is kept.
+    assert table < step_measure.head_memory(own, batch) < 20 * table
+    ((decided, soft),) = calls
+    assert decided.tokens.shape == (batch, canvas) and soft.shape == (batch, canvas, NARROW["hidden_size"])
+    options = bench_step.parser().parse_args(["--steps", "2", "--repeats", "1"])
+    measured = step_measure.Bench(model, ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}), options)
+    rows = {row["variant"]: row for row in measured.measure([step_ways.REFERENCE, step_ways.OURS_STATIC], 16)}
+    assert rows["transformers, dynamic cache"]["head_peak_bytes"] is None
+    ours = rows["ours, static cache"]
+    assert ours["head_peak_bytes"] > table / batch
+    (line,) = (line for line in step_table.step_lines([ours]) if "head, sampler" in line)
+    assert "together hold at most" in line
+
+
 def test_a_canvas_that_measured_below_nothing_makes_no_token_faster():
     row = {"variant": "ours, graph", "status": "ok", "step_ms": 16.0, "canvas": 256, "batch": 1}
     assert step_table.per_token(row | {"canvas_ms": -64.0}, 16) == step_table.per_token(row, 16) == 1.0
@@ -785,3 +812,4 @@ def test_the_full_path_on_a_gpu(tmp_path):
     assert graph["status"] == "ok" and graph["host_syncs"] == 0 and graph["launches"] <= 10
     assert graph["kernels"] and all(times > 0 for _, times, _ in graph["kernels"])
     assert graph["canvas_launches"] > 0 and theirs["kernels"] is None
+    assert graph["head_peak_bytes"] > 0 and theirs["head_peak_bytes"] is None
