@@ -237,6 +237,8 @@ def bench(
             clocks["after"] = environment.clocks(device)
             keep(list(group.rows.values()))
             measured.insides(group, keep)
+        # With the caches and what was compiled over them.
+        del group
         measured.keep({way.name for later, _ in plan[position + 1 :] for way in later})
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -548,6 +550,25 @@ def test_a_sample_is_told_early_where_others_compile_first(model, monkeypatch):
         # What compiles has been compiled when the context is the second.
         assert [row["variant"] for row in told] == names[:1]
     assert told[0]["status"] == "ok" and told[0]["step_ms"] is not None and list(group.rows) == names
+
+
+def test_the_caches_of_a_group_are_gone_before_the_next_one_is_made(model, monkeypatch):
+    made, alive = [], []
+    right = step_model.random_cache
+
+    def remember(*arguments, **options):
+        gc.collect()
+        alive.append(sum(cache() is not None for cache in made))
+        cache = right(*arguments, **options)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(step_model, "random_cache", remember)
+    monkeypatch.setattr(step_measure.Bench, "insides", lambda *_: None)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: ceilings.Ceilings(CPU, 1e10, flops={"float32": 1e11}))
+    arguments = ["--steps", "2", "--repeats", "1", "--context", "8", "16", "--way", "dynamic"]
+    assert bench_step.bench(model, "full (narrow)", bench_step.parser().parse_args(arguments), CPU) == 0
+    assert alive == [0, 1, 2] * 2
 
 
 def test_what_is_seen_inside_a_step_fails_without_its_time(model, monkeypatch):
