@@ -128,6 +128,26 @@ def test_empty_prefix_equals_none(backend, device):
         assert torch.allclose(alone, empty, atol=1e-6)
 
 
+def test_bounds_may_have_any_stride(backend, device):
+    case = make_case(**CASES["ranges"], dtype=supported_dtype(backend), device=device)
+    *tensors, start, end = case
+    expected, problems = run(case, backend)
+    assert not problems
+    table = torch.stack([start, end], 1)
+    wide = table.flatten()
+    for bounds in ((table[:, 0], table[:, 1]), (wide[::2], wide[1::2])):
+        assert torch.equal(run([*tensors, *bounds], backend)[0], expected)
+
+    # One slot for all rows; what follows it in memory would be one too.
+    for tensor in tensors[3:]:
+        tensor.normal_()
+    slots = torch.tensor([12, 70, 5, 40], dtype=torch.int32, device=device)
+    one, same = slots[:1].expand(4), torch.full_like(slots, 12)
+    for bounds, plain in (((None, one), (None, same)), ((one, None), (same, None))):
+        ours, expected = (run([*tensors, *pair], backend) for pair in (bounds, plain))
+        assert torch.equal(ours[0], expected[0]) and not ours[1]
+
+
 WINDOWED = {
     "shorter_than_the_block": ("odd_block", 5),
     "itself_alone": ("odd_block", 1),

@@ -362,6 +362,10 @@ def block_attention(
         prefix_key, prefix_value, prefix_start, prefix_end, prefix_length = key, value, None, None, 0
     else:
         prefix_length = prefix_key.shape[2]
+        # A bound that is not contiguous (a column, an expanded scalar) is copied: a few bytes.
+        prefix_start, prefix_end = (
+            None if bound is None else bound.contiguous() for bound in (prefix_start, prefix_end)
+        )
     block_d = max(16, next_power_of_2(head_dim))
     config = configs.select(
         "block_attention",
