@@ -148,6 +148,36 @@ def test_bounds_may_have_any_stride(backend, device):
         assert torch.equal(ours[0], expected[0]) and not ours[1]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix, ranges", [(0, None), (30, [(7, 7), (20, 3)]), (30, [(0, 30), (4, 19)])])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, 1e-46])
+def test_any_scale(backend, device, scale, prefix, ranges, causal):
+    """What no query sees is left out whatever its scores are scaled by."""
+    case = make_case(2, 2, 1, 7, 64, prefix, ranges, dtype=supported_dtype(backend), device=device)
+    _, problems = run(case, backend, scale=scale, causal=causal)
+    assert not problems
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_other(backend, device, bad, prefix):
+    for length in (5, 20):
+        for place, causal, lost in (
+            ("query", False, [2]),
+            ("query", True, [2]),
+            ("key", False, range(length)),
+            ("key", True, range(2, length)),
+        ):
+            case = make_case(1, 2, 1, length, 64, prefix, dtype=supported_dtype(backend), device=device)
+            case[place == "key"][:, :, 2] = bad
+            output, lse = dgemma_accel.block_attention(
+                *case[:5], causal=causal, return_lse=True, backend=backend
+            )
+            expected = torch.tensor([position in lost for position in range(length)], device=device)
+            assert torch.equal(output.isnan(), expected[:, None].expand(output.shape)), (place, causal)
+            assert torch.equal(lse.isnan(), expected.expand(lse.shape)), (place, causal)
+
+
 WINDOWED = {
     "shorter_than_the_block": ("odd_block", 5),
     "itself_alone": ("odd_block", 1),

@@ -16,6 +16,8 @@ FEATURES = {"device": {"cpu"}, "dtype": {torch.bfloat16, torch.float16, torch.fl
 
 # What `scaled_dot_product_attention` comes to on a CPU. Heads of queries that share keys read them where they are.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# The least scale that no processor takes for 0.
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def unavailable() -> str | None:
@@ -26,7 +28,8 @@ def unavailable() -> str | None:
 def block_attention(*arguments) -> tuple[Tensor, Tensor]:
     """As `reference.block_attention`, whose arguments it takes by position, and which serves a softcap.
 
-    The part of the prefix that is seen is copied.
+    The part of the prefix that is seen is copied. In bf16 and fp16 the log-sum-exp is off by up to 1e-4, which shows
+    where all scores of a row are nearly equal: PyTorch's exponential is a short one there.
     """
     query, key, value, prefix_key, prefix_value, prefix_start, prefix_end, scale, softcap, causal, window = (
         arguments
@@ -48,7 +51,8 @@ def block_attention(*arguments) -> tuple[Tensor, Tensor]:
         if end > start:
             keys = torch.cat([prefix_key[rows, :, start:end], keys], 2)
             values = torch.cat([prefix_value[rows, :, start:end], values], 2)
-        triangle = causal and end == start and (window is None or window >= length)
+        # PyTorch sets its own causal mask before it scales the scores: 0 makes NaN of its -inf, and -1 inf.
+        triangle = causal and end == start and (window is None or window >= length) and scale >= _LEAST_SCALE
         if causal and not triangle:
             seen = visible_keys(length, end - start, window, query.device)
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -math.inf)
@@ -62,4 +66,8 @@ def block_attention(*arguments) -> tuple[Tensor, Tensor]:
     else:
         found = [attend(slice(row, row + 1), *span) for row, span in enumerate(spans)]
         output, lse = (torch.cat(parts) for parts in zip(*found))
+    # A short row of scores that are all NaN comes out as 0, log-sum-exp included; and a mask that is added does not
+    # hide a NaN later in the block from the rows before it.
+    if not lse.all() or (causal and lse.isnan().any()):
+        return reference(*arguments)
     return output.transpose(1, 2), lse
