@@ -124,6 +124,18 @@ def _the_gpu_survives(request):
             pytest.exit(f"the GPU was lost in {request.node.nodeid}: {error}", returncode=70)
 
 
+def far_apart(near: torch.Tensor, stride: int) -> torch.Tensor:
+    """The same matrix with its rows `stride` elements apart.
+
+    What is not touched of the memory between them is never there on a CPU.
+    """
+    try:
+        storage = near.new_empty((near.shape[0] - 1) * stride + near.shape[1])
+    except RuntimeError as error:
+        pytest.skip(f"no room for it: {str(error).splitlines()[0]}")
+    return storage.as_strided(near.shape, (stride, 1)).copy_(near)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For tiny models, whose operators would spend their time on threads."""

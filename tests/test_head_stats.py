@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import far_apart
 
 import dgemma_accel
 from dgemma_accel.reference.budget import check_row_stats
@@ -59,6 +60,23 @@ def test_rows_without_a_distribution(backend, device):
     assert stats.logsumexp.isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="1 rows have no distribution"):
         dgemma_accel.head_stats(hidden, weight, seed=0, check=True, backend=backend)
+
+
+@pytest.mark.parametrize("far", ["hidden", "weight"])
+def test_rows_may_lie_far_apart(backend, device, far):
+    """Further than 32 bits count elements, as the last positions of a batch of hidden states may."""
+    near = {
+        "hidden": torch.randn(2, 48, device=device).bfloat16(),
+        "weight": torch.randn(3, 48, device=device).bfloat16(),
+    }
+    wide = near | {far: far_apart(near[far], 2**31 + 16 if far == "hidden" else 2**30 + 16)}
+    for keep_logits in (True, False):
+        settings = {"softcap": 30.0, "seed": 3, "keep_logits": keep_logits, "backend": backend}
+        (logits, stats), (expected, wanted) = (
+            dgemma_accel.head_stats(**tensors, **settings) for tensors in (wide, near)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(stats, wanted))
+        assert not keep_logits or torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("stats_temperature", [None, 1.0])

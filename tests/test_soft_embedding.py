@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import far_apart
 
 import dgemma_accel
 from dgemma_accel import RowStats
@@ -72,6 +73,18 @@ def test_low_temperatures(backend, device, dtype, softcap):
         rows = [0, 2, 3, 4, 5] if softcap is not None and temperature < 1e-3 else slice(None)
         assert off[rows].max() < (1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps), temperature
         assert result.isfinite().all() and (result[1].abs() <= weight.abs().amax() * 1.01).all()
+
+
+def test_rows_of_the_weight_may_lie_far_apart(backend, device):
+    """Further than 32 bits count elements."""
+    logits = torch.randn(2, 3, device=device).bfloat16()
+    stats = dgemma_accel.row_stats(logits, seed=1, backend="reference")
+    near = torch.randn(3, 48, device=device).bfloat16()
+    far = far_apart(near, 2**30 + 16)
+    found, expected = (
+        dgemma_accel.soft_embedding(logits, stats, weight, backend=backend) for weight in (far, near)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_no_rows_and_statistics_of_any_stride(backend, device):

@@ -127,6 +127,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def rows_within_reach(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix or a copy of it: unit last stride, and `rows` rows of a tile so close that 32 bits hold their offsets.
+
+    Rows lie further apart where they are positions of a long context, of which others stay between them.
+    """
+    near = min(rows, matrix.shape[0]) * matrix.stride(0) < 2**31
+    return matrix if near and matrix.stride(1) == 1 else matrix.contiguous()
+
+
 @triton.jit
 def philox(seed, offset, rows):
     """The four 32-bit words of each row, as `reference.philox.random_words`; rows is int64."""

@@ -23,6 +23,7 @@ from .common import (
     int_by_value,
     next_power_of_2,
     on_device,
+    rows_within_reach,
     unavailable,
 )
 from .draw_again import draw_again
@@ -52,7 +53,7 @@ def head_tile_kernel(
     i_m = tl.program_id(0) % tiles_m
     i_tile = tl.program_id(0) // tiles_m
     # Rows and tokens beyond the end repeat the last: their products are never stored, and no load needs a mask.
-    # Offsets inside a tile fit 32 bits.
+    # Offsets inside a tile fit 32 bits (`rows_within_reach`).
     o_r = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - i_m * BLOCK_M)
     o_v = tl.arange(0, BLOCK_N)
     if not EVEN:
@@ -149,12 +150,11 @@ def _run(
     if rows == 0:
         return (logits, *integers, *floats)
     hidden = hidden.reshape(rows, embedding)
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     config = configs.select("head_stats", capability(hidden), bytes=weight.element_size())
     block_m = min(config["block_m"], max(16, next_power_of_2(rows)))
     block_n = min(config["block_n"], max(16, next_power_of_2(vocab)))
     block_k = min(config["block_k"], max(16, next_power_of_2(embedding)))
+    hidden, weight = rows_within_reach(hidden, block_m), rows_within_reach(weight, block_n)
     tiles, tiles_m = triton.cdiv(vocab, block_n), triton.cdiv(rows, block_m)
     two = stats_temperature is not None
     partial = hidden.new_empty((5 if two else 4, rows, tiles), dtype=torch.float32)

@@ -30,6 +30,7 @@ from .common import (
     multiprocessors,
     next_power_of_2,
     on_device,
+    rows_within_reach,
     unavailable,
 )
 from .row_stats import row_pointers
@@ -180,7 +181,7 @@ def product_kernel(
         if begin >= end:
             return
 
-    # Offsets inside a tile fit 32 bits.
+    # Offsets inside a tile fit 32 bits (`rows_within_reach`).
     o_m = tl.arange(0, BLOCK_M)
     o_v = tl.arange(0, BLOCK_V)
     o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -295,12 +296,11 @@ def soft_embedding(
     output = weight.new_empty(*shape, embedding)
     if output.numel() == 0:
         return output
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
     config = configs.select("soft_embedding", capability(logits), bytes=weight.element_size())
     block_m = min(config["block_m"], max(16, next_power_of_2(rows)))
     block_e = min(config["block_e"], max(16, next_power_of_2(embedding)))
     block_v = config["block_v"]
+    weight = rows_within_reach(weight, block_v)
     width = min(max(CHUNK_COLUMNS, block_v), max(block_v, next_power_of_2(vocab)))
     columns = min(config["slice"], triton.cdiv(vocab, width) * width)
     tiles_m, tiles_e, tiles_v = (
