@@ -159,6 +159,17 @@ def test_seed_draws_the_documented_uniforms(backend, device):
     assert torch.equal(tensors.sample, by_seed.sample)
 
 
+@pytest.mark.parametrize(
+    "seed, offset", [(2**31, 0), (1, 2**31), (2**32 - 1, 2**32 - 1), (2**63 - 1, 2**63 - 1)]
+)
+def test_seeds_and_offsets_of_any_size(backend, device, seed, offset):
+    logits = make_logits(8, 500, device=device)
+    expected = dgemma_accel.row_stats(logits, seed=seed, offset=offset, backend="reference")
+    for name in (int, torch.tensor, lambda number: torch.tensor(number, device=device)):
+        found = dgemma_accel.row_stats(logits, seed=name(seed), offset=name(offset), backend=backend)
+        assert torch.equal(found.sample, expected.sample)
+
+
 def test_manual_seed_repeats(backend, device):
     logits = make_logits(40, 300, device=device)
     torch.manual_seed(3)

@@ -20,10 +20,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(common.unavailable() is not None, reason=str(common.unavailable()))
 
 
-@triton.jit
-def words_kernel(rows, words, seed: tl.int64, offset: tl.int64, N: tl.constexpr):
+@triton.jit(do_not_specialize=["seed_value", "offset_value"])
+def words_kernel(rows, words, seed, seed_value: tl.int64, offset, offset_value: tl.int64, N: tl.constexpr):
     o = tl.arange(0, N)
-    a, b, c, d = common.philox(seed, offset, tl.load(rows + o))
+    s = common.int_parameter(seed, seed_value, 0, 0)
+    f = common.int_parameter(offset, offset_value, 0, 0)
+    a, b, c, d = common.philox(s, f, tl.load(rows + o))
     tl.store(words + o, a.to(tl.int64))
     tl.store(words + N + o, b.to(tl.int64))
     tl.store(words + 2 * N + o, c.to(tl.int64))
@@ -73,13 +75,26 @@ def pairs_kernel(a, b, large, small, wide, N: tl.constexpr):
 
 
 @needs_triton
-@pytest.mark.parametrize("seed, offset", [(0, 0), (1, 2**33 + 5), (2**45 + 3, 7), (2**63 - 1, 2**62)])
+@pytest.mark.parametrize(
+    "seed, offset",
+    [
+        (0, 0),
+        (1, 2**33 + 5),
+        (2**45 + 3, 7),
+        (2**63 - 1, 2**62),
+        # What 32 bits hold without a sign, and not with one.
+        (2**31, 0),
+        (1, 2**31),
+        (2**32 - 1, 2**32 - 1),
+    ],
+)
 def test_philox_words_equal_the_reference(seed, offset):
     rows = torch.tensor([0, 1, 2, 255, 2**31, 2**32 - 1, 2**32 + 9, 2**40], device=DEVICE)
     words = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
-    words_kernel[(1,)](rows, words, seed, offset, N=8)
-    expected = random_words(torch.tensor(seed), torch.tensor(offset), rows.cpu())
-    assert torch.equal(words.cpu(), torch.stack(expected))
+    seed, offset = torch.tensor(seed), torch.tensor(offset)
+    (s, s_value, _), (f, f_value, _) = common.int_by_value(seed), common.int_by_value(offset)
+    words_kernel[(1,)](rows, words, s, s_value, f, f_value, N=8)
+    assert torch.equal(words.cpu(), torch.stack(random_words(seed, offset, rows.cpu())))
 
 
 def everywhere():

@@ -120,6 +120,9 @@ def int_by_value(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
     The value has an argument of its own: a Python int takes 32 or 64 bits by its size, which would recompile.
     """
     value, pointer, stride = by_value(parameter)
+    if INTERPRET and not pointer and 2**31 <= value < 2**32:
+        # The interpreter holds such an int in 32 bits with a sign, whatever the kernel says its argument is.
+        return parameter, 0, 0
     return (value, 0, stride) if pointer else (None, value, 0)
 
 
