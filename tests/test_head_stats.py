@@ -121,7 +121,7 @@ HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(7, 4)
         ((HIDDEN, WEIGHT[:0]), {}, ValueError, r"weight: shape must be \[V, E\] with V >= 1"),
         ((HIDDEN, WEIGHT.half()), {}, TypeError, "weight: dtype must be one of float32, got float16"),
         ((HIDDEN, WEIGHT.to("meta")), {}, ValueError, "weight: must be on cpu like hidden, got meta"),
-        ((HIDDEN, WEIGHT), {"softcap": 0.0}, ValueError, "softcap: must be finite and > 0"),
+        ((HIDDEN, WEIGHT), {"softcap": 0.0}, ValueError, "softcap: must be finite and in"),
         ((HIDDEN, WEIGHT), {"temperature": -1}, ValueError, "temperature: must be finite"),
         ((HIDDEN, WEIGHT), {"uniform": torch.rand(3)}, ValueError, r"uniform: shape must be \(2,\)"),
     ],

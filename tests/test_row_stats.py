@@ -255,8 +255,10 @@ LOGITS = torch.zeros(2, 3, 5)
         ),
         ({"stats_temperature": 0.0}, ValueError, "stats_temperature: must be finite"),
         ({"stats_temperature": torch.zeros(2, 3)}, ValueError, "stats_temperature: values must be in"),
-        ({"softcap": 0}, ValueError, "softcap: must be finite and > 0"),
-        ({"softcap": -3.0}, ValueError, "softcap: must be finite and > 0"),
+        ({"softcap": 0}, ValueError, r"softcap: must be finite and in \[1e-30, 1e\+30\], got 0"),
+        ({"softcap": -3.0}, ValueError, "softcap: must be finite and in"),
+        ({"softcap": 1e-31}, ValueError, "softcap: must be finite and in"),
+        ({"softcap": 3e38}, ValueError, "softcap: must be finite and in"),
         ({"uniform": torch.rand(2)}, ValueError, r"uniform: shape must be \(2, 3\)"),
         ({"uniform": torch.rand(2, 3).double()}, TypeError, "uniform: dtype"),
         ({"uniform": torch.ones(2, 3)}, ValueError, r"uniform: values must be in \[0.0, 1.0\)"),
@@ -364,6 +366,14 @@ def test_softcap_of_logits_of_every_size(backend, device, softcap, largest):
             logits, backend, temperature=softcap / 50, stats_temperature=softcap / 40, softcap=softcap
         )
         assert not problems
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_softcaps_at_the_ends_of_their_range(backend, device, softcap):
+    for temperature in (1e-3, 1.0, 1e3):
+        logits = make_logits(2, 300, device=device)
+        _, problems = run(logits, backend, temperature=temperature, softcap=softcap)
+        assert not problems, temperature
 
 
 def test_a_softcap_makes_infinities_finite(backend, device):

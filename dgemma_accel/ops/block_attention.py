@@ -113,7 +113,7 @@ def block_attention(
         prefix_start, prefix_end: [B] int32 slots, 0 <= value <= L; default 0 and L. On a GPU they are
             clamped to the buffer, and checked only with `check=True`.
         scale: factor on the scores, default D ** -0.5 (DiffusionGemma uses 1.0).
-        softcap: scores s become c * tanh(s / c); c > 0, or None.
+        softcap: scores s become c * tanh(s / c); c in [1e-30, 1e30], or None.
         causal: causal inside the block (the encoder's commit pass).
         window: a query sees keys at a distance below this (1: itself alone), where the block follows slot
             end_b - 1: query i sees the slots from end_b - (window - 1 - i) and the block's keys from i - window + 1

@@ -12,6 +12,8 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INT64_MAX = 2**63 - 1
 FP32_MAX = torch.finfo(torch.float32).max
+# Beyond them fp32 does not hold what the kernels make of a softcap: its inverse, or its product with 2 log2(e).
+LEAST_SOFTCAP, LARGEST_SOFTCAP = 1e-30, 1e30
 
 
 def is_tensor(name: str, value: object) -> Tensor:
@@ -166,8 +168,9 @@ def softcap_value(softcap: float | None) -> float | None:
     number = plain_number(softcap, integer=False)
     if number is None:
         raise TypeError(f"softcap: a number or None expected, got {type(softcap).__name__}")
-    if not 0 < number <= FP32_MAX:
-        raise ValueError(f"softcap: must be finite and > 0, got {softcap}")
+    if not LEAST_SOFTCAP <= number <= LARGEST_SOFTCAP:
+        allowed = interval(LEAST_SOFTCAP, LARGEST_SOFTCAP)
+        raise ValueError(f"softcap: must be finite and in {allowed}, got {softcap}")
     return float(number)
 
 

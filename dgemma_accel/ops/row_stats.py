@@ -138,7 +138,7 @@ def row_stats(
             copied.
         temperature: >= 0; a number, a 0-d tensor or one value per row [...].
         stats_temperature: > 0; the same forms, or None.
-        softcap: > 0, or None.
+        softcap: in [1e-30, 1e30], or None.
         uniform: [...] fp32 in [0, 1), one per row; drawn from Philox(seed, offset, row) when None.
         seed: int or 0-d int64 tensor; None draws one from torch's default generator, so that
             `torch.manual_seed` makes a run repeatable.

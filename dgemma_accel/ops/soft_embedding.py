@@ -60,7 +60,7 @@ def soft_embedding(
         stats: `RowStats` of these logits with the same softcap and with stats_temperature = `temperature`;
             argmax and top1_prob are read. A row without a distribution (top1_prob 0) yields zeros.
         weight: [V, E] bf16, fp16 or fp32, the embedding, without embed_scale.
-        softcap: > 0, or None.
+        softcap: in [1e-30, 1e30], or None.
         temperature: > 0; a number, a 0-d tensor or one value per row [...].
         tolerance: in [0, 1], a probability.
         exact: repeat the reference model's roundings (tempered logits and probabilities in the dtype of

@@ -71,7 +71,7 @@ class MaskedDiffusionSampler(SpecialTokens):
         pad_id: fills rows on the left, and after their end; the first eos_id by default, else 0. Not the mask.
         interface: how the model is called, and its cache: `interfaces.FullSequence()`, `DREAM`, `PrefixCache()`,
             `DualCache()`, `BlockCache()`, `BlockCausal()`, `HierarchicalCache()`, `CausalContext()`.
-        softcap: c > 0 for logits that are still to be capped, or None.
+        softcap: in [1e-30, 1e30] for logits that are still to be capped, or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", for both ops.
         graph: on a GPU, steps of a kind are recorded in a CUDA graph after the first few, and replayed, where the
             strategy is `recordable`, the temperature a number and the logits take at most 96 MiB. Tokens are the same

@@ -191,7 +191,7 @@ class Proposal:
     top_k_first: SDAR filters by top-k and takes top-p of what is left; Dream by top-p, then top-k.
     confidence: "untempered": statistics of softmax(x), whatever the temperature and the filters.
         "proposal": statistics of the distribution that is sampled.
-    softcap: c > 0, or None.
+    softcap: as in `row_stats`.
     statistics: False where the strategy reads the proposals alone; as in `row_stats`.
     unsettled: a 0-d bool tensor on the logits' device that is told whether some row has to be filtered whole, which is
         not done then: so nothing waits for the device. Who gives it asks it, and takes nothing else of such a call.
