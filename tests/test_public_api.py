@@ -337,6 +337,11 @@ def test_numbers_are_kept_between_calls_but_not_in_a_traced_graph():
     with FakeTensorMode():
         stats = dgemma_accel.row_stats(torch.empty(2, 5), temperature=0.123, seed=3)
     assert type(stats.entropy) is not torch.Tensor
+    # This mode takes tensors that are not fake, and makes fakes of numbers all the same.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        dgemma_accel.row_stats(logits, temperature=0.321, seed=4)
+    for kept in (checks.constant(0.321, torch.float32), checks.constant(4, torch.int64)):
+        assert type(kept) is torch.Tensor
 
 
 def test_the_backend_named_by_the_environment_may_change_between_calls(monkeypatch):
