@@ -178,7 +178,10 @@ def test_autocast_loosens_no_budget():
         assert check_experts(mixed, *experts)
 
 
-@pytest.mark.parametrize("op", [op for op in MODULES if op not in ("commit", "progress", "soft_embedding")])
+OF_REALS = [op for op in MODULES if op not in ("commit", "progress", "soft_embedding")]
+
+
+@pytest.mark.parametrize("op", OF_REALS)
 def test_forward_mode_is_refused(op):
     given = arguments_of(op, "cpu")
 
@@ -189,6 +192,25 @@ def test_forward_mode_is_refused(op):
         torch.func.jvp(call, given[:1], (torch.ones_like(given[0]),))
     with torch.autograd.forward_ad.dual_level():
         assert torch.equal(call(given[0]), run(op, "auto", given)[-1])
+
+
+@pytest.mark.parametrize("op", OF_REALS)
+def test_derivatives_by_torch_func_are_refused(op):
+    given = arguments_of(op, "cpu")
+
+    def call(tensor):
+        return run(op, "auto", (tensor, *given[1:]))[-1]
+
+    for derivative in (
+        lambda: torch.func.vjp(call, given[0]),
+        lambda: torch.func.jacrev(call)(given[0]),
+        lambda: torch.func.grad(lambda tensor: torch.vmap(call)(tensor[None]).sum())(given[0]),
+    ):
+        with pytest.raises(RuntimeError, match=f"^dgemma::{op} is not differentiable"):
+            derivative()
+    # What is held constant is no matter of the transform.
+    by = torch.func.grad(lambda factor: (factor * call(given[0])).sum())(torch.tensor(2.0))
+    torch.testing.assert_close(by, call(given[0]).sum())
 
 
 REALS, WHOLES = [0.5 + n / 64 for n in range(10)], list(range(2, 12))

@@ -42,7 +42,7 @@ class Operator:
         self.overload = getattr(torch.ops.dgemma, name).default
 
         def backward(ctx, *gradients):
-            raise RuntimeError(f"{qualified} is not differentiable; call it under torch.no_grad()")
+            raise RuntimeError(_not_differentiable(name))
 
         torch.library.register_autograd(qualified, backward, lib=_library)
 
@@ -56,16 +56,26 @@ class Operator:
             return self.overload(*arguments)
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, arguments)
-        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
-            return self.overload(*arguments)
-        # Nothing to record, so the Python function that would find that out is left out.
-        with _without_autograd():
-            return self.overload(*arguments)
+        try:
+            if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+                return self.overload(*arguments)
+            # Nothing to record, so the Python function that would find that out is left out.
+            with _without_autograd():
+                return self.overload(*arguments)
+        except RuntimeError as error:
+            # What PyTorch tells the author of an op where one of torch.func's transforms asks for its derivative.
+            if "setup_context" not in str(error):
+                raise
+            raise RuntimeError(_not_differentiable(self.name)) from error
 
 
 def operator(name: str, fields: Mapping[str, object] | None = None) -> Callable[[Callable], Operator]:
     """Decorator: registers a function as the body of `torch.ops.dgemma.<name>`; `fields` as in `Operator`."""
     return lambda kernel: Operator(name, kernel, fields)
+
+
+def _not_differentiable(name: str) -> str:
+    return f"dgemma::{name} is not differentiable; call it under torch.no_grad()"
 
 
 def _refuse_tangents(name: str, arguments: tuple) -> None:
