@@ -3,7 +3,7 @@
 Environment:
     DGEMMA_ACCEL_CUDA: 0, 1 or auto (the default: CUDA if nvcc is found).
     DGEMMA_ACCEL_CUDA_ARCHS: e.g. "80;90a;120+PTX". Default: every supported architecture for a wheel; for an
-        editable build the GPUs of this machine, or a representative set where there is none.
+        editable build the GPUs of this machine that the kernels are for, or a representative set where there is none.
     CUDA_HOME, NVCC, CXX, MAX_JOBS: as elsewhere.
 
 The package folder `triton_kernels` installs as `dgemma_accel.triton_kernels`.
@@ -25,6 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_ARCH = 80
 # What no machine code below is for takes the newest PTX that is not newer than itself: 11.0 that of 100.
 WHEEL_ARCHS = ("80", "86", "89", "90a", "100+PTX", "120", "121+PTX")
 EDITABLE_ARCHS = ("80", "89", "90a", "100+PTX", "120+PTX")
@@ -59,7 +60,7 @@ def find_nvcc() -> str | None:
 
 
 def local_gpu_archs() -> list[str]:
-    """Architectures of the GPUs of this machine, asked from the driver's tool; empty without one."""
+    """Supported architectures of the GPUs of this machine, asked from the driver's tool; empty without one."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
@@ -67,7 +68,11 @@ def local_gpu_archs() -> list[str]:
         [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
     )
     archs = {found.replace(".", "") for found in re.findall(r"^\s*(\d+\.\d)\s*$", query.stdout, re.MULTILINE)}
-    return [{"90": "90a"}.get(arch, arch) for arch in sorted(archs, key=int)]
+    return [{"90": "90a"}.get(arch, arch) for arch in sorted(archs, key=int) if int(arch) >= OLDEST_ARCH]
+
+
+def answer_of(nvcc: str, option: str) -> str:
+    return subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
 
 
 def cuda_archs(nvcc: str, editable: bool) -> list[str]:
@@ -77,15 +82,17 @@ def cuda_archs(nvcc: str, editable: bool) -> list[str]:
         bad = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
         if bad or not archs:
             raise SystemExit(f"DGEMMA_ACCEL_CUDA_ARCHS: such as '80;90a;120+PTX' expected, got {asked!r}")
-        if any(int(re.match(r"\d+", arch)[0]) < 80 for arch in archs):
+        if any(int(re.match(r"\d+", arch)[0]) < OLDEST_ARCH for arch in archs):
             raise SystemExit(
-                f"DGEMMA_ACCEL_CUDA_ARCHS: 80 is the oldest architecture supported, got {asked!r}"
+                f"DGEMMA_ACCEL_CUDA_ARCHS: {OLDEST_ARCH} is the oldest architecture supported, got {asked!r}"
             )
         return archs
-    known = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    known = answer_of(nvcc, "--list-gpu-code").split()
     default = (local_gpu_archs() if editable else []) or list(EDITABLE_ARCHS if editable else WHEEL_ARCHS)
+    # Architectures with a letter came with CUDA 12, and the list names none.
+    release = re.search(r"release (\d+)\.", answer_of(nvcc, "--version"))
+    if release and int(release[1]) < 12:
+        default = [arch.replace("90a", "90") for arch in default]
     archs = [arch for arch in default if f"sm_{arch.removesuffix('+PTX').rstrip('af')}" in known]
     if not archs:
         raise SystemExit(

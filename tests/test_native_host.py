@@ -277,6 +277,27 @@ def test_a_driver_too_old_for_the_extension_is_said_before_a_launch(monkeypatch,
     assert missing is None if line is None else re.search(line, missing)
 
 
+def archs_of_a_build(monkeypatch, folder, release, known, here, editable):
+    """What setup.py builds for, by an nvcc of that release that knows these architectures, where these GPUs are."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.delenv("DGEMMA_ACCEL_CUDA_ARCHS", raising=False)
+    version = f"echo Cuda compilation tools, release {release}, V{release}.89"
+    codes = "; ".join(f"echo sm_{arch}" for arch in known.split())
+    programs = {
+        "nvcc": f"case $1 in --version) {version};; --list-gpu-code) {codes};; esac\n",
+        "nvidia-smi": "".join(f"echo {capability}\n" for capability in here.split()),
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    spec = importlib.util.spec_from_file_location("build_of_the_extension", ROOT / "setup.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return " ".join(build.cuda_archs(str(folder / "nvcc"), editable))
+
+
 @pytest.mark.source_tree
 @pytest.mark.parametrize(
     "known, here, editable, archs",
@@ -288,20 +309,25 @@ def test_a_driver_too_old_for_the_extension_is_said_before_a_launch(monkeypatch,
         ("80 86 89 90", "", True, "80 89+PTX 90a"),
         ("80 86 89 90 100 120", "9.0", True, "90a"),
         ("80 86 89 90 100 120", "12.0 9.0 8.6", True, "86 90a 120+PTX"),
+        # The kernels are for 8.0 and newer.
+        ("75 80 86 89 90 100 120", "7.5", True, "80 89 90a 100+PTX 120+PTX"),
+        ("75 80 86 89 90 100 120", "7.5 8.6", True, "86+PTX"),
     ],
 )
 def test_a_gpu_that_comes_later_finds_ptx_in_the_build(monkeypatch, tmp_path, known, here, editable, archs):
-    setuptools = pytest.importorskip("setuptools")
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    monkeypatch.delenv("DGEMMA_ACCEL_CUDA_ARCHS", raising=False)
-    for name, lines in {"nvcc": [f"sm_{arch}" for arch in known.split()], "nvidia-smi": here.split()}.items():
-        (tmp_path / name).write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines))
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    spec = importlib.util.spec_from_file_location("build_of_the_extension", ROOT / "setup.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    assert " ".join(build.cuda_archs(str(tmp_path / "nvcc"), editable)) == archs
+    assert archs_of_a_build(monkeypatch, tmp_path, "12.8", known, here, editable) == archs
+
+
+@pytest.mark.source_tree
+@pytest.mark.parametrize(
+    "here, editable, archs",
+    [("", False, "80 86 89 90+PTX"), ("", True, "80 89 90+PTX"), ("9.0", True, "90+PTX")],
+)
+def test_an_nvcc_before_12_builds_90_for_90a_which_it_does_not_know(
+    monkeypatch, tmp_path, here, editable, archs
+):
+    known = "50 60 70 75 80 86 87 89 90"
+    assert archs_of_a_build(monkeypatch, tmp_path, "11.8", known, here, editable) == archs
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
