@@ -204,6 +204,19 @@ def test_state_without_stop_never_finishes(backend, device):
     assert not state.finished.any() and torch.equal(state.draft, stats.argmax)
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_no_positions(backend, device, shape):
+    """A row without positions commits nothing, and stays as finished as it was."""
+    stop, tokens = StableAndConfident(2), torch.zeros(shape, dtype=torch.int64, device=device)
+    state = CanvasState.start(tokens, stop)
+    state.finished[:1] = True
+    for rule in RULES.values():
+        result = assert_equals_reference(
+            backend, tokens, make_stats(*shape, device), rule, Renoise(VOCAB), seed=1, state=state, stop=stop
+        )
+        assert torch.equal(result.state.finished, state.finished) and not result.num_committed.any()
+
+
 def test_invalid_rows_of_row_stats_are_last(backend, device):
     stats = make_stats(1, 6, device)
     stats.entropy[0, :3] = math.inf

@@ -41,7 +41,7 @@ MAX_CANVAS = 1024
 
 FEATURES = {
     "device": DEVICES,
-    "canvas_length": UpTo(MAX_CANVAS),
+    "canvas_length": UpTo(MAX_CANVAS, minimum=0),
     "compute_capability": CAPABILITIES,
 }
 
@@ -285,6 +285,8 @@ def commit(call: CommitCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
         new_state = (tokens.new_empty(0), tokens.new_empty(0), tokens.new_empty(0, dtype=torch.bool))
     if batch == 0 or length == 0:
         num_committed.zero_()
+        if state:
+            new_state[-1].copy_(call.finished)
         return new_tokens, committed, num_committed, *new_state
 
     k, k_value, k_stride = int_by_value(call.k)

@@ -39,16 +39,16 @@ class AtLeast:
 
 
 class UpTo:
-    """The integers from 1 to `maximum`, as a container for FEATURES."""
+    """The integers from `minimum` to `maximum`, as a container for FEATURES."""
 
-    def __init__(self, maximum: int):
-        self.maximum = maximum
+    def __init__(self, maximum: int, minimum: int = 1):
+        self.maximum, self.minimum = maximum, minimum
 
     def __contains__(self, value: int) -> bool:
-        return 1 <= value <= self.maximum
+        return self.minimum <= value <= self.maximum
 
     def __str__(self) -> str:
-        return f"1 to {self.maximum}"
+        return f"{self.minimum} to {self.maximum}"
 
 
 CAPABILITIES = AtLeast((8, 0))
