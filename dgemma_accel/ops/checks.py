@@ -12,7 +12,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INT64_MAX = 2**63 - 1
 FP32_MAX = torch.finfo(torch.float32).max
-_modes = torch._C._len_torch_dispatch_stack
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 # Beyond them fp32 does not hold what the kernels make of a softcap: its inverse, or its product with 2 log2(e).
 LEAST_SOFTCAP, LARGEST_SOFTCAP = 1e-30, 1e30
 
@@ -81,9 +81,11 @@ def plain_number(value: object, integer: bool) -> int | float | None:
 def may_keep_numbers(tensor: Tensor) -> bool:
     """Whether a call on `tensor` may get its numbers from `constant`.
 
-    Where a graph is traced they belong to it, and under a mode of torch to the mode, which may make fakes of them.
+    Where a graph is traced they belong to it, and under FakeTensorMode they would be fakes.
     """
-    return type(tensor) is Tensor and not torch.compiler.is_compiling() and not _modes()
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(_FAKE) is None
 
 
 @functools.lru_cache(maxsize=4096)
