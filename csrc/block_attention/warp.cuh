@@ -19,6 +19,15 @@ struct QueryRows {
   int first, count, group;  // first row of this block of threads; rows in all; query heads per KV head
 };
 
+// Where a row begins in the queries; those after the last one repeat it.
+template <class T>
+DGEMMA_DEVICE const T* query_row(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows, int row) {
+  const int r = row < rows.count ? row : rows.count - 1, position = r / rows.group;
+  const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
+  return static_cast<const T*>(p.query.data) + walk.batch * p.query.batch_stride + head * p.query.head_stride +
+         position * p.query.slot_stride;
+}
+
 template <class T, int kHeadDim, class S = BlockAttentionShape<kHeadDim>>
 struct BlockAttentionWarp {
   using Shape = S;
@@ -63,12 +72,8 @@ struct BlockAttentionWarp {
     for (int i = 0; i < kRowTiles; ++i) {
       DGEMMA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        // Rows after the last one repeat it; nothing of them is written.
-        const int own = row(rows, i, half), r = own < rows.count ? own : rows.count - 1, position = r / rows.group;
-        const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
-        const T* source = static_cast<const T*>(p.query.data) + walk.batch * p.query.batch_stride +
-                          head * p.query.head_stride + position * p.query.slot_stride +
-                          column_warp * Shape::kColumns + lane % 4 * 2;
+        // Nothing of the rows after the last one is written.
+        const T* source = query_row<T>(p, walk, rows, row(rows, i, half)) + column_warp * Shape::kColumns + lane % 4 * 2;
         if (p.query.aligned)
           load_query<true>(i, half, source);
         else

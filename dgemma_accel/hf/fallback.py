@@ -62,7 +62,8 @@ def _why_other_code(model) -> str | None:
             return f"{path}forward is compiled, and takes self-conditioning as logits only"
     step = patch_of(model, "_denoising_step")
     # Where it is no patch, somebody put it there after `accelerate`.
-    if step.overridden if step is not None else "_denoising_step" in model.__dict__:
+    replaced = "_denoising_step" in model.__dict__ if step is None else step.overridden
+    if replaced:
         return "_denoising_step of the model is not transformers' own"
     if patch_of(decoder.self_conditioning) is None:
         return "the self-conditioning block was replaced after accelerate(model); call that again"

@@ -17,10 +17,12 @@ struct BlockAttentionClusterWarp : BlockAttentionWgmmaWarp<T, BlockAttentionWgmm
   using Shape = BlockAttentionWgmmaShape<512>;
   static constexpr int kQuerySteps = Shape::kQueryColumnsInRegisters / 16, kProbabilitySteps = Shape::kKeyTiles / 2;
 
+  using Probabilities = uint32_t[kProbabilitySteps][4];
+
   uint32_t first_queries[kQuerySteps][4];  // of the columns that shared memory does not hold
   // Of this block's keys: the largest scores of a tile, the probabilities of the one before it.
   float largest[1][2];
-  uint32_t probabilities[kProbabilitySteps][4];
+  Probabilities probabilities;
 
   // Kept through the loop, what derives from it would cost registers that the accumulators need.
   DGEMMA_DEVICE_MEMBER int first_key() const { return hw::recomputed(this->column_warp) * Shape::kOwnKeys; }
@@ -81,10 +83,8 @@ struct BlockAttentionClusterWarp : BlockAttentionWgmmaWarp<T, BlockAttentionWgmm
   }
 
   DGEMMA_DEVICE_MEMBER hw::Shared<hw::Words4> place_of_probabilities(int step, uint32_t buffer) const {
-    return {buffer + uint32_t(hw::recomputed(hw::thread_x()) + step * 256) * 16};
+    return {buffer + uint32_t(hw::recomputed(hw::thread_x()) + step * Shape::kThreads) * 16};
   }
-
-  using Probabilities = uint32_t[kProbabilitySteps][4];
 
   DGEMMA_DEVICE_MEMBER void tell_probabilities(const Probabilities& own, int block, uint32_t buffer) const {
     DGEMMA_UNROLL

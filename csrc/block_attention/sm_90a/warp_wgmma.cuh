@@ -27,15 +27,6 @@ DGEMMA_DEVICE void fill_panels(uint32_t buffer, const SlotRows<T>& rows) {
     hw::copy_async_16(buffer + in_panels(first + i, chunk, kSlots * kWgmmaPanelRowBytes), source, first + i < rows.valid);
 }
 
-// Where row r of a tile of rows begins in the queries; rows after the last one repeat it.
-template <class T>
-DGEMMA_DEVICE const T* query_row(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows, int row) {
-  const int r = row < rows.count ? row : rows.count - 1, position = r / rows.group;
-  const int64_t head = int64_t(walk.kv_head) * rows.group + r - position * rows.group;
-  return static_cast<const T*>(p.query.data) + walk.batch * p.query.batch_stride + head * p.query.head_stride +
-         position * p.query.slot_stride;
-}
-
 // Starts to copy the queries' columns that shared memory holds; rows after the last one become zeros.
 template <class T, class Shape>
 DGEMMA_DEVICE void fill_queries(const BlockAttentionParams& p, const KeyWalk& walk, const QueryRows& rows) {

@@ -155,7 +155,10 @@ class Entropy(_TimedTopK):
         if not self.epsilon:
             return stats
         entropy = stats.entropy.clone()
-        decided = state.active[:, None].expand_as(masked).flatten().nonzero()[:, 0]
+        decided = None
+        if proposal.filtered:
+            # A row that is done costs the filter nothing, which waits for the device anyway.
+            decided = state.active[:, None].expand_as(masked).flatten().nonzero()[:, 0]
         for rows, x in proposal.filtered_chunks(step_logits, decided):
             p = torch.softmax(x, -1)
             entropy.view(-1)[rows] = -(p * torch.log(p + self.epsilon)).sum(-1)
