@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   dgemma::register_commit(m);
   dgemma::register_progress(m);
   dgemma::register_block_attention(m);
+  dgemma::register_experts(m);
 }

@@ -142,4 +142,39 @@ struct BlockAttentionParams {
   float* partial_lse = nullptr;              // [splits, B * Hkv, C * Hq / Hkv], nats
 };
 
+// How weights are stored: in the dtype of the rows, as e4m3 numbers, or as e2m1 numbers, two in a byte.
+enum class WeightFormat : int32_t { kPlain = 0, kFp8, kNvfp4 };
+// The values of `reference.experts.ACTIVATIONS`, in its order.
+enum class Activation : int32_t { kGeluTanh = 0, kSilu };
+
+// A matrix of every expert: [X, N, K], contiguous, from a multiple of 16 bytes on.
+struct ExpertsMatrix {
+  WeightFormat format = WeightFormat::kPlain;
+  const void* weights = nullptr;             // kNvfp4: [X, N, K / 2] bytes, an even column in the low four bits
+  const void* scale = nullptr;               // kFp8: fp32; kNvfp4: e4m3 [X, N, K / 16]
+  bool scale_by_row = false;                 // kFp8: [X, N] instead of [X, ceil(N / 128), ceil(K / 128)]
+  const float* global_scale = nullptr;       // kNvfp4: [X, global_scales]
+  int64_t global_scales = 1;                 // 2: of the gate's rows and of the others
+};
+
+// A pair is a (row, choice), numbered row * K + choice.
+struct ExpertsParams {
+  Dtype dtype = Dtype::kBFloat16;            // of rows and result; fp16 or bf16
+  int64_t rows = 0, top_k = 0;               // R, K
+  int64_t experts = 0;                       // X
+  int64_t width = 0, embedding = 0;          // I, E; multiples of 32
+  Activation activation = Activation::kGeluTanh;
+  const void* hidden = nullptr;              // [R, E], rows from multiples of 16 bytes on
+  int64_t hidden_stride = 0;                 // elements
+  const int64_t* index = nullptr;            // [R, K]; outside [0, X): no expert
+  const void* choice_weights = nullptr;      // [R, K]
+  Dtype choice_dtype = Dtype::kFloat32;
+  int64_t choice_stride0 = 0, choice_stride1 = 0;  // elements
+  ExpertsMatrix gate_up;                     // N = 2 I, the gate's rows first; K = E
+  ExpertsMatrix down;                        // N = E, K = I
+
+  void* output = nullptr;                    // [R, E]
+  void* workspace = nullptr;                 // experts_cuda_workspace(params) bytes, from a multiple of 16 on
+};
+
 }  // namespace dgemma

@@ -71,6 +71,7 @@ MODULES: dict[str, dict[str, str]] = {
     "experts": {
         "reference": "dgemma_accel.backends_reference",
         "triton": "dgemma_accel.triton_kernels.experts",
+        "cuda": "dgemma_accel.native.experts_cuda",
     },
     "feed_forward": {
         "reference": "dgemma_accel.backends_reference",

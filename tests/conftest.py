@@ -41,10 +41,12 @@ DEVICES = {
 }
 
 
-def backend_params(op: str) -> list:
+def backend_params(op: str, without: tuple[str, ...] = ()) -> list:
     """One parameter per implementation of an op; those that need a GPU carry the mark `gpu`."""
     params = []
     for name in backends.MODULES[op]:
+        if name in without:
+            continue
         on_gpu = DEVICES[name] == "cuda"
         params.append(pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else []))
     return params
@@ -60,9 +62,10 @@ def pytest_report_header(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `backend` runs once per implementation of the op its module names as `OP`."""
+    """A test that asks for `backend` runs once per implementation of the op that its module names, except `WITHOUT`."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backend_params(metafunc.module.OP))
+        without = getattr(metafunc.module, "WITHOUT", ())
+        metafunc.parametrize("backend", backend_params(metafunc.module.OP, without))
 
 
 def pytest_itemcollected(item):

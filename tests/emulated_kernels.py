@@ -63,7 +63,9 @@ def can_fuse() -> bool:
         return False
 
 
-def build(name: str, csrc: Path = CSRC, sanitize: bool = True, fuse: bool = False) -> Path:
+def build(
+    name: str, csrc: Path = CSRC, sanitize: bool = True, fuse: bool = False, defines: tuple[str, ...] = ()
+) -> Path:
     """The program of tests/csrc/NAME.cpp, compiled unless it is there for these very sources."""
     optimised = FUSED if fuse else ("-O1",)
     flags = ["-std=c++17", *optimised, "-g1", "-DDGEMMA_EMULATED", *(SANITIZERS if sanitize else ())]
@@ -74,6 +76,7 @@ def build(name: str, csrc: Path = CSRC, sanitize: bool = True, fuse: bool = Fals
         [*flags, "-c", emulation / "machine.cpp"],
     )
     includes = [f"-I{folder}" for folder in (csrc, TEST_CSRC, emulation)]
+    flags += [f"-D{define}" for define in defines]
     key = _digest([csrc, TEST_CSRC], [name, *compiler(), *flags])
     return _compile(f"{name}-{key}", "", [*flags, *includes, TEST_CSRC / f"{name}.cpp", machine])
 
@@ -86,6 +89,7 @@ def planted(
     replacement: str,
     sanitize: bool = True,
     fuse: bool = False,
+    defines: tuple[str, ...] = (),
 ) -> Path:
     """The program built with `passage` of csrc/FILE, which stands there once, replaced."""
     copy = folder / "csrc"
@@ -93,7 +97,7 @@ def planted(
     text = (copy / file).read_text()
     assert text.count(passage) == 1, f"{file}: the passage stands {text.count(passage)} times"
     (copy / file).write_text(text.replace(passage, replacement))
-    return build(name, copy, sanitize, fuse)
+    return build(name, copy, sanitize, fuse, defines)
 
 
 def write_case(folder: Path, numbers: dict, tensors: dict[str, torch.Tensor | None]) -> Path:

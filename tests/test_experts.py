@@ -8,6 +8,8 @@ from dgemma_accel.reference.budget_experts import check_experts
 from dgemma_accel.reference.quantization import dequantize, quantize, scale_shape
 
 OP = "experts"
+# Not of every size and dtype; see test_cuda_experts.py.
+WITHOUT = ("cuda",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

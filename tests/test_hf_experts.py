@@ -1,5 +1,7 @@
 """The drop-in's experts: which calls go through the op, and that they give the original's tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hf_models import CANVAS, generate, prompt, tiny_model, transformers
@@ -217,29 +219,51 @@ def test_without_a_kernel_the_models_own_experts_stay(model, calls, caplog, name
 
 
 def test_what_auto_takes_on_a_gpu(monkeypatch):
-    """A backend that has no experts of its own takes what auto takes, also by environment."""
+    """A backend that has no experts of its own, or none for a call, takes what auto takes, also by environment."""
     monkeypatch.setattr(hf_experts, "compute_capability", lambda device: (12, 0))
-    present = backends.Implementation("experts", "triton", lambda *a: None, None)
-    monkeypatch.setattr(hf_experts, "load", lambda op, name: (present, None))
-    device = torch.device("cuda")
-    for name in ("auto", "cuda", "cpp"):
-        assert hf_experts.kernel_for(name, device, torch.bfloat16) == "triton"
-    assert hf_experts.kernel_for("reference", device, torch.bfloat16) is None
+    features = {"triton": {}, "cuda": {"dtype": {torch.bfloat16}, "width": {32}}}
+    present = {
+        name: (backends.Implementation("experts", name, lambda *a: None, SimpleNamespace(FEATURES=own)), None)
+        for name, own in features.items()
+    }
+    monkeypatch.setattr(hf_experts, "load", lambda op, name: present.get(name, (None, "missing")))
+    device, sizes = torch.device("cuda"), (4, 32, 64)
+
+    def taken(backend, dtype=torch.bfloat16, sizes=sizes):
+        return hf_experts.kernel_for(backend, device, dtype, sizes)
+
+    for name in ("auto", "cpp", "triton"):
+        assert taken(name) == "triton"
+    assert taken("cuda") == "cuda" and taken("reference") is None
+    assert taken("cuda", torch.float32) == taken("cuda", sizes=(4, 40, 64)) == "triton"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
-    assert hf_experts.kernel_for("auto", device, torch.bfloat16) == "triton"
-    assert hf_experts.why_no_kernel("auto", device) is None
-    monkeypatch.setattr(hf_experts, "load", lambda op, name: (None, "missing"))
-    assert hf_experts.kernel_for("auto", device, torch.bfloat16) is None
+    assert taken("auto") == "cuda"
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE)
+    del present["triton"]
+    assert taken("auto") == "cuda" and taken("auto", torch.float32) is None
+    del present["cuda"]
+    assert taken("auto") is None
 
 
 def test_a_gpu_without_the_kernel_is_worth_a_word(monkeypatch):
-    monkeypatch.setattr(hf_experts, "load", lambda op, name: (None, "a compiler is missing"))
-    device = torch.device("cuda")
+    reasons = {"triton": (None, "a compiler is missing"), "cuda": (None, "built without CUDA")}
+    monkeypatch.setattr(hf_experts, "compute_capability", lambda device: (12, 0))
+    monkeypatch.setattr(hf_experts, "load", lambda op, name: reasons[name])
+    device, sizes = torch.device("cuda"), (4, 40, 64)
+
+    def why(backend, device=device):
+        return hf_experts.why_no_kernel(backend, device, torch.bfloat16, sizes)
+
     for name in ("auto", "cuda"):
-        assert hf_experts.why_no_kernel(name, device) == "no kernel: a compiler is missing"
+        assert why(name) == "no kernel: triton: a compiler is missing; cuda: built without CUDA"
+    module = SimpleNamespace(FEATURES={"width": {32}})
+    reasons["cuda"] = backends.Implementation("experts", "cuda", lambda *a: None, module), None
+    assert why("auto") == "no kernel: triton: a compiler is missing; cuda: width: required 40, supported {32}"
+    # Nothing is missing: what a kernel does not have nobody expects.
+    reasons["triton"] = reasons["cuda"]
+    assert why("auto") is None
     # Asked for, or a device that has none.
-    assert hf_experts.why_no_kernel("reference", device) is None
-    assert hf_experts.why_no_kernel("auto", torch.device("cpu")) is None
+    assert why("reference") is None and why("auto", torch.device("cpu")) is None
 
 
 def test_torch_marks_a_constant_as_the_choice_of_a_kernel_is_marked():

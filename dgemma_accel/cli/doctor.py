@@ -23,7 +23,13 @@ REQUIREMENTS: dict[str, dict[str, object]] = {
     "commit": {"canvas_length": 256},
     "head_stats": {"dtype": torch.bfloat16},
     "soft_embedding": {"dtype": torch.bfloat16},
-    "experts": {"dtype": torch.bfloat16, "activation": "gelu_tanh"},
+    "experts": {
+        "dtype": torch.bfloat16,
+        "activation": "gelu_tanh",
+        "experts": 128,
+        "width": 704,
+        "embedding": 2816,
+    },
 }
 
 

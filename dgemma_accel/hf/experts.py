@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..backends import MODULES, BackendError, auto_order, choose, compute_capability, load, requested
+from ..backends import auto_order, compute_capability, load, requested
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.experts import experts
 from ..reference.quantization import FP8, NVFP4, SCALE_BLOCK, scale_shape, scales_by_row
@@ -22,7 +22,7 @@ from .patches import Patch
 
 # The activation of a module by the name of its class in transformers or PyTorch.
 ACTIVATIONS = {"GELUTanh": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu"}
-KERNELS = ("triton",)
+KERNELS = ("triton", "cuda")
 # Ways of calling a layer's experts besides the backends of the op.
 MODULE, METHOD = "module", "method"
 # Classes of experts: transformers' own, what its FineGrainedFP8 quantisation makes of them, and `quantize_experts`.
@@ -82,11 +82,12 @@ def how_called(module: nn.Module, backend: str, dtype: torch.dtype) -> str:
 def _backend_for(patch: Patch, backend: str, rows: Tensor) -> tuple[str | None, str | None]:
     """(backend of the op that serves a layer's experts, or None for the original; why not, where that is worth a
     word)."""
-    kernel = kernel_for(backend, rows.device, rows.dtype)
+    sizes = sizes_of(patch.owner)
+    kernel = kernel_for(backend, rows.device, rows.dtype, sizes)
     if kernel is None and type(patch.owner).__name__ == OURS:
         kernel = "reference"
     if kernel is None:
-        return None, why_no_kernel(backend, rows.device)
+        return None, why_no_kernel(backend, rows.device, rows.dtype, sizes)
     reason = _reason_for_original(patch, patch.owner, rows)
     return (kernel if reason is None else None), reason
 
@@ -125,7 +126,7 @@ def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: to
 def served_by(module: nn.Module, backend: str, like: Tensor) -> str | None:
     """The kernel that a layer's experts go through with rows of the dtype and device of `like`, or None."""
     patch = _own_patch(module)
-    kernel = None if patch is None else kernel_for(backend, like.device, like.dtype)
+    kernel = None if patch is None else kernel_for(backend, like.device, like.dtype, sizes_of(module))
     if kernel is None or _reason_for_original(patch, module, like.new_empty(0)) is not None:
         return None
     return kernel
@@ -160,35 +161,56 @@ def _original(patch: Patch, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     return type(patch.owner).forward(patch.owner, hidden_states, top_k_index, top_k_weights)
 
 
-def kernel_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The kernel that serves a call under the `backend` of `accelerate`, or None for the model's own experts.
+def sizes_of(module: nn.Module) -> tuple[int, int, int] | None:
+    """(X, I, E) of a layer's experts, None of what has no such weights."""
+    weight = getattr(module, "down_proj", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 3:
+        return None
+    count, embedding, width = weight.shape
+    return count, 2 * width if weight.dtype == NVFP4 else width, embedding
 
-    A backend that has no such kernel ("cpp", "cuda") takes what `auto` would.
-    """
+
+def _needs(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None) -> dict[str, object]:
     needs: dict[str, object] = {"device": device.type, "dtype": dtype}
     capability = compute_capability(device)
     if capability is not None:
         needs["compute_capability"] = capability
-    name = requested(backend)
-    if name in MODULES["experts"]:
-        try:
-            return choose("experts", name, needs).implementation.backend if name in KERNELS else None
-        except BackendError:
-            # The dtype of a model may be one that the kernel does not have; a missing kernel accelerate() refused.
-            return None
-    for name in auto_order("experts", needs)[0]:
-        implementation, _ = load("experts", name) if name in MODULES["experts"] else (None, "")
+    return needs | dict(zip(("experts", "width", "embedding"), sizes or ()))
+
+
+def kernel_for(
+    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
+) -> str | None:
+    """The kernel that serves a call under the `backend` of `accelerate`, or None for the model's own experts.
+
+    A backend that has no such kernel ("cpp"), or none for these sizes or this dtype, takes what `auto` would.
+    """
+    needs, name = _needs(device, dtype, sizes), requested(backend)
+    if name == "reference":
+        return None
+    order = auto_order("experts", needs)[0]
+    asked_for = (name,) if name in KERNELS else ()
+    for name in (*asked_for, *order):
+        implementation, _ = load("experts", name)
         if implementation is not None and not implementation.missing(needs):
             return name if name in KERNELS else None
     return None
 
 
-def why_no_kernel(backend: str, device: torch.device) -> str | None:
-    """What a GPU's machine lacks for the kernels that would serve its experts; None where nothing is missing, or nobody
-    would expect them."""
+def why_no_kernel(
+    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
+) -> str | None:
+    """What a GPU's machine lacks for the kernels that would serve its experts, and what others do not have; None where
+    nobody would expect them."""
     if device.type != "cuda" or requested(backend) == "reference":
         return None
-    return next((f"no kernel: {missing}" for name in KERNELS if (missing := load("experts", name)[1])), None)
+    needs, reasons, absent = _needs(device, dtype, sizes), [], False
+    for name in KERNELS:
+        implementation, missing = load("experts", name)
+        absent |= implementation is None
+        lines = [missing] if implementation is None else implementation.missing(needs)
+        reasons += [f"{name}: {line}" for line in lines]
+    return f"no kernel: {'; '.join(reasons)}" if absent else None
 
 
 # Constants of the graph: looking for implementations imports modules, which cannot be traced. This is all that

@@ -96,6 +96,19 @@ class AtMost:
         return f"up to {self.limit}"
 
 
+class MultipleOf:
+    """A container of the multiples of an integer."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and value % self.factor == 0
+
+    def __str__(self) -> str:
+        return f"multiples of {self.factor}"
+
+
 def row_parameter(value: Tensor | None, device: torch.device) -> float | int | Tensor | None:
     """A 0-d or [R] parameter as a struct takes it for a kernel on `device`: a number, or a tensor for its address.
 

@@ -28,7 +28,9 @@ def _experts(
     down_global_scale: Tensor | None = None,
 ) -> Tensor:
     checks.values_in("index", index, 0, down.shape[0], force=check)
-    run = pick("experts", backend, requirements(hidden, dtype=hidden.dtype, activation=activation))
+    count, embedding, width = gate_up.shape[0], hidden.shape[1], gate_up.shape[1] // 2
+    needs = {"activation": activation, "experts": count, "embedding": embedding, "width": width}
+    run = pick("experts", backend, requirements(hidden, dtype=hidden.dtype, **needs))
     scales = (gate_up_scale, down_scale, gate_up_global_scale, down_global_scale)
     return run(hidden, index, weights, gate_up, down, activation, *scales)
 
@@ -80,11 +82,12 @@ def experts(
         down_global_scale: the same for `down`, [X].
         activation: of the gate: "gelu_tanh" (gelu_pytorch_tanh) or "silu".
         check: look at the values of `index` on the device too. Waits for the device.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "triton" or "cuda", which takes bf16 and fp16 rows, at most 1024 experts, and
+            multiples of 32 as E and I.
 
     Returns:
-        [R, E] in the dtype of `hidden`. "reference" computes in fp32 throughout; "triton" accumulates in fp32 and
-        rounds act(gate) * up to the dtype of `hidden` between the products. Scales multiply its fp32 products, but
+        [R, E] in the dtype of `hidden`. "reference" computes in fp32 throughout; the kernels accumulate in fp32 and
+        round act(gate) * up to the dtype of `hidden` between the products. Scales multiply their fp32 products, but
         those of 16 columns multiply their weights, which is exact: six bits hold such a product.
 
     Raises:

@@ -71,6 +71,25 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return result;
 }
 
+// Both halves of a times those of b, rounded to nearest even; subnormal numbers count.
+template <class T>
+DGEMMA_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<Bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  // A multiplication of its own begins with sm_90; adding -0 changes nothing.
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
+  return result;
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 }  // namespace dgemma::hw
 
 #endif

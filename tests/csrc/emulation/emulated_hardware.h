@@ -236,4 +236,9 @@ uint32_t pack(float low, float high) {
     return to_float16(low).bits | uint32_t(to_float16(high).bits) << 16;
 }
 
+template <class T>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  return pack<T>(half_of<T>(a, 0) * half_of<T>(b, 0), half_of<T>(a, 1) * half_of<T>(b, 1));
+}
+
 }  // namespace dgemma::hw
