@@ -187,8 +187,8 @@ def narrow_problems(program, folder, lowest):
 # By the lowest logit, which formula a tile's exponents have: polynomials of two degrees below the softcap, and the one
 # for all numbers, whose product is chosen before it is subtracted from.
 ROUNDED = {
-    -5.0: ("row_stats/kernel.cuh", "hw::multiply_rounded(x, p) - reference", "x * p - reference"),
-    -25.0: ("row_stats/kernel.cuh", "hw::multiply_rounded(x, p) - reference", "x * p - reference"),
+    -5.0: ("common/exponents.cuh", "hw::multiply_rounded(x, p) - reference", "x * p - reference"),
+    -25.0: ("common/exponents.cuh", "hw::multiply_rounded(x, p) - reference", "x * p - reference"),
     -60.0: None,
 }  # fmt: skip
 

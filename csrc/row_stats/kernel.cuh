@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../common/device/qualifiers.cuh"
-#include "../common/device_math.cuh"
+#include "../common/exponents.cuh"
 #include "../common/philox.h"
 #include "../params.h"
 #include "config.h"
@@ -43,19 +43,13 @@ constexpr float kLowestDifference = -3e38f;
 constexpr float kLowestRatio = 1e-36f;
 // Logits and their exponents up to it have finite differences.
 constexpr float kLargestMagnitude = 1e38f;
-// Beyond it a temperature is the limit of a one-hot distribution.
-constexpr float kLargestRate = 1e30f;
-
-DGEMMA_DEVICE float exponent_rate(float temperature) { return fminf(kLog2E / temperature, kLargestRate); }
 
 // How a row's logits become exponents of 2. One formula makes a logit's and that of the reference which is subtracted,
 // so the largest logit has exactly 0.
-struct RowExponents {
-  float inverse_softcap;  // 0: no softcap
-  float rate;             // log2(e) / stats temperature
-  float scale;            // the rate, times the softcap if there is one
-  float ratio;            // from the stats temperature to the sampling temperature
-  float temperature;      // of the statistics
+struct RowExponents : Exponents {
+  float scale;        // the rate, times the softcap if there is one
+  float ratio;        // from the stats temperature to the sampling temperature
+  float temperature;  // of the statistics
   bool greedy, two;
 
   DGEMMA_DEVICE_MEMBER RowExponents(const RowStatsParams& params, int64_t row) {
@@ -68,15 +62,6 @@ struct RowExponents {
     ratio = two ? fmaxf(exponent_rate(sampling) / rate, kLowestRatio) : 1.0f;
     inverse_softcap = params.softcap > 0 ? 1.0f / params.softcap : 0.0f;
     scale = params.softcap > 0 ? rate * params.softcap : rate;
-  }
-
-  DGEMMA_DEVICE_MEMBER bool capped() const { return inverse_softcap > 0; }
-
-  // Whether the exponents of finite logits below the softcap are a polynomial of the logits themselves, as they are
-  // unless softcap or temperature are so small or large that its coefficients are no normal numbers.
-  DGEMMA_DEVICE_MEMBER bool polynomial() const {
-    const float square = inverse_softcap * inverse_softcap, last = rate * (square * square * square);
-    return rate > 1e-30f && last > 1e-30f && last < 1e30f;
   }
 
   DGEMMA_DEVICE_MEMBER float reference(float max) const {
@@ -102,14 +87,7 @@ struct RowVectors {
   int64_t vocab;
 
   DGEMMA_MEMBER RowVectors(const RowStatsParams& params, int64_t row) : vocab(params.vocab) {
-    // There are at most 2^31 - 1 rows.
-    const T* logits = static_cast<const T*>(params.logits);
-    if (params.rows0 == 1) {
-      logits += row * params.stride1;
-    } else {
-      const uint32_t inner = uint32_t(params.rows1), outer = uint32_t(row) / inner;
-      logits += int64_t{outer} * params.stride0 + int64_t{uint32_t(row) - outer * inner} * params.stride1;
-    }
+    const T* logits = row_of_logits<T>(params, uint32_t(row));
     head = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
     first = logits - head;
   }
@@ -118,19 +96,6 @@ struct RowVectors {
 constexpr int kTileVectors = kRowStatsTileBytes / 16;
 constexpr int kLaneVectors = kTileVectors / hw::kWarp;  // of a tile that a warp reads
 static_assert(kTileVectors == kRowStatsThreads, "the second kernel reads a vector of a tile per thread");
-
-// Element `i` of a vector as fp32.
-template <class T>
-DGEMMA_DEVICE float element(const hw::Words4& words, int i) {
-  if constexpr (sizeof(T) == 4) {
-    return float_from_bits(words.word[i]);
-  } else if constexpr (std::is_same_v<T, Bfloat16>) {
-    const uint32_t word = words.word[i / 2];
-    return float_from_bits(i % 2 ? word & 0xffff0000u : word << 16);
-  } else {
-    return to_float(T{uint16_t(words.word[i / 2] >> (i % 2 * 16))});
-  }
-}
 
 // Vector `index`, with -inf where it lies outside the row.
 template <class T>
@@ -156,15 +121,6 @@ DGEMMA_DEVICE bool inside(const RowVectors<T>& row, int64_t index, int i) {
   return token >= 0 && token < row.vocab;
 }
 
-struct Extremes {
-  float max{-INFINITY}, magnitude{0.0f};
-
-  DGEMMA_DEVICE_MEMBER void add(float largest, float smallest) {
-    max = fmaxf(max, largest);
-    magnitude = fmaxf(magnitude, fmaxf(largest, -smallest));
-  }
-};
-
 struct Sums {
   float z{0.0f}, s{0.0f}, mass{0.0f};
 
@@ -174,30 +130,6 @@ struct Sums {
     s = fmaf(d, e, s);
   }
 };
-
-// The largest logit and the largest magnitude of a lane's vectors. 16-bit logits are compared two at a time.
-template <class T>
-DGEMMA_DEVICE Extremes extremes_of(const hw::Words4 (&words)[kLaneVectors]) {
-  Extremes result;
-  if constexpr (sizeof(T) == 4) {
-    DGEMMA_UNROLL
-    for (int i = 0; i < kLaneVectors * 4; ++i) {
-      const float x = element<T>(words[i / 4], i % 4);
-      result.max = fmaxf(result.max, x);
-      result.magnitude = fmaxf(result.magnitude, fabsf(x));
-    }
-  } else {
-    hw::Words4 both{{words[0].word[0], words[0].word[0], 0, 0}};
-    DGEMMA_UNROLL
-    for (int i = 1; i < kLaneVectors * 4; ++i) {
-      both.word[0] = hw::larger_pair<T>(both.word[0], words[i / 4].word[i % 4]);
-      both.word[1] = hw::smaller_pair<T>(both.word[1], words[i / 4].word[i % 4]);
-    }
-    DGEMMA_UNROLL
-    for (int i = 0; i < 2; ++i) result.add(element<T>(both, i), element<T>(both, i + 2));
-  }
-  return result;
-}
 
 // Those of a tile that reaches over an end of the row.
 template <class T>
@@ -219,53 +151,6 @@ DGEMMA_DEVICE Extremes extremes_of_warp(Extremes own) {
     own.magnitude = fmaxf(own.magnitude, hw::shuffle_xor(own.magnitude, mask));
   }
   return own;
-}
-
-// Exponents without a softcap, of logits whose differences are finite.
-struct Uncapped {
-  float rate, max;
-
-  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return (x - max) * rate; }
-};
-
-// Exponents of logits below the softcap: an odd polynomial whose coefficients have the softcap and the temperature in
-// them. Its last product is rounded by itself: in one instruction with the subtraction the largest logit would not
-// have exponent 0.
-template <int kTerms>
-struct Capped {
-  float coefficient[kTerms], reference;
-
-  DGEMMA_DEVICE_MEMBER Capped(const float (&fit)[kTerms], const RowExponents& exponents, float max) {
-    float factor = exponents.rate;
-    DGEMMA_UNROLL
-    for (int i = 0; i < kTerms; ++i) {
-      coefficient[i] = fit[i] * factor;
-      factor *= exponents.inverse_softcap * exponents.inverse_softcap;
-    }
-    reference = 0.0f;
-    reference = (*this)(max);
-  }
-
-  DGEMMA_DEVICE_MEMBER float operator()(float x) const {
-    const float w = x * x;
-    float p = coefficient[kTerms - 1];
-    DGEMMA_UNROLL
-    for (int i = kTerms - 2; i >= 0; --i) p = fmaf(p, w, coefficient[i]);
-    return hw::multiply_rounded(x, p) - reference;
-  }
-};
-
-// Minimax fits of tanh(u) / u by powers of u^2.
-// |u| < 0.5, relative error 1.3e-8.
-DGEMMA_DEVICE Capped<5> capped_below_half(const RowExponents& exponents, float max) {
-  const float fit[] = {1.0f, -0x1.5554a4p-2f, 0x1.10e438p-3f, -0x1.b20fdcp-5f, 0x1.18bd7p-6f};
-  return {fit, exponents, max};
-}
-// |u| < 1, relative error 5e-8.
-DGEMMA_DEVICE Capped<7> capped_below_1(const RowExponents& exponents, float max) {
-  const float fit[] = {0x1.fffffep-1f, -0x1.55540ap-2f, 0x1.10e672p-3f, -0x1.b5eb82p-5f,
-                       0x1.4c6e52p-6f, -0x1.968b5ap-8f, 0x1.10e5bep-10f};
-  return {fit, exponents, max};
 }
 
 // Sums of a lane's logits, two running ones.
