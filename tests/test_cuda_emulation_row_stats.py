@@ -1,5 +1,6 @@
 """The CUDA kernels of row_stats, run thread by thread on the host under sanitizers, within the error budget."""
 
+import itertools
 import math
 import re
 
@@ -159,6 +160,20 @@ def test_a_row_of_minus_infinity_has_a_first_token_wherever_it_begins(program, t
     run_clean(program, [folder])
     found = result(folder, logits)
     assert found.argmax.tolist() == [[0, 0, 0]] and found.sample.tolist() == [[0, 0, 200]]
+
+
+# The last coefficient of the polynomial below the softcap has its twelfth power; 1e30 / 1e-9 is no fp32 number.
+@pytest.mark.parametrize("softcap", [0.01, 300.0, 3e3, 3e4, 1e30])
+def test_softcaps_of_any_size(program, tmp_path, softcap):
+    uniform = torch.tensor([0.25, 0.75])
+    cases = []
+    for share, temperature in itertools.product((0.4, 0.9), (1.0, softcap / 50, 1e-9)):
+        logits = (torch.rand(1, 2, 8192) * 2 - 1) * share * min(softcap, 1e20)
+        cases.append((tmp_path / f"{share}-{temperature}", logits, temperature))
+    run_clean(program, [case(f, x, temperature=t, softcap=softcap, uniform=uniform) for f, x, t in cases])
+    for folder, logits, temperature in cases:
+        settings = {"temperature": temperature, "softcap": softcap, "uniform": uniform[None]}
+        assert not check_row_stats(result(folder, logits), logits, **settings), temperature
 
 
 NARROW = (1.0, 1e-3, 1e-5, 1e-7, 1e-9)

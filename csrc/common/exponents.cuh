@@ -76,10 +76,12 @@ struct Exponents {
   DGEMMA_DEVICE_MEMBER bool capped() const { return inverse_softcap > 0; }
 
   // Whether the exponents of finite logits below the softcap are a polynomial of the logits themselves, as they are
-  // unless softcap or temperature are so small or large that its coefficients are no normal numbers.
+  // unless softcap or temperature are so small or large that its coefficients, the last of which has the twelfth power
+  // of the softcap in it, are no normal numbers.
   DGEMMA_DEVICE_MEMBER bool polynomial() const {
-    const float square = inverse_softcap * inverse_softcap, last = rate * (square * square * square);
-    return rate > 1e-30f && last > 1e-30f && last < 1e30f;
+    const float square = inverse_softcap * inverse_softcap, sixth = square * square * square;
+    const float last = rate * sixth * sixth;
+    return rate > 1e-30f && rate < kLargestRate && last > 1e-34f && last < 1e30f;
   }
 };
 

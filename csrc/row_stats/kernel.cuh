@@ -61,7 +61,7 @@ struct RowExponents : Exponents {
     rate = exponent_rate(temperature);
     ratio = two ? fmaxf(exponent_rate(sampling) / rate, kLowestRatio) : 1.0f;
     inverse_softcap = params.softcap > 0 ? 1.0f / params.softcap : 0.0f;
-    scale = params.softcap > 0 ? rate * params.softcap : rate;
+    scale = params.softcap > 0 ? fminf(rate * params.softcap, kLargestMagnitude) : rate;
   }
 
   DGEMMA_DEVICE_MEMBER float reference(float max) const {
