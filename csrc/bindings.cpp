@@ -10,5 +10,6 @@ PYBIND11_MODULE(_C, m) {
   dgemma::register_commit(m);
   dgemma::register_progress(m);
   dgemma::register_block_attention(m);
+  dgemma::register_soft_embedding(m);
   dgemma::register_experts(m);
 }

@@ -108,6 +108,24 @@ struct ProgressParams {
   int64_t* new_nfe = nullptr;                // [B]
 };
 
+struct SoftEmbeddingParams {
+  const void* logits = nullptr;              // [rows0, rows1, vocab], last stride 1
+  Dtype dtype = Dtype::kBFloat16;            // of logits, probabilities and output; fp16 or bf16
+  int64_t rows0 = 0, rows1 = 0, vocab = 0;
+  int64_t stride0 = 0, stride1 = 0;          // elements
+  const int64_t* argmax = nullptr;           // [rows0 * rows1], clamped to the row
+  const float* top1_prob = nullptr;          // [rows0 * rows1]; where it is not > 0, the row has no distribution
+  RowParameter<float> temperature;           // [rows0 * rows1], > 0
+  float softcap = 0;                         // logit units; 0: none
+  int64_t columns = 0;                       // tokens of a slice; a multiple of kSoftEmbeddingTile
+  int64_t embedding = 0;                     // E
+
+  void* probabilities = nullptr;             // [rows0 * rows1, columns] of one slice, in fp16 times 2^14
+  float* masses = nullptr;                   // [rows0 * rows1, tiles of the vocabulary], of the rounded probabilities
+  const float* partial = nullptr;            // [slices, rows0 * rows1, E], each slice's product with the weight
+  void* output = nullptr;                    // [rows0 * rows1, E]
+};
+
 // Keys, values or queries of every head: [B, H, slots, D], last stride 1.
 struct HeadsView {
   const void* data = nullptr;

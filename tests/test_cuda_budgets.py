@@ -31,6 +31,16 @@ REQUIRED = {
     "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
     "commit_kernel": {r"SHFL": 10, r"BAR": 4, r"MATCH": 1, r"LDS\.128": 8},
     "progress_kernel": {r"SHFL": 5},
+    # Of a round of two vectors, the next one's loads; three formulas write the probabilities.
+    "soft_embedding_probabilities_kernel": {
+        r"LDG\.E\S*\.128": 4,
+        r"STG?\.E\S*\.128": 8,
+        r"MUFU\.EX2": 48,
+        r"VOTE": 2,
+        r"SHFL": 5,
+    },
+    # Four columns of eight slices at once.
+    "soft_embedding_sum_kernel": {r"LDG\.E\S*\.128": 8, r"SHFL": 5},
     "block_attention_kernel": {r"HMMA": 16, r"LDSM": 8, r"LDGSTS\.E\S*\.128": 2},
     # By warpgroup 32 products for scores of a tile, 4 with values; barriers of the cluster, stores to the other block.
     "block_attention_cluster_kernel": {

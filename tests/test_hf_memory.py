@@ -3,6 +3,8 @@
 Counted on meta tensors: every allocation of the launchers and of PyTorch's operations, and none of their work.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from live_memory import LiveBytes, launchers_of
@@ -14,6 +16,7 @@ from dgemma_accel.triton_kernels.commit import commit  # noqa: E402
 from dgemma_accel.triton_kernels.row_stats import row_stats  # noqa: E402
 from dgemma_accel.triton_kernels.soft_embedding import soft_embedding  # noqa: E402
 
+from dgemma_accel.native import soft_embedding_cuda  # noqa: E402
 from dgemma_accel.native.soft_embedding_chunked import soft_embedding as chunked_soft_embedding  # noqa: E402
 from dgemma_accel.reference.commit import CommitCall  # noqa: E402
 from dgemma_accel.samplers import EntropyBound, Renoise  # noqa: E402
@@ -102,6 +105,23 @@ def test_chunked_and_exact_conditioning_in_300_megabytes(monkeypatch, exact, bat
     with launchers_of((9, 0), 132, monkeypatch):
         assert step(batch, product_then_row_stats, chunked_soft_embedding, exact) < ALLOWED * batch
         assert step(batch, fused_head, soft_embedding, exact) < ALLOWED * batch
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_cuda_conditioning_in_300_megabytes(monkeypatch, batch):
+    """The extension's kernels allocate nothing; the products between them are PyTorch's on meta tensors."""
+    native = mock.Mock(SOFT_EMBEDDING_TILE=2048)
+    monkeypatch.setattr(soft_embedding_cuda, "extension", lambda: native)
+
+    def conditioning(logits, argmax, top1_prob, weight, temperature, softcap, tolerance, exact):
+        return soft_embedding_cuda.by_kernels(logits, argmax, top1_prob, weight, temperature, softcap, 0)
+
+    table = batch * CANVAS * VOCAB * 2
+    with launchers_of((9, 0), 132, monkeypatch):
+        peak = step(batch, product_then_row_stats, conditioning)
+    assert native.soft_embedding_probabilities_cuda.call_count == 8
+    # A slice of probabilities, 23 MB of partial results, and 1.4 MB of output by canvas.
+    assert table + 40e6 * batch < peak < table + 45e6 * batch < ALLOWED * batch
 
 
 def test_exact_conditioning_on_the_host(monkeypatch):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..native.soft_embedding_chunked import exact_soft_embedding
+from ..native.soft_embedding_chunked import exact_soft_embedding, vendor_product
 from .block_attention import split_count
 from .common import (
     CAPABILITIES,
@@ -255,15 +255,6 @@ def sum_partials_kernel(
     # A row without a distribution yields zeros, whatever the weight holds: 0 * NaN or infinity came this far as NaN.
     b_o = tl.where(tl.load(top1_prob + o // EMBEDDING, mask=m, other=0.0) > 0.0, b_o, 0.0)
     tl.store(output + o, b_o.to(output.dtype.element_ty), mask=m)
-
-
-def vendor_product(probabilities: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [R, E] fp32 = probabilities [R, n] @ weight [n, E] of 16 bits."""
-    if weight.device.type == "cpu":
-        # Under the interpreter: the host has no product of 16-bit operands with an fp32 result.
-        torch.mm(probabilities.float(), weight.float(), out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(probabilities, weight, torch.float32, out=out)
 
 
 def soft_embedding(

@@ -106,6 +106,13 @@ DGEMMA_DEVICE float exp2_fast(float x) {
 // a * b, which no sum or difference that it goes into is fused with.
 DGEMMA_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 
+// The smaller of two numbers; NaN if one is NaN.
+DGEMMA_DEVICE float smaller_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // 1 / x within 1 ulp; 0 for infinity.
 DGEMMA_DEVICE float reciprocal_fast(float x) {
   float result;

@@ -1,7 +1,7 @@
 """soft_embedding in slices of the vocabulary: probabilities of one slice at a time, empty slices left out.
 
-This is the `cpp` backend on the host and the `cuda` backend (vendor matrix product) on a GPU, and exact=True of the
-Triton backend. It never holds more than one slice of probabilities, and adds the slices up in fp32.
+This is the `cpp` backend on the host, what the `cuda` backend's kernels do not take on a GPU, and exact=True of the
+`cuda` and Triton backends. It never holds more than one slice of probabilities, and adds the slices up in fp32.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ PRODUCT_WITH_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
 def _slices(logits: Tensor) -> Iterator[slice]:
     width = HOST_SLICE if logits.device.type == "cpu" else SLICE
     return (slice(start, start + width) for start in range(0, logits.shape[-1], width))
+
+
+def vendor_product(probabilities: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [R, E] fp32 = probabilities [R, n] @ weight [n, E] of 16 bits."""
+    if weight.device.type == "cpu":
+        # Kernels that are interpreted: the host has no product of 16-bit operands with an fp32 result.
+        torch.mm(probabilities.float(), weight.float(), out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(probabilities, weight, torch.float32, out=out)
 
 
 def _add_product(result: Tensor, probabilities: Tensor, weight: Tensor, exact: bool) -> None:

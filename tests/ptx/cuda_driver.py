@@ -146,7 +146,7 @@ def install(capability: tuple[int, int]) -> None:
     # The function has to outlive the process's last launch.
     module.launches = launches
 
-    from dgemma_accel.native import block_attention_launch, block_attention_sm_90a
+    from dgemma_accel.native import block_attention_launch, block_attention_sm_90a, soft_embedding_cuda
 
     for modules in backends.MODULES.values():
         if "cuda" in modules:
@@ -155,6 +155,7 @@ def install(capability: tuple[int, int]) -> None:
             native.FEATURES["device"] = {"cuda", "cpu"}
     block_attention_sm_90a.FEATURES["device"] = {"cuda", "cpu"}
     block_attention_sm_90a.compute_capability = lambda device: capability
+    soft_embedding_cuda.missing_kernels = lambda device: None
     block_attention_launch._multiprocessors = lambda device: MULTIPROCESSORS
     device, stream = torch.cuda.device, torch.cuda.current_stream
     torch.cuda.device = lambda where: contextlib.nullcontext() if _on_cpu(where) else device(where)

@@ -143,6 +143,7 @@ inline float multiply_rounded(float a, float b) {
   volatile float product = a * b;
   return product;
 }
+inline float smaller_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 inline void copy_async_16(uint32_t offset, const void* source, bool valid) {
