@@ -53,7 +53,8 @@ def soft_embedding(
 
     A tile of rows x vocabulary in which no row holds more probability than `tolerance` is not computed. The default
     0.0 leaves out only what would add exactly nothing. For a tolerance t, a row loses at most t per tile left out,
-    so each element of the result is off by at most t * (tiles left out) * max |weight|.
+    so each element of the result is off by at most t * (tiles left out) * max |weight|. Backends "reference" and
+    "cuda" compute every tile.
 
     Args:
         logits: [..., V] in the dtype of `weight`, as `head_stats` returns them.
