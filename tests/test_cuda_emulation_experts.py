@@ -267,34 +267,32 @@ BUGS = {
         "product.cuh", "upper ? values[0] : values[1], 4", "upper ? values[1] : values[0], 4"
     ),
     "a neighbour's columns": Bug("product.cuh", "values[1], 4)", "values[1], 8)"),
-    "steps exchanged": Bug(
-        "product.cuh",
-        "pairs[n].word[2 * step], pairs[n].word[2 * step + 1]",
-        "pairs[n].word[2 - 2 * step], pairs[n].word[2 * step + 1]",
-    ),
     "order of the choices": Bug(
         "product.cuh",
         "return places.order[place] / top_k;",
         "return places.order[place];",
         report=ANSWER + "|" + ADDRESS,
     ),
-    "scale of the next block": Bug(
-        "scales.cuh", "scale[offset[i][half] + stage * step]", "scale[offset[i][half]]", "blocks"
+    "steps exchanged": Bug(
+        "product.cuh", "pairs[n].word[2 * step], pairs", "pairs[n].word[2 - 2 * step], pairs", "blocks"
     ),
-    "scale of the gate for up": Bug(
-        "scales.cuh", "row(i, half) / 128 * blocks", "row(0, half) / 128 * blocks", "blocks"
+    "columns of a step exchanged": Bug("product.cuh", "right[2], right[3]", "right[3], right[2]"),
+    "swizzle of the wrong rows": Bug(
+        "copies.cuh", "chunk ^ (row & 7)", "chunk ^ (row >> 1 & 7)", report="share banks"
     ),
-    "scale of another row": Bug(
-        "scales.cuh", "matrix.scale_by_row ? row(i, half)", "matrix.scale_by_row ? row(i, 0)", "rows"
+    "scale of the first block": Bug(
+        "scales.cuh", "half * half_step + stage * step]", "half * half_step]", "blocks"
     ),
-    "scale of the last stage": Bug(
-        "product.cuh", "if (stage + 1 < stages) scales.load(stage + 1);\n      float", "float", "blocks"
+    "scale of the gate for up": Bug("scales.cuh", "row(i) / 128 * blocks", "row(0) / 128 * blocks", "blocks"),
+    "scale of eight rows before": Bug("scales.cuh", "matrix.scale_by_row ? 8 : 0", "0", "rows"),
+    "group scale of the first stage": Bug(
+        "product.cuh", "scales.load_next(stage + 1)", "scales.load_next(0)", "nvfp4"
     ),
-    "group scale of the last stage": Bug(
-        "product.cuh", "if (stage + 1 < stages) scales.load(stage + 1);\n      multiply", "multiply", "nvfp4"
-    ),
+    "group scale of another lane": Bug("scales.cuh", "row_bytes + column / 16;", "row_bytes;", "nvfp4"),
+    "bytes exchanged": Bug("weights.cuh", "0x4440 + i % 4", "0x4440 + (i ^ 1) % 4", "nvfp4"),
+    "high number for the low one": Bug("weights.cuh", "0x1001u << kShift", "0x1010u << kShift - 4", "nvfp4"),
+    "exponent cut": Bug("weights.cuh", "0x00070007u << kShift", "0x00030003u << kShift", "nvfp4"),
     "one scale for 32 columns": Bug("weights.cuh", "scale[i / 8]", "scale[0]", "nvfp4"),
-    "high number first": Bug("weights.cuh", "byte | byte << 12", "byte >> 4 | byte << 16", "nvfp4"),
     "mantissa misplaced": Bug(
         "weights.cuh", "11 - FloatBits<T>::kMantissa", "10 - FloatBits<T>::kMantissa", "blocks"
     ),

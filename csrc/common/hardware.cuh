@@ -53,6 +53,10 @@ DGEMMA_DEVICE uint32_t smallest_of_warp(uint32_t value) { return __reduce_min_sy
 DGEMMA_DEVICE int count_bits(uint32_t mask) { return __popc(mask); }
 DGEMMA_DEVICE int find_first_set(uint32_t mask) { return __ffs(mask); }
 DGEMMA_DEVICE int count_leading_zeros(uint32_t mask) { return __clz(mask); }
+// Four bytes of `low` (numbers 0 to 3) and `high` (4 to 7), chosen by four digits of `numbers`, the lowest byte's first.
+DGEMMA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
+  return __byte_perm(low, high, numbers);
+}
 
 // A typed view of the block's dynamic shared memory, `offset` bytes from its start.
 template <class T>

@@ -36,19 +36,22 @@ DGEMMA_DEVICE int matrix_row(const ExpertsTile& tile, int row, const ExpertsSide
   return column_of<kGated>(tile, row) + (kGated && row % 32 >= 16 ? sides.gate : 0);
 }
 
-// Where a chunk lies in its stage. Eight lanes read 16 bytes at once: four chunks of two rows side by side, which an
-// exclusive or brings into different banks.
+// Where a chunk of weights lies in its stage, by an exclusive or that brings what is read at once into different banks:
+// by ldmatrix the same chunk of eight rows, else by eight lanes four chunks of two rows side by side.
 template <WeightFormat kFormat, int kPairs>
 DGEMMA_DEVICE uint32_t weight_place(int row, int chunk) {
   using Shape = ExpertsShape<kFormat, kPairs>;
-  return uint32_t(row) * Shape::kRowBytes + uint32_t(chunk ^ (Shape::kGroups > 1 ? (row & 1) * 4 : 0)) * 16;
+  const int swizzled = kFormat == WeightFormat::kPlain ? chunk ^ (row & 7)
+                       : kFormat == WeightFormat::kFp8 ? chunk ^ (row & 1) * 4
+                                                       : chunk;
+  return uint32_t(row) * Shape::kRowBytes + uint32_t(swizzled) * 16;
 }
 
 // As weight_place for rows of the other operand, of which a lane reads kValues / 8 chunks one after the other.
 template <WeightFormat kFormat, int kPairs>
 DGEMMA_DEVICE uint32_t pair_place(int pair, int chunk) {
   using Shape = ExpertsShape<kFormat, kPairs>;
-  const int swizzled = kFormat == WeightFormat::kPlain ? chunk ^ (pair & 1) * 4
+  const int swizzled = kFormat == WeightFormat::kPlain ? chunk ^ (pair & 7)
                        : kFormat == WeightFormat::kFp8 ? chunk ^ (pair & 1)
                                                        : chunk ^ (chunk >> 3) ^ (pair & 1) * 2;
   return Shape::kPairsOffset + uint32_t(pair) * Shape::kPairBytes + uint32_t(swizzled) * 16;
@@ -60,7 +63,8 @@ struct ExpertsCopies {
   using Shape = ExpertsShape<kFormat, kPairs>;
   static constexpr int kRowStep = kExpertsThreads / Shape::kChunks, kRowCopies = Shape::kRows / kRowStep;
   static constexpr int kPairStep = kExpertsThreads / Shape::kPairChunks, kPairCopies = kPairs / kPairStep;
-  static_assert(kRowStep % 2 == 0 && kPairStep % 2 == 0, "the rows of a thread lie alike in their stage");
+  static_assert(kRowStep % 8 == 0 && kPairStep % 2 == 0 && (kPairStep % 8 == 0 || kFormat != WeightFormat::kPlain),
+                "the rows of a thread lie alike in their stage");
 
   const unsigned char* weights;  // this chunk of the first of these rows
   uint32_t row_bytes, up_bytes;  // of a row, and from the gate's rows to those of up

@@ -44,10 +44,9 @@ struct ExpertsWarp {
 
   DGEMMA_DEVICE_MEMBER void multiply(uint32_t buffer, int stage, int stages) {
     if constexpr (kFormat == WeightFormat::kFp8) {
-      // A stage is a block, whose scale multiplies the product over its columns.
-      const float scale[2][2] = {{scales.next[0][0], scales.next[0][1]}, {scales.next[1][0], scales.next[1][1]}};
-      if (stage + 1 < stages) scales.load(stage + 1);
-      float product[2][Shape::kPairTiles][4];
+      // A stage is a block, whose scale multiplies the product over its columns, and arrives while that is computed.
+      float scale[2][2], product[2][Shape::kPairTiles][4];
+      scales.load(scale, stage);
       clear(product);
       multiply_into(product, buffer, nullptr);
       DGEMMA_UNROLL
@@ -60,10 +59,36 @@ struct ExpertsWarp {
       }
     } else if constexpr (kFormat == WeightFormat::kNvfp4) {
       const uint32_t scale[4] = {scales.next[0][0], scales.next[0][1], scales.next[1][0], scales.next[1][1]};
-      if (stage + 1 < stages) scales.load(stage + 1);
+      if (stage + 1 < stages) scales.load_next(stage + 1);
       multiply_into(sum, buffer, scale);
     } else {
-      multiply_into(sum, buffer, nullptr);
+      multiply_plain(buffer);
+    }
+  }
+
+  // Of weights in the dtype of the rows, which ldmatrix loads as operands.
+  DGEMMA_DEVICE_MEMBER void multiply_plain(uint32_t buffer) {
+    // Matrices: rows 0 ... 7 and 8 ... 15 at the first chunk of a step, then at its second; of pairs the first eight at
+    // both chunks, then the others.
+    const int weight = lane % 16, weight_chunk = lane / 16, pair = lane / 16 * 8 + lane % 8, pair_chunk = lane / 8 % 2;
+    DGEMMA_UNROLL
+    for (int step = 0; step < Shape::kChunks / 2; ++step) {
+      uint32_t left[2][4];
+      DGEMMA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int row = warp * 32 + i * 16 + weight;
+        hw::load_matrices(left[i], buffer + weight_place<kFormat, kPairs>(row, step * 2 + weight_chunk));
+      }
+      DGEMMA_UNROLL
+      for (int n = 0; n < Shape::kPairTiles; n += 2) {
+        uint32_t right[4];
+        hw::load_matrices(right, buffer + pair_place<kFormat, kPairs>(n * 8 + pair, step * 2 + pair_chunk));
+        DGEMMA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          hw::multiply_add<T>(sum[i][n], left[i], right[0], right[1]);
+          hw::multiply_add<T>(sum[i][n + 1], left[i], right[2], right[3]);
+        }
+      }
     }
   }
 
@@ -124,10 +149,10 @@ DGEMMA_DEVICE void multiply_tile(ExpertsWarp<T, kFormat, kPairs>& warp,
     hw::commit_copies();
   }
   warp.begin();
-  warp.scales.begin(matrix, tile.expert, sides, [&](int i, int half) DGEMMA_INLINE {
+  warp.scales.begin(matrix, tile.expert, sides, [&](int i) DGEMMA_INLINE {
     // Beyond the edge the first column stands in: computed, not stored.
-    const int row = warp.row(i, half);
-    return matrix_row<kGated>(tile, column_of<kGated>(tile, row) < sides.columns ? row : row % 32 / 16 * 16, sides);
+    const int row = warp.row(i, 0);
+    return matrix_row<kGated>(tile, column_of<kGated>(tile, row) < sides.columns ? row : i * 16, sides);
   });
   uint32_t used = 0, filled = kAhead * Shape::kStageBytes;
   const auto after = [](uint32_t buffer) DGEMMA_INLINE {

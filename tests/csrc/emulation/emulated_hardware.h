@@ -98,6 +98,12 @@ inline uint32_t smallest_of_warp(uint32_t value) {
 inline int count_bits(uint32_t mask) { return __builtin_popcount(mask); }
 inline int find_first_set(uint32_t mask) { return __builtin_ffs(int(mask)); }
 inline int count_leading_zeros(uint32_t mask) { return mask ? __builtin_clz(mask) : 32; }
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> (numbers >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return result;
+}
 
 template <class T>
 struct Shared {
