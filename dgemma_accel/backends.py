@@ -76,6 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
     "feed_forward": {
         "reference": "dgemma_accel.backends_reference",
         "triton": "dgemma_accel.triton_kernels.feed_forward",
+        "cuda": "dgemma_accel.native.feed_forward_cuda",
     },
 }
 

@@ -7,12 +7,16 @@ import torch
 from conftest import DEVICES
 from test_experts import BLOCKS, PLAIN, ROWS, make_case, make_fp8_case, run
 from test_experts_nvfp4 import make_nvfp4_case
+from test_feed_forward import check as check_feed_forward
+from test_feed_forward import make_case as feed_forward_case
 
 import dgemma_accel
 from dgemma_accel.backends import Implementation
 from dgemma_accel.native import experts_cuda
 from dgemma_accel.native.params import extension, missing_extension
+from dgemma_accel.ops.feed_forward import feed_forward
 from dgemma_accel.reference.budget_experts import check_experts
+from dgemma_accel.reference.feed_forward import FeedForwardCall
 
 ON = DEVICES["cuda"]
 SUPPORTED = {
@@ -144,6 +148,17 @@ def test_opcheck(kind):
     torch.library.opcheck(
         torch.ops.dgemma.experts.default, (*case, "gelu_tanh", False, "cuda", *scales), test_utils=tests
     )
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
+def test_beside_a_dense_mlp(activation, dtype):
+    case, top_k = feed_forward_case(40, 72, 16, 96, 64, dtype, ON, 4)
+    results = feed_forward(FeedForwardCall(*case, top_k, activation), "cuda")
+    assert not check_feed_forward(results, case, top_k, activation)
+    none = feed_forward(FeedForwardCall(*(t[:0] for t in case[:3]), *case[3:], top_k, activation), "cuda")
+    assert [result.shape for result in none] == [(0, 64)] * 2
 
 
 @pytest.mark.gpu

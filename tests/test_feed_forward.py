@@ -10,6 +10,8 @@ from dgemma_accel.reference.feed_forward import choose as choose_by_reference
 from dgemma_accel.reference.quantization import quantize, quantize_nvfp4
 
 OP = "feed_forward"
+# Not of every size and dtype; see test_cuda_experts.py.
+WITHOUT = ("cuda",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -73,27 +73,16 @@ def arguments_of(op, device, lay=as_it_is, by=None):
         width, dtype = (64, torch.bfloat16) if by == "cuda" else (16, torch.float32)
         sizes = ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5))
         return tuple(lay(real(2, heads, length, width).to(dtype)) for heads, length in sizes)
-    if op == "feed_forward":
-        rows = tuple(real(6, 16) for _ in range(3))
-        return (
-            *rows,
-            real(20, 16),
-            real(20, 16),
-            real(16, 20),
-            real(3, 16),
-            real(3),
-            real(3, 32, 16),
-            real(3, 16, 16),
-        )
     # Nor have the CUDA kernels of experts fp32 or these sizes.
     side, dtype = (32, torch.bfloat16) if by == "cuda" else (16, torch.float32)
-    return (
-        real(6, side).to(dtype),
-        whole(3, 6, 2),
-        real(6, 2),
-        real(3, 2 * side, side).to(dtype),
-        real(3, side, side).to(dtype),
-    )
+
+    def sided(*shape):
+        return real(*(side if size is None else size for size in shape)).to(dtype)
+
+    if op == "feed_forward":
+        shapes = [(6, None)] * 3 + [(20, None), (20, None), (None, 20), (3, None), (3,)]
+        return tuple(sided(*shape) for shape in (*shapes, (3, 2 * side, None), (3, None, None)))
+    return (sided(6, None), whole(3, 6, 2), real(6, 2), sided(3, 2 * side, None), sided(3, None, None))
 
 
 def run(op, backend, given):

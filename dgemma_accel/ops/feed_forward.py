@@ -18,7 +18,9 @@ from .registration import operator
 @operator("feed_forward", {**get_type_hints(FeedForwardCall), "backend": str})
 def _feed_forward(*arguments) -> tuple[Tensor, Tensor]:
     call = FeedForwardCall(*arguments[:-1])
-    needs = requirements(call.hidden, dtype=call.hidden.dtype, activation=call.activation)
+    count, two_widths = call.gate_up.shape[:2]
+    sizes = {"experts": count, "embedding": call.hidden.shape[1], "width": two_widths // 2}
+    needs = requirements(call.hidden, dtype=call.hidden.dtype, activation=call.activation, **sizes)
     return pick("feed_forward", arguments[-1], needs)(call)
 
 
