@@ -52,13 +52,13 @@ REQUIRED = {
     "block_attention_wgmma_kernel": {r"HGMMA\.64": 40, r"LDGSTS\.E\S*\.128": 32},
     "block_attention_merge_kernel": {r"LDG\.E\S*\.128": 1},
     "experts_route_kernel": {r"MATCH": 4, r"VOTE": 4},
-    # The weights of a lane's rows and chunks, and rows of 32 pairs; every copy of the stages in front and of one in the
-    # loop.
-    "experts_gate_up_kernel": {r"HMMA": 32, r"LDS\.128": 16, r"LDGSTS\.E\S*\.128": 32},
-    "experts_down_kernel": {r"HMMA": 32, r"LDS\.128": 16, r"LDGSTS\.E\S*\.128": 32},
-    # Numbers of FP8 and of NVFP4 are widened two at a time.
-    "experts_gate_up_kernelINS_8Bfloat16ELNS_12WeightFormatE1": {r"H(FMA|MUL)2": 32},
-    "experts_gate_up_kernelINS_8Bfloat16ELNS_12WeightFormatE2": {r"H(FMA|MUL)2": 32},
+    # Copies of the stages in front and of one in the loop.
+    "experts_gate_up_kernel": {r"HMMA": 32, r"LDGSTS\.E\S*\.128": 32},
+    "experts_down_kernel": {r"HMMA": 32, r"LDGSTS\.E\S*\.128": 32},
+    # By format of the weights. Numbers of FP8 and NVFP4 are widened two at a time.
+    "WeightFormatE0": {r"LDSM": 16},
+    "WeightFormatE1": {r"LDS\.128": 16, r"PRMT": 32, r"H(FMA|MUL)2": 32},
+    "WeightFormatE2": {r"LDS\.128": 16, r"PRMT": 64, r"H(FMA|MUL)2": 64},
     "experts_combine_kernel": {r"LDG\.E\S*\.128": 8},
 }
 # Kernels of one architecture only, whose instructions no other has.
