@@ -183,7 +183,7 @@ struct ExpertsParams {
   int64_t width = 0, embedding = 0;          // I, E; multiples of 32
   Activation activation = Activation::kGeluTanh;
   const void* hidden = nullptr;              // [R, E], rows from multiples of 16 bytes on
-  int64_t hidden_stride = 0;                 // elements
+  int64_t hidden_stride = 0;                 // elements; R * hidden_stride below 2^35
   const int64_t* index = nullptr;            // [R, K]; outside [0, X): no expert
   const void* choice_weights = nullptr;      // [R, K]
   Dtype choice_dtype = Dtype::kFloat32;

@@ -243,12 +243,12 @@ BUGS = {
         report=ADDRESS,
     ),
     "reads beyond the rows' end": Bug(
-        "copies.cuh", "pair_inside && pair_row[i] >= 0", "pair_row[i] >= 0", report=ADDRESS
+        "copies.cuh", "pair_inside && (valid >> (16 + i) & 1)", "(valid >> (16 + i) & 1)", report=ADDRESS
     ),
     "reads beyond the matrix": Bug(
         "copies.cuh",
-        "const bool valid = column_of<kGated>(tile, row + i * kRowStep) < sides.columns",
-        "const bool valid = true",
+        "const bool exists = column_of<kGated>(tile, row + i * kRowStep) < sides.columns",
+        "const bool exists = true",
         report=ADDRESS,
     ),
     "a place too many": Bug(
@@ -274,7 +274,7 @@ BUGS = {
         report=ANSWER + "|" + ADDRESS,
     ),
     "steps exchanged": Bug(
-        "product.cuh", "pairs[n].word[2 * step], pairs", "pairs[n].word[2 - 2 * step], pairs", "blocks"
+        "product.cuh", "pairs.word[2 * step], pairs", "pairs.word[2 - 2 * step], pairs", "blocks"
     ),
     "columns of a step exchanged": Bug("product.cuh", "right[2], right[3]", "right[3], right[2]"),
     "swizzle of the wrong rows": Bug(

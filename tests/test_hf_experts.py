@@ -227,7 +227,7 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
         for name, own in features.items()
     }
     monkeypatch.setattr(hf_experts, "load", lambda op, name: present.get(name, (None, "missing")))
-    device, sizes = torch.device("cuda"), (4, 32, 64)
+    device, sizes, right = torch.device("cuda"), (4, 32, 64), backends.auto_table
 
     def taken(backend, dtype=torch.bfloat16, sizes=sizes):
         return hf_experts.kernel_for(backend, device, dtype, sizes)
@@ -236,6 +236,17 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
         assert taken(name) == "triton"
     assert taken("cuda") == "cuda" and taken("reference") is None
     assert taken("cuda", torch.float32) == taken("cuda", sizes=(4, 40, 64)) == "triton"
+    # Each op by its own order.
+    table = {
+        op: {"default": {"order": [name], "basis": ""}}
+        for op, name in (("experts", "cuda"), ("feed_forward", "triton"))
+    }
+    monkeypatch.setattr(backends, "auto_table", lambda: table)
+    assert [hf_experts.kernel_for("auto", device, torch.bfloat16, sizes, op) for op in table] == [
+        "cuda",
+        "triton",
+    ]
+    monkeypatch.setattr(backends, "auto_table", right)
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
     assert taken("auto") == "cuda"
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE)

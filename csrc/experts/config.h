@@ -39,7 +39,8 @@ struct ExpertsShape : ExpertsFormat<kFormat> {
   static constexpr uint32_t kRowBytes = 16 * kChunks, kPairBytes = 16 * kPairChunks;
   static constexpr uint32_t kPairsOffset = kRows * kRowBytes;
   static constexpr uint32_t kStageBytes = kPairsOffset + kPairs * kPairBytes;
-  static constexpr int kStages = kStageBytes <= 24 * 1024 ? 4 : 3;
+  // Three of the smallest let two blocks share a multiprocessor of 100 KB: one starts while the other streams.
+  static constexpr int kStages = kStageBytes <= 16 * 1024 || kStageBytes > 24 * 1024 ? 3 : 4;
   static constexpr uint32_t kSharedBytes = kStages * kStageBytes;
   static_assert(kSharedBytes <= 101376, "the limit of sm_86, 89, 120 and 121");
 };

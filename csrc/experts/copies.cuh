@@ -68,10 +68,9 @@ struct ExpertsCopies {
 
   const unsigned char* weights;  // this chunk of the first of these rows
   uint32_t row_bytes, up_bytes;  // of a row, and from the gate's rows to those of up
-  uint32_t valid_rows;           // a bit for each
-  const T* pairs;                // this chunk of the first row
-  int64_t pair_stride;
-  int pair_row[kPairCopies];     // -1: none
+  uint32_t valid;                // a bit for each of these rows, and from bit 16 on for each of these pairs
+  const T* pairs;                // the first row
+  uint32_t pair_chunk[kPairCopies];  // this chunk of their rows, in chunks from there on
   uint32_t row_place, pairs_place;
   int column, pair_column;       // of these chunks in the first stage
   int depth;                     // columns
@@ -85,11 +84,11 @@ struct ExpertsCopies {
     weights = static_cast<const unsigned char*>(matrix.weights) +
               (int64_t(tile.expert) * sides.rows + matrix_row<kGated>(tile, row, sides)) * row_bytes + chunk * 16;
     row_place = weight_place<kFormat, kPairs>(row, chunk);
-    valid_rows = 0;
+    valid = 0;
     DGEMMA_UNROLL
     for (int i = 0; i < kRowCopies; ++i) {
-      const bool valid = column_of<kGated>(tile, row + i * kRowStep) < sides.columns;
-      valid_rows |= uint32_t(valid) << i;
+      const bool exists = column_of<kGated>(tile, row + i * kRowStep) < sides.columns;
+      valid |= uint32_t(exists) << i;
     }
   }
 
@@ -105,13 +104,14 @@ struct ExpertsCopies {
   DGEMMA_DEVICE_MEMBER void begin_pairs(const void* data, int64_t stride, const ExpertsTile& tile, RowAt row_at) {
     const int thread = hw::thread_x(), pair = thread / Shape::kPairChunks, chunk = thread % Shape::kPairChunks;
     pair_column = chunk * 8;
-    pairs = static_cast<const T*>(data) + pair_column;
-    pair_stride = stride;
+    pairs = static_cast<const T*>(data);
     pairs_place = pair_place<kFormat, kPairs>(pair, chunk);
     DGEMMA_UNROLL
     for (int i = 0; i < kPairCopies; ++i) {
       const int place = tile.begin + pair + i * kPairStep;
-      pair_row[i] = place < tile.end ? row_at(place) : -1;
+      const bool exists = place < tile.end;
+      valid |= uint32_t(exists) << (16 + i);
+      pair_chunk[i] = (exists ? uint32_t(row_at(place) * stride / 8) : 0) + chunk;
     }
   }
 
@@ -123,12 +123,11 @@ struct ExpertsCopies {
     DGEMMA_UNROLL
     for (int i = 0; i < kRowCopies; ++i)
       hw::copy_async_16(buffer + row_place + i * kRowStep * Shape::kRowBytes, from + bytes_to(i * kRowStep),
-                        inside && (valid_rows >> i & 1));
+                        inside && (valid >> i & 1));
     DGEMMA_UNROLL
     for (int i = 0; i < kPairCopies; ++i)
       hw::copy_async_16(buffer + pairs_place + i * kPairStep * Shape::kPairBytes,
-                        pairs + first + (pair_row[i] < 0 ? 0 : pair_row[i] * pair_stride),
-                        pair_inside && pair_row[i] >= 0);
+                        pairs + first + int64_t(pair_chunk[i]) * 8, pair_inside && (valid >> (16 + i) & 1));
   }
 };
 

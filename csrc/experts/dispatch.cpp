@@ -34,6 +34,10 @@ void experts_cuda(const ExpertsParams& params, void* stream) {
     throw std::runtime_error("experts: " + std::to_string(params.experts) + " experts of " +
                              std::to_string(params.width) + " x " + std::to_string(params.embedding) +
                              ", supported are " + std::to_string(kExpertsMost) + " and multiples of 32");
+  // Offsets within a matrix of one expert are 32 bits wide.
+  if (2 * params.width * params.embedding >= int64_t(1) << 31)
+    throw std::runtime_error("experts: matrices of " + std::to_string(2 * params.width * params.embedding) +
+                             " numbers, at most 2^31 - 1 are supported");
   const ExpertsWorkspace workspace = experts_workspace(params);
   const ExpertsPlaces places = experts_places(params, workspace);
   char* memory = static_cast<char*>(params.workspace);

@@ -113,21 +113,24 @@ struct ExpertsWarp {
       }
       DGEMMA_UNROLL
       for (int c = 0; c < kPairChunksOfLane; ++c) {
-        hw::Words4 pairs[Shape::kPairTiles];
-        DGEMMA_UNROLL
-        for (int n = 0; n < Shape::kPairTiles; ++n)
-          pairs[n] = hw::Shared<hw::Words4>{
-              buffer + pair_place<kFormat, kPairs>(n * 8 + lane / 4, chunk * kPairChunksOfLane + c)}.load(0);
+        uint32_t left[2][2][4];
         DGEMMA_UNROLL
         for (int step = 0; step < 2; ++step) {
-          const int pair = c * 4 + step * 2;
           DGEMMA_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const uint32_t left[4] = {weights[i][0].pair(pair), weights[i][1].pair(pair), weights[i][0].pair(pair + 1),
-                                      weights[i][1].pair(pair + 1)};
             DGEMMA_UNROLL
-            for (int n = 0; n < Shape::kPairTiles; ++n)
-              hw::multiply_add<T>(into[i][n], left, pairs[n].word[2 * step], pairs[n].word[2 * step + 1]);
+            for (int j = 0; j < 4; ++j) left[step][i][j] = weights[i][j % 2].pair(c * 4 + step * 2 + j / 2);
+          }
+        }
+        DGEMMA_UNROLL
+        for (int n = 0; n < Shape::kPairTiles; ++n) {
+          const uint32_t place = pair_place<kFormat, kPairs>(n * 8 + lane / 4, chunk * kPairChunksOfLane + c);
+          const hw::Words4 pairs = hw::Shared<hw::Words4>{buffer + place}.load(0);
+          DGEMMA_UNROLL
+          for (int step = 0; step < 2; ++step) {
+            DGEMMA_UNROLL
+            for (int i = 0; i < 2; ++i)
+              hw::multiply_add<T>(into[i][n], left[step][i], pairs.word[2 * step], pairs.word[2 * step + 1]);
           }
         }
       }

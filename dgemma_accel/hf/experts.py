@@ -123,10 +123,11 @@ def why_looping(module: nn.Module, backend: str, device: torch.device, dtype: to
     return None
 
 
-def served_by(module: nn.Module, backend: str, like: Tensor) -> str | None:
-    """The kernel that a layer's experts go through with rows of the dtype and device of `like`, or None."""
+def served_by(module: nn.Module, backend: str, like: Tensor, op: str = "experts") -> str | None:
+    """The kernel that a layer's experts go through with rows of the dtype and device of `like`, or None; op: as of
+    `kernel_for`."""
     patch = _own_patch(module)
-    kernel = None if patch is None else kernel_for(backend, like.device, like.dtype, sizes_of(module))
+    kernel = None if patch is None else kernel_for(backend, like.device, like.dtype, sizes_of(module), op)
     if kernel is None or _reason_for_original(patch, module, like.new_empty(0)) is not None:
         return None
     return kernel
@@ -179,19 +180,24 @@ def _needs(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
 
 
 def kernel_for(
-    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] | None = None,
+    op: str = "experts",
 ) -> str | None:
     """The kernel that serves a call under the `backend` of `accelerate`, or None for the model's own experts.
 
     A backend that has no such kernel ("cpp"), or none for these sizes or this dtype, takes what `auto` would.
+    op: "experts", or "feed_forward", of which they are a part.
     """
     needs, name = _needs(device, dtype, sizes), requested(backend)
     if name == "reference":
         return None
-    order = auto_order("experts", needs)[0]
+    order = auto_order(op, needs)[0]
     asked_for = (name,) if name in KERNELS else ()
     for name in (*asked_for, *order):
-        implementation, _ = load("experts", name)
+        implementation, _ = load(op, name)
         if implementation is not None and not implementation.missing(needs):
             return name if name in KERNELS else None
     return None

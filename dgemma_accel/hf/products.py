@@ -63,7 +63,7 @@ def _feed_forward_backend(layer: nn.Module, backend: str) -> str | None:
     products.append(getattr(router, "proj", None))
     if not all(map(is_product, products)) or len({product.weight.dtype for product in products}) > 1:
         return None
-    served = served_by(experts, backend, products[0].weight)
+    served = served_by(experts, backend, products[0].weight, "feed_forward")
     if served is None or type(mlp.act_fn) is not type(experts.act_fn):
         return None
     count = len(experts.down_proj)

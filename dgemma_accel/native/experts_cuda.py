@@ -26,6 +26,8 @@ unavailable = missing_cuda
 PAIRS_AT_ONCE = 32_768
 # Bytes from whose multiples on rows and matrices are read.
 VECTOR = 16
+# Elements from a row to the next: those of `PAIRS_AT_ONCE` rows are counted by eight in 32 bits.
+FARTHEST = 2**20 - 1
 # The values of WeightFormat.
 PLAIN, FP8, FP4 = range(3)
 
@@ -81,8 +83,8 @@ def experts(
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """[R, E] whose rows begin at multiples of `VECTOR` bytes; a copy where they do not."""
-    apart = tensor.stride(0) * tensor.element_size() % VECTOR == 0 or len(tensor) == 1
+    """[R, E] whose rows begin at multiples of `VECTOR` bytes; a copy where they do not, or lie too far apart."""
+    apart = tensor.stride(0) * tensor.element_size() % VECTOR == 0 and tensor.stride(0) <= FARTHEST
     return tensor if apart and tensor.stride(1) == 1 and tensor.data_ptr() % VECTOR == 0 else packed(tensor)
 
 

@@ -128,7 +128,8 @@ class Launches:
 
 def live_tensors() -> list[torch.Tensor]:
     """All CPU tensors that Python holds: a launch's pointers do not say how far they reach."""
-    return [found for found in gc.get_objects() if type(found) is torch.Tensor and found.device.type == "cpu"]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return [found for found in gc.get_objects() if type(found) in kinds and found.device.type == "cpu"]
 
 
 def install(capability: tuple[int, int]) -> None:
