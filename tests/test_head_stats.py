@@ -105,6 +105,19 @@ def test_without_logits(monkeypatch, stats_temperature):
     assert torch.equal(stats.sample[greedy], stats.argmax[greedy])
 
 
+@pytest.mark.parametrize("softcap", [None, 100.0])
+def test_low_temperatures_without_logits(backend, device, softcap):
+    """Logits that are computed again for the sample may come out otherwise in their last place."""
+    hidden, weight = torch.randn(32, 192, device=device), torch.randn(1000, 192, device=device)
+    for temperature in (1e-5, 1e-7, 1e-9):
+        settings = {"temperature": temperature, "softcap": softcap, "seed": 5, "keep_logits": False}
+        _, stats = dgemma_accel.head_stats(hidden, weight, backend=backend, **settings)
+        settled = stats.top1_prob == 1
+        assert settled.sum() > 24
+        assert torch.equal(stats.sample[settled], stats.argmax[settled])
+        assert torch.equal(stats.sample_prob[settled], stats.top1_prob[settled])
+
+
 HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(7, 4)
 
 

@@ -90,7 +90,7 @@ def sample_tile_logits_kernel(
 
 @triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows"])
 def draw_in_tile_kernel(
-    again, chosen, remaining, tile_max, logsumexp, sample, sample_prob,
+    again, chosen, remaining, tile_max, top1_prob, sample, sample_prob,
     temperature, stats_temperature, softcap, rows: tl.int32, vocab: tl.int32, tiles: tl.int32,
     temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
@@ -110,18 +110,24 @@ def draw_in_tile_kernel(
     inverse_softcap = 1.0 / softcap
     b_top = cap(b_max, softcap, inverse_softcap, SOFTCAP)
     b_tile = tl.load(chosen + o_r, mask=m_r, other=0)
+    b_ttop = tl.load(tile_max + o_r.to(tl.int64) * tiles + b_tile, mask=m_r, other=float("-inf"))
+    b_ttop = cap(b_ttop, softcap, inverse_softcap, SOFTCAP)
     b_target = tl.load(remaining + o_r, mask=m_r, other=0.0)
     o_n = tl.arange(0, SPAN)
     m_v = m_r[:, None] & (b_tile[:, None] * SPAN + o_n[None, :] < vocab)
     # [1, SPAN]
     b_x = tl.load(again + o_r.to(tl.int64)[:, None] * SPAN + o_n[None, :], mask=m_v, other=float("-inf"))
     b_x = tl.where(m_v, cap(b_x.to(tl.float32), softcap, inverse_softcap, SOFTCAP), float("-inf"))
-    b_e = tl.where(m_v, tl.exp2(difference(b_x, b_top[:, None]) * rate(b_t)[:, None]), 0.0)
+    # Mass relative to the tile's largest logit as it came out this time: the product's may differ in its last place,
+    # of which a low temperature makes all or nothing.
+    b_own = tl.max(b_x, 1)
+    b_e = tl.where(m_v, tl.exp2(difference(b_x, b_own[:, None]) * rate(b_t)[:, None]), 0.0)
+    b_target *= tl.exp2(difference(b_top, b_ttop) * rate(b_t)).to(tl.float64)
     b_place, _ = first_beyond(b_e.to(tl.float64), b_target, o_n, 2147483647)
     b_xsample = tl.max(tl.where(o_n[None, :] == b_place[:, None], b_x, float("-inf")), 1)
-    b_lse = tl.load(logsumexp + o_r, mask=m_r, other=float("nan"))
-    m_draw = m_r & (b_greedy == 0) & (b_lse == b_lse)
-    b_prob = tl.exp2((b_xsample / b_ts - b_lse) * 1.4426950408889634)
+    b_top1 = tl.load(top1_prob + o_r, mask=m_r, other=0.0)
+    m_draw = m_r & (b_greedy == 0) & (b_top1 > 0.0)
+    b_prob = b_top1 * tl.exp2((difference(b_xsample, b_own) + difference(b_ttop, b_top)) * rate(b_ts))
     tl.store(sample + o_r, (b_tile * SPAN + b_place).to(tl.int64), mask=m_draw)
     tl.store(sample_prob + o_r, b_prob, mask=m_draw)
 
@@ -151,7 +157,7 @@ def draw_again(
     mass = partials[4] if flags["TWO_TEMPERATURES"] else partials[2]
     t, ts, softcap, t_stride, ts_stride = numbers
     uniform, seed, offset, seed_value, offset_value = draws
-    logsumexp, sample_prob = floats[1], floats[4]
+    logsumexp, top1_prob, sample_prob = floats[1], floats[2], floats[4]
     chosen = hidden.new_empty(rows, dtype=torch.int32)
     remaining = hidden.new_empty(rows, dtype=torch.float64)
     again = hidden.new_empty(rows, span)
@@ -166,6 +172,6 @@ def draw_again(
         EMBEDDING=embedding, SPAN=span, BLOCK_N=tokens, BLOCK_K=DEPTH, **FUSED, num_warps=4,
     )  # fmt: skip
     draw_in_tile_kernel[(rows,)](
-        again, chosen, remaining, tile_max, logsumexp, sample, sample_prob, t, ts, softcap,
+        again, chosen, remaining, tile_max, top1_prob, sample, sample_prob, t, ts, softcap,
         rows, vocab, tiles, t_stride, ts_stride, SPAN=span, TILES=padded, **FUSED, num_warps=warps, **flags,
     )  # fmt: skip
