@@ -53,6 +53,19 @@ def test_equals_product_then_row_stats(backend, device):
     assert torch.equal(stats.sample, expected.sample) and torch.equal(stats.argmax, expected.argmax)
 
 
+# At the last of them softcap / temperature is no fp32 number.
+@pytest.mark.parametrize("softcap, temperature", [(300.0, 6.0), (3e4, 600.0), (1e30, 1.0), (1e30, 1e-9)])
+def test_softcaps_of_any_size(backend, device, softcap, temperature):
+    hidden, weight = torch.randn(3, 16, device=device), torch.randn(700, 16, device=device)
+    hidden *= min(softcap, 1e4) / 16
+    uniform = torch.rand(3, device=device)
+    settings = {"softcap": softcap, "temperature": temperature, "uniform": uniform}
+    logits, stats = dgemma_accel.head_stats(hidden, weight, backend=backend, **settings)
+    assert not check_row_stats(stats, logits, **settings)
+    _, stats = dgemma_accel.head_stats(hidden, weight, keep_logits=False, backend=backend, **settings)
+    assert not check_row_stats(stats, logits, **settings)
+
+
 def test_rows_without_a_distribution(backend, device):
     hidden, weight = torch.randn(3, 16, device=device), torch.randn(40, 16, device=device)
     hidden[1, 2] = math.nan

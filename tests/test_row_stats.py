@@ -1,5 +1,6 @@
 """row_stats: every backend against fp64 truth within the error budget, on odd shapes and poisoned inputs."""
 
+import itertools
 import math
 
 import pytest
@@ -374,6 +375,15 @@ def test_softcaps_at_the_ends_of_their_range(backend, device, softcap):
         logits = make_logits(2, 300, device=device)
         _, problems = run(logits, backend, temperature=temperature, softcap=softcap)
         assert not problems, temperature
+
+
+# The last coefficient of a polynomial below the softcap may have its twelfth power; 1e30 / 1e-9 is no fp32 number.
+@pytest.mark.parametrize("softcap", [0.01, 300.0, 3e3, 3e4, 1e30])
+def test_softcaps_of_any_size(backend, device, softcap):
+    for share, temperature in itertools.product((0.4, 0.9), (1.0, softcap / 50, 1e-9)):
+        logits = (torch.rand(2, 8192, device=device) * 2 - 1) * share * min(softcap, 1e20)
+        _, problems = run(logits, backend, temperature=temperature, softcap=softcap)
+        assert not problems, (share, temperature)
 
 
 def test_a_softcap_makes_infinities_finite(backend, device):

@@ -42,6 +42,7 @@ from .softcap import (
     odd_polynomial,
     polynomial_serves,
     rate,
+    scale_at,
     scaled_tanh,
 )
 
@@ -121,7 +122,7 @@ def leave_tile_statistics(
     # b_d [ROWS, SPAN]: exponents of 2 relative to the tile's maximum. One formula makes those of the tile and of its
     # maximum, so that the maximum's is exactly 0. NaN has to survive: it is how a row without a distribution is known.
     if SOFTCAP:
-        b_scale = (softcap * b_k)[:, None]
+        b_scale = scale_at(b_k, softcap)[:, None]
         inverse_softcap = 1.0 / softcap
         b_u = b_raw * inverse_softcap
         b_top = (b_max * inverse_softcap)[:, None]
@@ -254,7 +255,7 @@ def tile_stats_kernel(
                 raw, c, b_max, b_z, b_s, b_zt, b_ratio, 7, TWO_TEMPERATURES, PIECES
             )
         else:
-            b_scale = (softcap * b_k)[:, None]
+            b_scale = scale_at(b_k, softcap)[:, None]
             b_top = scaled_tanh((b_max * inverse_softcap)[:, None], b_scale)
             for i in tl.static_range(PIECES):
                 b_d = difference(scaled_tanh(widened(raw[i]) * inverse_softcap, b_scale), b_top)

@@ -14,6 +14,8 @@ from .common import INTERPRET
 INTERPRETED = tl.constexpr(INTERPRET)
 # Beyond it a temperature is the limit of a one-hot distribution, and its exponents stay finite.
 LARGEST_RATE = tl.constexpr(1.0e30)
+# Exponents up to it have finite differences.
+LARGEST_SCALE = tl.constexpr(1.0e38)
 
 
 @triton.jit
@@ -59,6 +61,12 @@ def rate(b_t):
 
 
 @triton.jit
+def scale_at(b_k, softcap):
+    """What multiplies tanh in an exponent of 2 at rate `b_k`: finite, for any softcap and temperature."""
+    return tl.minimum(b_k * softcap, LARGEST_SCALE)
+
+
+@triton.jit
 def scaled_tanh_near_0(u, scale):
     """scale * tanh(u) where |u| < 1: an odd polynomial, a minimax fit of relative error 4.7e-9."""
     w = u * u
@@ -80,10 +88,14 @@ def scaled_tanh(u, scale):
 
 @triton.jit
 def polynomial_serves(b_k, inverse_softcap):
-    """Whether the polynomials below serve at rate `b_k`: their coefficients are normal numbers."""
+    """Whether the polynomials below serve at rate `b_k`: their coefficients are normal numbers.
+
+    The last of them has the twelfth power of the softcap in it.
+    """
     square = inverse_softcap * inverse_softcap
-    last = b_k * (square * square * square)
-    return (b_k > 1.0e-30) & (last > 1.0e-30) & (last < 1.0e30)
+    sixth = square * square * square
+    last = b_k * sixth * sixth
+    return (b_k > 1.0e-30) & (b_k < LARGEST_RATE) & (last > 1.0e-34) & (last < 1.0e30)
 
 
 @triton.jit
