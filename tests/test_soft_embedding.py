@@ -41,6 +41,21 @@ def test_within_budget(backend, device, dtype, rows, vocab, embedding):
         assert not problems, settings
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [300.0, 3e4, 1e6, 1e30])
+def test_softcaps_far_beyond_the_logits(backend, device, dtype, softcap):
+    """What capping rounds has to be small beside the logits, not beside the softcap."""
+    logits = (torch.rand(8, 2050, device=device) * 8 - 4).to(dtype)
+    logits[:, 7] = 9.0
+    weight = torch.randn(2050, 24, device=device).to(dtype)
+    for temperature in (1.0, torch.linspace(0.5, 2.0, 8, device=device)):
+        _, problems = run(logits, weight, backend, temperature=temperature, softcap=softcap)
+        assert not problems
+    # One token holds all mass, though softcap / temperature may be no fp32 number.
+    result, _ = run(logits, weight, backend, temperature=1e-9, softcap=softcap)
+    torch.testing.assert_close(result, weight[7].expand(8, 24), rtol=0, atol=1e-6)
+
+
 def test_shapes_and_temperature_by_row(backend, device):
     logits, weight = make_case(12, 300, 32, torch.float32, device)
     flat, _ = run(logits, weight, backend)

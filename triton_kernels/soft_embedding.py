@@ -34,7 +34,7 @@ from .common import (
     unavailable,
 )
 from .row_stats import row_pointers
-from .softcap import difference, exp2_flushed, rate, reciprocal
+from .softcap import difference, exp2_flushed, rate, reciprocal, scaled_tanh
 
 __all__ = ["FEATURES", "soft_embedding", "unavailable"]
 
@@ -49,6 +49,8 @@ FP16_SHIFT = 14
 # Rows and columns that one pass of `probabilities_kernel` holds in registers; in full fp32 half of the rows.
 CHUNK_ROWS = 16
 CHUNK_COLUMNS = 512
+# Softcap times rate below which one chain of capping and tempering is off by less than the rounding to 16 bits.
+LARGEST_CHAIN = tl.constexpr(2048.0)
 SUM_BLOCK = 1024
 PEAKS_BLOCK = 32
 # Rows of one program of `normalise_kernel`: few, so that a canvas of 256 makes 64 programs, whose one round holds all
@@ -70,6 +72,64 @@ def peaks_kernel(
     tl.store(peaks + o_r, tl.load(p_row + b_place, mask=m_r, other=0.0).to(tl.float32), mask=m_r)
 
 
+@triton.jit
+def chunk_of_probabilities(
+    logits, peaks, top1_prob, probabilities, masses, temperature, softcap, i_m, i_g, i_chunk, b_most,
+    rows, inner_rows, vocab, first, tiles_m, stride_outer, stride_inner, temperature_stride,
+    TEMPERATURE_POINTER: tl.constexpr, SOFTCAP: tl.constexpr, FULL: tl.constexpr, CHAIN: tl.constexpr,
+    SHIFT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Stores what `probabilities_kernel` does of ROWS rows. Returns b_most [PARTS] with their masses in it."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    o_c = i_g * PARTS * BLOCK_V + tl.arange(0, PARTS * BLOCK_V)
+    m_v = first + o_c < vocab
+    o_r = i_m * BLOCK_M + i_chunk * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    # [ROWS]
+    b_top = tl.load(top1_prob + o_r, mask=m_r, other=0.0)
+    b_peak = tl.load(peaks + o_r, mask=m_r, other=0.0)
+    m_valid = b_top > 0.0
+    b_t = tl.zeros([ROWS], tl.float32)
+    if TEMPERATURE_POINTER:
+        b_t += tl.load(temperature + o_r * temperature_stride, mask=m_r, other=1.0)
+    else:
+        b_t += temperature
+    p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT) + first
+    # [ROWS, PARTS * BLOCK_V]
+    m_x = m_valid[:, None] & m_v[None, :]
+    b_x = tl.load(p_row[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if FULL:
+        b_x = cap(b_x, softcap, 1.0 / softcap, SOFTCAP)
+        b_peak = cap(b_peak, softcap, 1.0 / softcap, SOFTCAP)
+        b_d = tl.minimum(difference(b_x, b_peak[:, None]), 0.0) / b_t[:, None]
+        b_p = b_top[:, None] * tl.exp2(b_d * LOG2E)
+    else:
+        b_k = rate(b_t)
+        b_c = SHIFT + tl.log2(b_top)
+        if SOFTCAP and CHAIN:
+            # tanh(x / c) = 1 - 2 / (e^(2x / c) + 1): its cancellation near 0 is absolute, so an exponent bears it.
+            b_r = reciprocal(exp2_flushed(b_x * (2.0 * LOG2E / softcap)) + 1.0)
+            b_rp = reciprocal(exp2_flushed(b_peak * (2.0 * LOG2E / softcap)) + 1.0)
+            b_d = tl.minimum(b_rp[:, None] - b_r, 0.0) * (2.0 * softcap * b_k)[:, None]
+        elif SOFTCAP:
+            # The difference is one of capped logits, finite whatever softcap and temperature are.
+            b_x = scaled_tanh(b_x * (1.0 / softcap), softcap)
+            b_peak = scaled_tanh(b_peak * (1.0 / softcap), softcap)
+            b_d = tl.minimum(difference(b_x, b_peak[:, None]), 0.0) * b_k[:, None]
+        else:
+            b_d = (b_x - b_peak[:, None]) * b_k[:, None]
+        b_p = exp2_flushed(b_d + b_c[:, None])
+    b_p = tl.where(m_x, b_p, 0.0)
+    b_rounded = b_p.to(probabilities.dtype.element_ty)
+    tl.store(probabilities + o_r.to(tl.int64)[:, None] * COLUMNS + o_c[None, :], b_rounded)
+    # Of what the product would take, so that a tile without mass adds exactly nothing: [ROWS, PARTS].
+    b_sum = tl.sum(tl.reshape(b_rounded.to(tl.float32), [ROWS, PARTS, BLOCK_V]), 2)
+    p_mass = masses + (first // (PARTS * BLOCK_V) + i_g).to(tl.int64) * (tiles_m * BLOCK_M) + o_r
+    tl.store(p_mass, tl.sum(b_sum, 1))
+    return tl.maximum(b_most, tl.max(b_sum, 0))
+
+
 # `first` is specialised: a multiple of the slice is one of 16, as 0 is, and that makes loads of logits 16 bytes wide.
 @triton.jit(do_not_specialize="temperature softcap tolerance rows inner_rows tiles_m".split())
 def probabilities_kernel(
@@ -86,55 +146,36 @@ def probabilities_kernel(
     temperature, and its last place no longer small where the temperature is. masses [groups of PARTS tiles, rows] gets
     the sum of a row's rounded probabilities, by which the result is divided in the end.
     FULL computes every step in fp32 as the specification does. Otherwise the result is rounded to 16 bits, and
-    capping and tempering are one chain of two exponentials, off by a few 1e-5 relative.
+    capping and tempering are one chain of two exponentials, off by a few 1e-5 relative, unless the softcap is so large,
+    or a temperature so low, that this no longer holds.
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
     i_m = tl.program_id(0) % tiles_m
     i_g = tl.program_id(0) // tiles_m
-    o_c = i_g * PARTS * BLOCK_V + tl.arange(0, PARTS * BLOCK_V)
-    m_v = first + o_c < vocab
     # [PARTS]
     b_most = tl.zeros([PARTS], tl.float32)
-    for i_chunk in range(BLOCK_M // ROWS):
-        o_r = i_m * BLOCK_M + i_chunk * ROWS + tl.arange(0, ROWS)
-        m_r = o_r < rows
-        # [ROWS]
-        b_top = tl.load(top1_prob + o_r, mask=m_r, other=0.0)
-        b_peak = tl.load(peaks + o_r, mask=m_r, other=0.0)
-        m_valid = b_top > 0.0
-        b_t = tl.zeros([ROWS], tl.float32)
+    largest = 0.0
+    if SOFTCAP and not FULL:
         if TEMPERATURE_POINTER:
-            b_t += tl.load(temperature + o_r * temperature_stride, mask=m_r, other=1.0)
+            o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            b_t = tl.load(temperature + o_r * temperature_stride, mask=o_r < rows, other=float("inf"))
+            largest = softcap * tl.max(rate(b_t), 0)
         else:
-            b_t += temperature
-        p_row = row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT) + first
-        # [ROWS, PARTS * BLOCK_V]
-        m_x = m_valid[:, None] & m_v[None, :]
-        b_x = tl.load(p_row[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
-        if FULL:
-            b_x = cap(b_x, softcap, 1.0 / softcap, SOFTCAP)
-            b_peak = cap(b_peak, softcap, 1.0 / softcap, SOFTCAP)
-            b_d = tl.minimum(difference(b_x, b_peak[:, None]), 0.0) / b_t[:, None]
-            b_p = b_top[:, None] * tl.exp2(b_d * LOG2E)
-        else:
-            b_k = rate(b_t)
-            b_c = SHIFT + tl.log2(b_top)
-            if SOFTCAP:
-                # tanh(x / c) = 1 - 2 / (e^(2x / c) + 1): its cancellation near 0 is absolute, so an exponent bears it.
-                b_r = reciprocal(exp2_flushed(b_x * (2.0 * LOG2E / softcap)) + 1.0)
-                b_rp = reciprocal(exp2_flushed(b_peak * (2.0 * LOG2E / softcap)) + 1.0)
-                b_d = tl.minimum(b_rp[:, None] - b_r, 0.0) * (2.0 * softcap * b_k)[:, None]
-            else:
-                b_d = (b_x - b_peak[:, None]) * b_k[:, None]
-            b_p = exp2_flushed(b_d + b_c[:, None])
-        b_p = tl.where(m_x, b_p, 0.0)
-        b_rounded = b_p.to(probabilities.dtype.element_ty)
-        tl.store(probabilities + o_r.to(tl.int64)[:, None] * COLUMNS + o_c[None, :], b_rounded)
-        # Of what the product would take, so that a tile without mass adds exactly nothing: [ROWS, PARTS].
-        b_sum = tl.sum(tl.reshape(b_rounded.to(tl.float32), [ROWS, PARTS, BLOCK_V]), 2)
-        b_most = tl.maximum(b_most, tl.max(b_sum, 0))
-        p_mass = masses + (first // (PARTS * BLOCK_V) + i_g).to(tl.int64) * (tiles_m * BLOCK_M) + o_r
-        tl.store(p_mass, tl.sum(b_sum, 1))
+            largest = softcap * rate(temperature)
+    if largest < LARGEST_CHAIN:
+        for i_chunk in range(BLOCK_M // ROWS):
+            b_most = chunk_of_probabilities(
+                logits, peaks, top1_prob, probabilities, masses, temperature, softcap, i_m, i_g, i_chunk, b_most,
+                rows, inner_rows, vocab, first, tiles_m, stride_outer, stride_inner, temperature_stride,
+                TEMPERATURE_POINTER, SOFTCAP, FULL, True, SHIFT, COLUMNS, BLOCK_M, BLOCK_V, ROWS, PARTS, FLAT,
+            )  # fmt: skip
+    else:
+        # Fewer rows at once: what the other formula takes would cost every call registers.
+        for i_chunk in range(BLOCK_M // ROWS * 4):
+            b_most = chunk_of_probabilities(
+                logits, peaks, top1_prob, probabilities, masses, temperature, softcap, i_m, i_g, i_chunk, b_most,
+                rows, inner_rows, vocab, first, tiles_m, stride_outer, stride_inner, temperature_stride,
+                TEMPERATURE_POINTER, SOFTCAP, FULL, False, SHIFT, COLUMNS, BLOCK_M, BLOCK_V, ROWS // 4, PARTS, FLAT,
+            )  # fmt: skip
     # Rounding may carry the mass of a settled row over 1.
     ONE: tl.constexpr = 2.0**SHIFT
     b_holds = tl.minimum(b_most, ONE) > tolerance * ONE
