@@ -16,11 +16,12 @@ generation = pytest.importorskip("transformers.models.diffusion_gemma.generation
 VOCAB, WINDOW, CANVAS, IMAGE_TOKEN, PAD = 83, 16, 12, 7, 0
 
 
-def tiny_config(expert_width=24):
+def tiny_config(expert_width=24, head_dims=(16, 32)):
     text = transformers.DiffusionGemmaTextConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=48, num_hidden_layers=3,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"], num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=WINDOW,
+        num_key_value_heads=2, head_dim=head_dims[0], global_head_dim=head_dims[1], num_global_key_value_heads=1,
+        sliding_window=WINDOW,
         max_position_embeddings=512, num_experts=4, top_k_experts=2, moe_intermediate_size=expert_width,
         final_logit_softcapping=30.0, use_bidirectional_attention="vision", initializer_range=0.125,
         pad_token_id=PAD, eos_token_id=1, bos_token_id=2,
@@ -35,15 +36,15 @@ def tiny_config(expert_width=24):
     )  # fmt: skip
 
 
-def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sdpa", expert_width=24):
-    """Random weights; `peak` scales the logits, so that some positions are certain and others are not.
+def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sdpa", **sizes):
+    """Random weights, of `sizes` as in `tiny_config`; `peak` scales the logits, so that some positions are certain and others are not.
 
     Self-conditioning is weak: at full strength random weights amplify the rounding of each step tenfold, and after
     a few steps no two ways of adding up attention give the same tokens.
     """
     torch.manual_seed(seed)
     model = transformers.DiffusionGemmaForBlockDiffusion._from_config(
-        tiny_config(expert_width), attn_implementation=attn_implementation
+        tiny_config(**sizes), attn_implementation=attn_implementation
     )
     with torch.no_grad():
         model.model.decoder.norm.weight.fill_(peak)

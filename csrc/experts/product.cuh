@@ -189,8 +189,9 @@ DGEMMA_DEVICE bool tile_of_block(const ExpertsPlaces& places, int64_t columns, i
   return true;
 }
 
-// Lanes 4 apart have neighbouring columns of the same two places. Both columns of one of the two: the lower lane's are of
-// the first, the upper one's of the second.
+// Lanes 4 apart have neighbouring columns of the same two places. Both columns of one of the two: the lower lane's are
+// of the first, the upper one's of the second. Conditions that lanes do not share come after all shuffles of a place, or
+// the compiler makes a copy of them for either case.
 DGEMMA_DEVICE void pair_columns(const float* values, float& low, float& high) {
   const bool upper = hw::thread_x() / 4 % 2 != 0;
   const float other = hw::shuffle_xor(upper ? values[0] : values[1], 4);
@@ -228,18 +229,23 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsThreads, 2)
     of_up = kNvfp4Left * scale[p.gate_up.global_scales - 1];
   }
   DGEMMA_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int column = column_of<true>(tile, warp.row(0, half)) & ~1;
+  for (int n = 0; n < kPairs / 8; ++n) {
+    uint32_t both[2];
     DGEMMA_UNROLL
-    for (int n = 0; n < kPairs / 8; ++n) {
+    for (int half = 0; half < 2; ++half) {
       float values[2], low, high;
       DGEMMA_UNROLL
       for (int j = 0; j < 2; ++j)
         values[j] = gated(p.activation, of_gate * warp.sum[0][n][2 * half + j], of_up * warp.sum[1][n][2 * half + j]);
       pair_columns(values, low, high);
-      const int place = tile.begin + n * 8 + warp.lane % 4 * 2 + warp.lane / 4 % 2;
-      if (place < tile.end && column < width)
-        *reinterpret_cast<uint32_t*>(middle + int64_t(place) * width + column) = hw::pack<T>(low, high);
+      both[half] = hw::pack<T>(low, high);
+    }
+    const int place = tile.begin + n * 8 + warp.lane % 4 * 2 + warp.lane / 4 % 2;
+    if (place >= tile.end) continue;
+    DGEMMA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int column = column_of<true>(tile, warp.row(0, half)) & ~1;
+      if (column < width) *reinterpret_cast<uint32_t*>(middle + int64_t(place) * width + column) = both[half];
     }
   }
 }
@@ -264,17 +270,24 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsThreads, 2)
   const float scale = kFormat == WeightFormat::kNvfp4 ? kNvfp4Left * p.down.global_scale[tile.expert] : 1.0f;
   DGEMMA_UNROLL
   for (int n = 0; n < kPairs / 8; ++n) {
+    Two both[2][2];
+    DGEMMA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      DGEMMA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float values[2] = {scale * warp.sum[i][n][2 * half], scale * warp.sum[i][n][2 * half + 1]};
+        pair_columns(values, both[i][half].low, both[i][half].high);
+      }
+    }
     const int place = tile.begin + n * 8 + warp.lane % 4 * 2 + warp.lane / 4 % 2;
-    float* row = partial + int64_t(place < tile.end ? places.order[place] : 0) * embedding;
+    if (place >= tile.end) continue;
+    float* row = partial + int64_t(places.order[place]) * embedding;
     DGEMMA_UNROLL
     for (int i = 0; i < 2; ++i) {
       DGEMMA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int column = column_of<false>(tile, warp.row(i, half)) & ~1;
-        const float values[2] = {scale * warp.sum[i][n][2 * half], scale * warp.sum[i][n][2 * half + 1]};
-        Two both;
-        pair_columns(values, both.low, both.high);
-        if (place < tile.end && column < embedding) *reinterpret_cast<Two*>(row + column) = both;
+        if (column < embedding) *reinterpret_cast<Two*>(row + column) = both[i][half];
       }
     }
   }

@@ -5,8 +5,8 @@
 
 namespace dgemma {
 
-// The fp32 scales of a lane's rows of FP8 weights, two of each of the warp's two times 16, for a stage. Sixteen rows that
-// begin at a multiple of 16 lie in one block.
+// The fp32 scales of a lane's rows of FP8 weights, two of each of the warp's two times 16, for a stage. Sixteen rows
+// that begin at a multiple of 16 lie in one block.
 struct ExpertsScales {
   const float* scale;
   int offset[2];
