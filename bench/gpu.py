@@ -410,7 +410,8 @@ def write_summary(outcomes: list[Outcome], files: Files, facts: dict) -> list[st
 
 # Tests that launch this package's CUDA kernels, and little else.
 SANITIZED = (
-    "native_cuda", "cuda_block_attention", "cuda_experts", "cuda_soft_embedding", "block_attention", "row_stats", "commit",
+    "native_cuda", "cuda_block_attention", "cuda_experts", "cuda_soft_embedding", "block_attention", "row_stats",
+    "commit",
 )  # fmt: skip
 
 

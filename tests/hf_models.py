@@ -37,7 +37,8 @@ def tiny_config(expert_width=24, head_dims=(16, 32)):
 
 
 def tiny_model(dtype=torch.float32, *, peak=8.0, seed=0, attn_implementation="sdpa", **sizes):
-    """Random weights, of `sizes` as in `tiny_config`; `peak` scales the logits, so that some positions are certain and others are not.
+    """Random weights, of `sizes` as in `tiny_config`; `peak` scales the logits, so that some positions are certain and
+    others are not.
 
     Self-conditioning is weak: at full strength random weights amplify the rounding of each step tenfold, and after
     a few steps no two ways of adding up attention give the same tokens.
