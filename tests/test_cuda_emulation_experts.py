@@ -57,7 +57,6 @@ def problems_of(folder, case, settings):
 SHAPES = {
     "one": (1, 1, 1, 32, 32),
     "uneven": (19, 3, 5, 96, 160),
-    "four stages": (9, 2, 3, 64, 416),
     "deep": (6, 2, 3, 224, 544),
     # More than 24 rows by expert.
     "many": (70, 3, 4, 96, 192),
@@ -78,9 +77,12 @@ def program():
 @pytest.mark.parametrize("kind", KINDS)
 def test_within_budget(program, tmp_path, kind):
     made = []
-    for number, (shape, dtype) in enumerate((s, d) for s in SHAPES.values() for d in SIXTEEN_BITS):
-        case, settings = KINDS[kind](*shape, dtype, "cpu")
-        settings["activation"] = ACTIVATIONS[number // 2 % 2]
+    both = [(name, torch.bfloat16) for name in SHAPES] + [
+        (name, torch.float16) for name in ("uneven", "many")
+    ]
+    for number, (name, dtype) in enumerate(both):
+        case, settings = KINDS[kind](*SHAPES[name], dtype, "cpu")
+        settings["activation"] = ACTIVATIONS[number % 2]
         made.append((write(tmp_path / str(number), case, settings), case, settings))
     run_clean(program, [folder for folder, *_ in made])
     for folder, case, settings in made:
