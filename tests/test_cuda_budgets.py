@@ -52,13 +52,23 @@ REQUIRED = {
     "block_attention_wgmma_kernel": {r"HGMMA\.64": 40, r"LDGSTS\.E\S*\.128": 32},
     "block_attention_merge_kernel": {r"LDG\.E\S*\.128": 1},
     "experts_route_kernel": {r"MATCH": 4, r"VOTE": 4},
-    # Copies of the stages in front and of one in the loop.
-    "experts_gate_up_kernel": {r"HMMA": 32, r"LDGSTS\.E\S*\.128": 32},
-    "experts_down_kernel": {r"HMMA": 32, r"LDGSTS\.E\S*\.128": 32},
-    # By format of the weights. Numbers of FP8 and NVFP4 are widened two at a time.
-    "WeightFormatE0": {r"LDSM": 16},
-    "WeightFormatE1": {r"LDS\.128": 16, r"PRMT": 32, r"H(FMA|MUL)2": 32},
-    "WeightFormatE2": {r"LDS\.128": 16, r"PRMT": 64, r"H(FMA|MUL)2": 64},
+    # Of experts, by format of the weights: copies of the stages in front and of one in the loop. Numbers of FP8 and
+    # NVFP4 are widened two at a time.
+    "WeightFormatE0": {r"HMMA": 32, r"LDGSTS\.E\S*\.128": 40, r"LDSM": 16},
+    "WeightFormatE1": {
+        r"HMMA": 64,
+        r"LDGSTS\.E\S*\.128": 48,
+        r"LDS\.128": 16,
+        r"PRMT": 32,
+        r"H(FMA|MUL)2": 32,
+    },
+    "WeightFormatE2": {
+        r"HMMA": 64,
+        r"LDGSTS\.E\S*\.128": 24,
+        r"LDS\.128": 16,
+        r"PRMT": 64,
+        r"H(FMA|MUL)2": 64,
+    },
     "experts_combine_kernel": {r"LDG\.E\S*\.128": 8},
 }
 # Kernels of one architecture only, whose instructions no other has.
