@@ -18,11 +18,10 @@ LAUNCHES = (
 
 @pytest.mark.gpu
 @pytest.mark.ptx
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tokens_of_the_reference_backend(monkeypatch, dtype):
+def test_tokens_of_the_reference_backend(monkeypatch):
     """In a padded batch and over two canvases. Where two tokens are as likely rounding decides, and all that follows is
     another text: so most have to be the same, not all. By chance one of 83 is."""
-    model = tiny_model(dtype, peak=32.0, expert_width=32, head_dims=(64, 128)).to(DEVICES["cuda"])
+    model = tiny_model(torch.bfloat16, peak=32.0, expert_width=32, head_dims=(64, 128)).to(DEVICES["cuda"])
     ids, mask = (tensor.to(DEVICES["cuda"]) for tensor in prompt(2, 21, left_padding=(0, 6)))
     native, launched, served = extension(), set(), set()
     for name in LAUNCHES:
@@ -41,7 +40,7 @@ def test_tokens_of_the_reference_backend(monkeypatch, dtype):
     results = {}
     for name in ("reference", "cuda"):
         with dgemma_accel.accelerated(model, backend=name, graph=False):
-            options = {"attention_mask": mask, "max_new_tokens": 2 * CANVAS, "max_denoising_steps": 4}
+            options = {"attention_mask": mask, "max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3}
             results[name] = generate(model, ids, **options).sequences[:, ids.shape[1] :]
     assert results["cuda"].shape == results["reference"].shape == (2, 2 * CANVAS)
     assert (results["cuda"] == results["reference"]).float().mean() > 0.6
