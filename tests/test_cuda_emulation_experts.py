@@ -57,9 +57,9 @@ def problems_of(folder, case, settings):
 SHAPES = {
     "one": (1, 1, 1, 32, 32),
     "uneven": (19, 3, 5, 96, 160),
-    "deep": (6, 2, 3, 224, 544),
+    "deep": (4, 2, 3, 160, 544),
     # More than 24 rows by expert.
-    "many": (70, 3, 4, 96, 192),
+    "many": (52, 2, 2, 96, 160),
 }
 KINDS = {
     "plain": lambda *arguments, **options: (make_case(*arguments, **options), {}),
@@ -320,7 +320,7 @@ FORMATS = {"plain": 0, "blocks": 1, "rows": 1, "nvfp4": 2}
 
 
 def planted_case(folder, kind):
-    case, settings = KINDS[kind](45, 3, 5, 96, 416, torch.bfloat16, "cpu")
+    case, settings = KINDS[kind](30, 3, 5, 96, 352, torch.bfloat16, "cpu")
     case[1][::4, 1] = 5
     return write(folder, case, settings), case, settings
 
