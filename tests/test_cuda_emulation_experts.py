@@ -285,7 +285,7 @@ BUGS = {
     "scale of the first block": Bug(
         "scales.cuh", "half * half_step + stage * step]", "half * half_step]", "blocks"
     ),
-    "scale of the gate for up": Bug("scales.cuh", "row(i) / 128 * blocks", "row(0) / 128 * blocks", "blocks"),
+    "scale of the gate for up": Bug("scales.cuh", "row(i) / kBlock", "row(0) / kBlock", "blocks"),
     "scale of eight rows before": Bug("scales.cuh", "matrix.scale_by_row ? 8 : 0", "0", "rows"),
     "group scale of the first stage": Bug(
         "product.cuh", "scales.load_next(stage + 1)", "scales.load_next(0)", "nvfp4"

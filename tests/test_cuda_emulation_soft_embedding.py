@@ -283,8 +283,7 @@ BUGS = {
         KERNEL, "sums[0] += element<T>(result, 2 * i);", "sums[0] += low;",
     ),
     "a pair of lanes does not add its mass": (
-        KERNEL, "mask = 1; mask < hw::kWarp; mask *= 2) mass += hw::shuffle_xor(mass, mask);\n  if (lane == 0)",
-        "mask = 2; mask < hw::kWarp; mask *= 2) mass += hw::shuffle_xor(mass, mask);\n  if (lane == 0)",
+        "common/device/warp_sum.cuh", "mask > 0; mask /= 2", "mask > 1; mask /= 2",
     ),
     "every slice leaves its masses where the first one does": (KERNEL, "+ token / kSoftEmbeddingTile]", "+ tile]"),
     "the last tile's mass is not added": (

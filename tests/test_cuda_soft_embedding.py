@@ -117,7 +117,7 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch(monkeypatch, dtype, exa
     assert kernels or not check_soft_embedding(found, logits, weight, 1.0, None)
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_what_is_missing_is_said(monkeypatch, caplog):
     missing = soft_embedding_cuda.__dict__["missing_kernels"]
     if DEVICE.type == "cpu" and not hasattr(missing, "__wrapped__"):
         pytest.skip("these kernels take CPU tensors")
@@ -131,6 +131,9 @@ def test_what_is_missing_is_said(monkeypatch):
     assert of("cuda:0") is None
     monkeypatch.setattr(soft_embedding_cuda, "missing_cuda", lambda: "no CUDA")
     assert of("cuda:0") == "no CUDA"
+    # For each that was missing, and not for what is there.
+    assert len(caplog.messages) == 2
+    assert caplog.messages[1] == "soft_embedding on cuda:0: PyTorch's operations (no kernel: no CUDA)"
     monkeypatch.setattr(soft_embedding_chunked, "PRODUCT_WITH_DTYPE", None)
     assert "2.8 and newer" in of("cuda:0")
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/device/qualifiers.cuh"
+#include "../common/device/warp_sum.cuh"
 #include "../common/hardware.cuh"
 #include "config.h"
 #include "rules.h"
@@ -123,7 +124,7 @@ DGEMMA_DEVICE First first_of_block(uint32_t key) {
 template <int kThreads>
 DGEMMA_DEVICE double sum_of_block(double value) {
   using Block = CommitBlock<kThreads>;
-  for (int mask = hw::kWarp / 2; mask > 0; mask /= 2) value += hw::shuffle_xor(value, mask);
+  value = sum_of_warp(value);
   if (Block::lane() == 0) Block::warp_sums().store(Block::warp(), value);
   hw::sync_block();
   double total = 0;

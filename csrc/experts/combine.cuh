@@ -26,7 +26,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsCombineThreads, 4)
   struct alignas(8) Four {
     uint32_t low, high;
   };
-  const int64_t across = (p.embedding + 4 * kExpertsCombineThreads - 1) / (4 * kExpertsCombineThreads);
+  const int64_t across = experts_combine_across(p.embedding);
   const int64_t row = hw::block_x() / across;
   const int64_t column = (hw::block_x() % across * kExpertsCombineThreads + hw::thread_x()) * 4;
   if (column >= p.embedding) return;

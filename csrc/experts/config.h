@@ -16,10 +16,11 @@ template <>
 struct ExpertsFormat<WeightFormat::kPlain> {
   static constexpr int kValues = 8, kColumns = 64;
 };
-// A stage of FP8 numbers has one block of scales.
+// Rows and columns of FP8 numbers that share a scale. A stage has one block.
+constexpr int kExpertsScaleBlock = 128;
 template <>
 struct ExpertsFormat<WeightFormat::kFp8> {
-  static constexpr int kValues = 16, kColumns = 128;
+  static constexpr int kValues = 16, kColumns = kExpertsScaleBlock;
 };
 template <>
 struct ExpertsFormat<WeightFormat::kNvfp4> {
@@ -45,6 +46,17 @@ struct ExpertsShape : ExpertsFormat<kFormat> {
   static_assert(kSharedBytes <= 101376, "the limit of sm_86, 89, 120 and 121");
 };
 
+// Rows of weights in a block of threads are columns of the result. The first product, of gate and up, has half as many:
+// 16 rows of gate and 16 of up alternate.
+template <bool kGated>
+constexpr int kExpertsColumns = 32 * kExpertsWarps / (kGated ? 2 : 1);
+
+// Blocks of threads that so many columns of a product's result take.
+template <bool kGated>
+DGEMMA_HD int64_t experts_blocks_across(int64_t columns) {
+  return (columns + kExpertsColumns<kGated> - 1) / kExpertsColumns<kGated>;
+}
+
 // Pairs of a tile: a canvas gives most experts no more than 32, a long prompt gives them hundreds.
 constexpr int kExpertsFew = 32, kExpertsMany = 64;
 // The mean number of pairs by expert up to which a call takes the tiles for few.
@@ -61,11 +73,16 @@ constexpr int experts_route_shared_bytes(int64_t experts) {
 
 constexpr int kExpertsCombineThreads = 128;
 
+// Blocks of threads that a row of the result takes, four columns by thread.
+DGEMMA_HD int64_t experts_combine_across(int64_t embedding) {
+  return (embedding + 4 * kExpertsCombineThreads - 1) / (4 * kExpertsCombineThreads);
+}
+
 // Where what the kernels leave each other lies in the workspace, in bytes. Every part starts at a multiple of 16.
 struct ExpertsWorkspace {
-  int64_t pairs, tiles;                        // P = R * K; the most tiles that any routing needs
+  int64_t pairs, most;                         // P = R * K; tiles that any routing can need
   int tile_pairs;
-  int64_t order, tile_list, middle, partial;   // [P] int32; [3, tiles] int32; [P, I] 16 bits; [P, E] fp32
+  int64_t order, tile_list, middle, partial;   // [P] int32; [3, most] int32; [P, I] 16 bits; [P, E] fp32
   int64_t bytes;
 };
 
@@ -74,10 +91,10 @@ inline ExpertsWorkspace experts_workspace(const ExpertsParams& p) {
   ExpertsWorkspace w;
   w.pairs = p.rows * p.top_k;
   w.tile_pairs = w.pairs <= kExpertsFewMean * p.experts ? kExpertsFew : kExpertsMany;
-  w.tiles = (w.pairs + (w.pairs < p.experts ? w.pairs : p.experts) * (w.tile_pairs - 1)) / w.tile_pairs;
+  w.most = (w.pairs + (w.pairs < p.experts ? w.pairs : p.experts) * (w.tile_pairs - 1)) / w.tile_pairs;
   w.order = 0;
   w.tile_list = after(w.order, 4 * w.pairs);
-  w.middle = after(w.tile_list, 4 * 3 * w.tiles);
+  w.middle = after(w.tile_list, 4 * 3 * w.most);
   w.partial = after(w.middle, 2 * w.pairs * p.width);
   w.bytes = after(w.partial, 4 * w.pairs * p.embedding);
   return w;

@@ -15,15 +15,10 @@ struct ExpertsTile {
   int column;
 };
 
-// Rows of weights in a block of threads are columns of the result. The first product, of gate and up, has half as many:
-// 16 rows of gate and 16 of up alternate.
 // An expert's matrix: rows, columns of the result, rows of the gate (0: it has none), columns.
 struct ExpertsSides {
   int rows, columns, gate, depth;
 };
-
-template <bool kGated>
-constexpr int kExpertsColumns = 32 * kExpertsWarps / (kGated ? 2 : 1);
 
 template <bool kGated>
 DGEMMA_DEVICE int column_of(const ExpertsTile& tile, int row) {

@@ -12,7 +12,7 @@ namespace dgemma {
 
 template <bool kGated>
 unsigned blocks_of_product(const ExpertsPlaces& places, int64_t columns) {
-  const int64_t blocks = places.most * ((columns + kExpertsColumns<kGated> - 1) / kExpertsColumns<kGated>);
+  const int64_t blocks = places.most * experts_blocks_across<kGated>(columns);
   if (blocks > 0x7fffffff)
     throw std::runtime_error("experts: " + std::to_string(blocks) + " blocks of threads, at most 2^31 - 1");
   return unsigned(blocks);

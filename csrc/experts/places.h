@@ -16,7 +16,7 @@ inline ExpertsPlaces experts_places(const ExpertsParams& p, const ExpertsWorkspa
   char* memory = static_cast<char*>(p.workspace);
   auto* order = reinterpret_cast<int32_t*>(memory + workspace.order);
   auto* tiles = reinterpret_cast<int32_t*>(memory + workspace.tile_list);
-  return {order, tiles, workspace.pairs, workspace.tiles, workspace.tile_pairs};
+  return {order, tiles, workspace.pairs, workspace.most, workspace.tile_pairs};
 }
 
 }  // namespace dgemma

@@ -178,7 +178,7 @@ DGEMMA_DEVICE void multiply_tile(ExpertsWarp<T, kFormat, kPairs>& warp,
 // together, so L2 hands its rows, and the weights of a second tile, to all of them.
 template <bool kGated>
 DGEMMA_DEVICE bool tile_of_block(const ExpertsPlaces& places, int64_t columns, int tile_pairs, ExpertsTile& tile) {
-  const int64_t across = (columns + kExpertsColumns<kGated> - 1) / kExpertsColumns<kGated>;
+  const int64_t across = experts_blocks_across<kGated>(columns);
   const int64_t i = hw::block_x() / across;
   tile.column = int(hw::block_x() % across) * kExpertsColumns<kGated>;
   tile.expert = places.tiles[i];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/device/qualifiers.cuh"
+#include "../common/device/warp_sum.cuh"
 #include "../common/hardware.cuh"
 #include "../params.h"
 #include "config.h"
@@ -10,23 +11,22 @@
 
 namespace dgemma {
 
-// The expert of a pair; `experts` for what is none.
-DGEMMA_DEVICE uint32_t expert_of(const ExpertsParams& p, int64_t pair, int64_t end) {
-  const int64_t expert = pair < end ? p.index[pair] : -1;
-  return uint32_t(expert >= 0 && expert < p.experts ? expert : p.experts);
-}
+// Loads of a lane that are under way at a time.
+constexpr int kRouteAtOnce = 4;
 
-DGEMMA_DEVICE int sum_of_warp(int value) {
+// The experts of pairs 32 apart; `experts` for what is none.
+DGEMMA_DEVICE void read_experts(const ExpertsParams& p, int64_t pair, int64_t end, uint32_t (&experts)[kRouteAtOnce]) {
   DGEMMA_UNROLL
-  for (int mask = hw::kWarp / 2; mask > 0; mask /= 2) value += hw::shuffle_xor(value, mask);
-  return value;
+  for (int i = 0; i < kRouteAtOnce; ++i, pair += 32) {
+    const int64_t expert = pair < end ? p.index[pair] : -1;
+    experts[i] = uint32_t(expert >= 0 && expert < p.experts ? expert : p.experts);
+  }
 }
 
 // One block of threads for each expert, and one more that marks the tiles that are not used. Each counts all pairs:
 // that is less work than waiting for another block's counts.
 DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsRouteThreads, 4)
     experts_route_kernel(const ExpertsParams p, const ExpertsPlaces places) {
-  constexpr int kAtOnce = 4;
   const int thread = hw::thread_x(), lane = thread % 32, warp = thread / 32;
   const int own = int(hw::block_x()), bins = int(p.experts) + 1;
   const hw::Shared<int32_t> counts{0};
@@ -37,12 +37,11 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsRouteThreads, 4)
   hw::sync_warp();
   const int64_t stretch = (places.pairs + 32 * kExpertsRouteWarps - 1) / (32 * kExpertsRouteWarps) * 32;
   const int64_t first = warp * stretch, last = first + stretch < places.pairs ? first + stretch : places.pairs;
-  for (int64_t pair = first; pair < last; pair += 32 * kAtOnce) {
-    uint32_t expert[kAtOnce];
+  for (int64_t pair = first; pair < last; pair += 32 * kRouteAtOnce) {
+    uint32_t expert[kRouteAtOnce];
+    read_experts(p, pair + lane, last, expert);
     DGEMMA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) expert[i] = expert_of(p, pair + 32 * i + lane, last);
-    DGEMMA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kRouteAtOnce; ++i) {
       const uint32_t equal = hw::lanes_equal(expert[i]);
       if (hw::find_first_set(equal) - 1 == lane) {
         const int bin = warp * bins + int(expert[i]);
@@ -86,12 +85,11 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kExpertsRouteThreads, 4)
   }
   if (unused || counts.load(warp * bins + own) == 0) return;
   place += begin;
-  for (int64_t pair = first; pair < last; pair += 32 * kAtOnce) {
-    uint32_t expert[kAtOnce];
+  for (int64_t pair = first; pair < last; pair += 32 * kRouteAtOnce) {
+    uint32_t expert[kRouteAtOnce];
+    read_experts(p, pair + lane, last, expert);
     DGEMMA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) expert[i] = expert_of(p, pair + 32 * i + lane, last);
-    DGEMMA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kRouteAtOnce; ++i) {
       const uint32_t mine = hw::ballot(expert[i] == uint32_t(own));
       const int in_front = hw::count_bits(mine & ((1u << lane) - 1));
       if (mine >> lane & 1) places.order[place + in_front] = int32_t(pair + 32 * i + lane);

@@ -15,13 +15,15 @@ struct ExpertsScales {
   // row(i): of the expert's matrix, the first of the two.
   template <class Row>
   DGEMMA_DEVICE_MEMBER void begin(const ExpertsMatrix& matrix, int expert, const ExpertsSides& sides, Row row) {
-    const int blocks = matrix.scale_by_row ? 1 : (sides.depth + 127) / 128;
-    const int64_t of_expert = matrix.scale_by_row ? sides.rows : (sides.rows + 127) / 128 * blocks;
+    constexpr int kBlock = kExpertsScaleBlock;
+    const auto blocks_of = [](int count) DGEMMA_INLINE { return (count + kBlock - 1) / kBlock; };
+    const int blocks = blocks_of(sides.depth);
+    const int64_t of_expert = matrix.scale_by_row ? sides.rows : blocks_of(sides.rows) * blocks;
     scale = static_cast<const float*>(matrix.scale) + expert * of_expert;
     half_step = matrix.scale_by_row ? 8 : 0;
     step = matrix.scale_by_row ? 0 : 1;
     DGEMMA_UNROLL
-    for (int i = 0; i < 2; ++i) offset[i] = matrix.scale_by_row ? row(i) : row(i) / 128 * blocks;
+    for (int i = 0; i < 2; ++i) offset[i] = matrix.scale_by_row ? row(i) : row(i) / kBlock * blocks;
   }
 
   DGEMMA_DEVICE_MEMBER void load(float (&values)[2][2], int stage) const {

@@ -6,6 +6,7 @@
 
 #include "../common/device/qualifiers.cuh"
 #include "../common/device/tensor_core.cuh"
+#include "../common/device/warp_sum.cuh"
 #include "../common/exponents.cuh"
 #include "../common/statistics.h"
 #include "../params.h"
@@ -168,8 +169,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kSoftEmbeddingThreads, kSoftEmbeddingBlocks)
     target += kTokens / 8;
     left -= kTokens;
   }
-  DGEMMA_UNROLL
-  for (int mask = 1; mask < hw::kWarp; mask *= 2) mass += hw::shuffle_xor(mass, mask);
+  mass = sum_of_warp(mass);
   if (lane == 0)
     params.masses[row * soft_embedding_tiles(params.vocab) + token / kSoftEmbeddingTile] = mass;
 }
@@ -219,8 +219,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kSoftEmbeddingSumThreads, 1)
   // By every warp for itself: each adds up the same numbers in the same order.
   float mass = 0.0f;
   for (int t = hw::thread_x() % hw::kWarp; t < tiles; t += hw::kWarp) mass += params.masses[row * tiles + t];
-  DGEMMA_UNROLL
-  for (int mask = 1; mask < hw::kWarp; mask *= 2) mass += hw::shuffle_xor(mass, mask);
+  mass = sum_of_warp(mass);
 
   // Without a distribution a row is zeros, whatever the weight holds: 0 * NaN came this far as NaN.
   const bool valid = params.top1_prob[row] > 0.0f;

@@ -183,7 +183,7 @@ def kernel_for(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    sizes: tuple[int, int, int] | None = None,
+    sizes: tuple[int, int, int] | None,
     op: str = "experts",
 ) -> str | None:
     """The kernel that serves a call under the `backend` of `accelerate`, or None for the model's own experts.
@@ -204,7 +204,7 @@ def kernel_for(
 
 
 def why_no_kernel(
-    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
+    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None
 ) -> str | None:
     """What a GPU's machine lacks for the kernels that would serve its experts, and what others do not have; None where
     nobody would expect them."""

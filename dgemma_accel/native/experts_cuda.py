@@ -77,8 +77,6 @@ def experts(
                 workspace = torch.empty(size, dtype=torch.uint8, device=device)
             params.workspace = workspace.data_ptr()
             native.experts_cuda(params, stream)
-        # The launches are queued: the caching allocator hands this memory on in stream order only.
-        del matrices
     return output
 
 

@@ -8,6 +8,7 @@ PyTorch's operations, which need no extension.
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from . import soft_embedding_chunked as chunked
 from .params import DTYPES, NO_DEVICE, BuiltCapability, extension, missing_cuda, row_parameter
 
 __all__ = ["FEATURES", "soft_embedding", "unavailable"]
+
+logger = logging.getLogger("dgemma_accel")
 
 FEATURES = {"device": {"cuda"}, "dtype": chunked.DTYPES}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -33,13 +36,17 @@ def unavailable() -> str | None:
 
 @functools.cache
 def missing_kernels(device: torch.device) -> str | None:
-    """One line where the extension's kernels cannot run."""
-    if chunked.PRODUCT_WITH_DTYPE is None:
-        return f"PyTorch {torch.__version__} has no product of 16-bit matrices in fp32 (2.8 and newer have)"
+    """One line where the extension's kernels cannot run, which is said once."""
     missing, capability = missing_cuda(), compute_capability(device)
-    if missing is None and capability not in KERNEL_CAPABILITIES:
+    if chunked.PRODUCT_WITH_DTYPE is None:
+        missing = (
+            f"PyTorch {torch.__version__} has no product of 16-bit matrices in fp32 (2.8 and newer have)"
+        )
+    elif missing is None and capability not in KERNEL_CAPABILITIES:
         required = ".".join(map(str, capability))
-        return f"compute_capability: required {required}, supported {KERNEL_CAPABILITIES}"
+        missing = f"compute_capability: required {required}, supported {KERNEL_CAPABILITIES}"
+    if missing is not None:
+        logger.warning("soft_embedding on %s: PyTorch's operations (no kernel: %s)", device, missing)
     return missing
 
 

@@ -20,20 +20,15 @@ ExpertsMatrix matrix_of(Case& c, const std::string& name) {
   return matrix;
 }
 
-template <bool kGated>
-int64_t blocks_of(const ExpertsPlaces& places, int64_t columns) {
-  return places.most * ((columns + kExpertsColumns<kGated> - 1) / kExpertsColumns<kGated>);
-}
-
 template <class T, WeightFormat kFormat, int kPairs>
 void gate_up(const ExpertsParams& p, const ExpertsPlaces& places, T* middle) {
-  emulation::run({blocks_of<true>(places, p.width), 1, 1}, kExpertsThreads, ExpertsShape<kFormat, kPairs>::kSharedBytes,
+  emulation::run({places.most * experts_blocks_across<true>(p.width), 1, 1}, kExpertsThreads, ExpertsShape<kFormat, kPairs>::kSharedBytes,
                  [&] { experts_gate_up_kernel<T, kFormat, kPairs>(p, places, middle); });
 }
 
 template <class T, WeightFormat kFormat, int kPairs>
 void down(const ExpertsParams& p, const ExpertsPlaces& places, const T* middle, float* partial) {
-  emulation::run({blocks_of<false>(places, p.embedding), 1, 1}, kExpertsThreads,
+  emulation::run({places.most * experts_blocks_across<false>(p.embedding), 1, 1}, kExpertsThreads,
                  ExpertsShape<kFormat, kPairs>::kSharedBytes,
                  [&] { experts_down_kernel<T, kFormat, kPairs>(p, places, middle, partial); });
 }
@@ -62,8 +57,8 @@ void run_kernels(Case& c, const ExpertsParams& p, const ExpertsPlaces& places) {
                  [&] { experts_route_kernel(p, places); });
   of_format(p.gate_up.format, [&](auto format) { gate_up<T, decltype(format)::value, kPairs>(p, places, middle); });
   of_format(p.down.format, [&](auto format) { down<T, decltype(format)::value, kPairs>(p, places, middle, partial); });
-  const int64_t across = (p.embedding + 4 * kExpertsCombineThreads - 1) / (4 * kExpertsCombineThreads);
-  emulation::run({p.rows * across, 1, 1}, kExpertsCombineThreads, 0, [&] { experts_combine_kernel<T>(p, partial); });
+  emulation::run({p.rows * experts_combine_across(p.embedding), 1, 1}, kExpertsCombineThreads, 0,
+                 [&] { experts_combine_kernel<T>(p, partial); });
 }
 
 template <class T>
@@ -98,7 +93,7 @@ void run_case(const std::string& folder) {
   const ExpertsWorkspace workspace = experts_workspace(p);
   ExpertsPlaces places;
   places.pairs = workspace.pairs;
-  places.most = workspace.tiles;
+  places.most = workspace.most;
   places.tile_pairs = workspace.tile_pairs;
   places.order = c.output<int32_t>("order", places.pairs);
   places.tiles = c.output<int32_t>("tiles", 3 * places.most);
