@@ -19,8 +19,8 @@ LAUNCHES = (
 @pytest.mark.gpu
 @pytest.mark.ptx
 def test_tokens_of_the_reference_backend(monkeypatch):
-    """In a padded batch and over two canvases. Where two tokens are as likely rounding decides, and what follows is another
-    text: so most have to be the same, not all, and far from all are without the experts."""
+    """In a padded batch and over two canvases. Where two tokens are as likely rounding decides, and what follows is
+    another text: so most have to be the same, not all, and far from all are without the experts."""
     model = tiny_model(torch.bfloat16, peak=32.0, expert_width=32, head_dims=(64, 128)).to(DEVICES["cuda"])
     ids, mask = (tensor.to(DEVICES["cuda"]) for tensor in prompt(2, 21, left_padding=(0, 6)))
     native, launched, served = extension(), set(), set()
