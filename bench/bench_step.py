@@ -26,6 +26,7 @@ from .step_ways import (
     COMPILED_REFERENCE,
     GRAPH,
     GRAPH_FP8,
+    GRAPH_FP8_LINEARS,
     GRAPH_NVFP4,
     OURS,
     OURS_STATIC,
@@ -41,7 +42,7 @@ CONTEXTS = (512, 8192, 32_768, 131_072, 1024)
 BESIDES_AT = 8192
 DECODING, DECODING_COMPILED = AUTOREGRESSIVE
 LAUNCHED = (OURS, OURS_STATIC)
-BESIDES = ((GRAPH_FP8,), (GRAPH_NVFP4,), LAUNCHED, (DECODING_COMPILED,))
+BESIDES = ((GRAPH_FP8,), (GRAPH_NVFP4,), (GRAPH_FP8_LINEARS,), LAUNCHED, (DECODING_COMPILED,))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,7 +146,7 @@ def schedule(options, contexts: list[int], device: torch.device) -> list[tuple[l
         if not options.way or any(is_named(way.name, text) for text in options.way)
     ]
     if device.type == "cpu" and not options.compiled:
-        left_out = "transformers' compiled variants and quantized experts"
+        left_out = "transformers' compiled variants and quantized weights"
         print(f"{left_out} are left out on a CPU (--compiled includes them)")
         ways = [way for way in ways if not way.compiles or (way.graph and not way.experts)]
     on_gpu = device.type == "cuda"

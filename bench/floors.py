@@ -31,8 +31,8 @@ class Precision:
     """Bytes of an element, and the matrix rate relative to the ceiling.
 
     Layer weights (experts, attention projections, dense MLP) may be narrower than the embedding, the activations and
-    the cache, which keep `element`; the experts' alone where `expert` is given, their scales included. That leaves
-    their products at the rate of `element`.
+    the cache, which keep `element`. Where `expert` is given it is the experts', their scales included, and their
+    products are at the rate of `element`.
     """
 
     element: int = 2
@@ -45,6 +45,16 @@ BF16 = Precision()
 FP8_WEIGHTS = Precision(weight=1, weight_rate=2.0)
 # Bytes of an expert's weight by the format of `quantize_experts`. FP8's scales are a 4096th of its bytes.
 EXPERT_BYTES = {"fp8": 1, "nvfp4": 0.5 + 1 / 16}
+# Bytes and rate of the layers' other weights by the format of `quantize_linears`.
+LINEARS = {"fp8": {"weight": 1, "weight_rate": 2.0}}
+
+
+def precision_of(element: int, experts: str | None, linears: str | None) -> Precision:
+    """Of a model whose weights are `element` bytes wide, but for those of these formats."""
+    expert = EXPERT_BYTES.get(experts)
+    if linears is None:
+        return Precision(element, element, expert=expert)
+    return Precision(element, **LINEARS[linears], expert=element if expert is None else expert)
 
 
 def components(
@@ -87,9 +97,11 @@ def components(
     chosen = text["top_k_experts"]
     # The experts that `rows` independent choices of `chosen` touch on average; all of them at 256 rows of 8.
     touched = text["num_experts"] * (1 - (1 - chosen / text["num_experts"]) ** rows)
-    width = precision.weight if precision.expert is None else precision.expert
+    width, rate = precision.weight, precision.weight_rate
+    if precision.expert is not None:
+        width, rate = precision.expert, 1.0
     expert_bytes = layers * expert * touched * width
-    expert_operations = 2.0 * layers * expert * rows * chosen / precision.weight_rate
+    expert_operations = 2.0 * layers * expert * rows * chosen / rate
     head = vocab * hidden
     table = rows * vocab * element
     return {

@@ -238,7 +238,8 @@ class Bench:
         compiled = [way.name for way in ways if way.compiles and way.name not in self.models]
         for way in ways:
             canvas = 1 if way.decodes else self.model.config.canvas_length
-            floor = floor_of(self.model, self.limits, context, options.batch, canvas, experts=way.experts)
+            formats = {"experts": way.experts, "linears": way.linears}
+            floor = floor_of(self.model, self.limits, context, options.batch, canvas, **formats)
             rows[way.name] = blank_row(way, options, context, canvas, floor)
             try:
                 runs[way.name] = self.runner(way, context)
@@ -325,11 +326,12 @@ class Bench:
 
 
 def floor_of(
-    model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int, *, experts: str | None = None
-) -> dict[str, float]:
+    model, limits: ceilings.Ceilings, context: int, batch: int, canvas: int, *, experts: str | None = None,
+    linears: str | None = None,
+) -> dict[str, float]:  # fmt: skip
     figures, wide = step_model.text_figures(model.config)
     size = model.dtype.itemsize
-    precision = floors.Precision(size, size, expert=floors.EXPERT_BYTES.get(experts))
+    precision = floors.precision_of(size, experts, linears)
     parts = floors.components(figures, canvas, context, batch, precision, global_layers=wide)
     if canvas == 1:
         # A decoded token is not fed back as a soft embedding.

@@ -19,8 +19,8 @@ HISTORY = 64
 class Way:
     """One way to take a step. cache: of `step_model.random_cache`. compiles: torch.compile is at work, for minutes.
 
-    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas. experts: the format of
-    `quantize_experts` that the experts' weights have; the model's own stay in memory beside them.
+    eager: whether module hooks see inside it. decodes: one token a step instead of a canvas. experts, linears: the
+    formats of `quantize_experts` and `quantize_linears` that weights have; the model's own stay in memory beside them.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Way:
     compiles: bool = False
     decodes: bool = False
     experts: str | None = None
+    linears: str | None = None
 
     @property
     def eager(self) -> bool:
@@ -45,7 +46,11 @@ GRAPH_FP8, GRAPH_NVFP4 = (
     Way(f"ours, graph, {form.upper()} experts", "ours", ours=True, graph=True, compiles=True, experts=form)
     for form in ("fp8", "nvfp4")
 )
-WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH, GRAPH_FP8, GRAPH_NVFP4)
+GRAPH_FP8_LINEARS = Way(
+    "ours, graph, NVFP4 experts, FP8 linears", "ours", ours=True, graph=True, compiles=True, experts="nvfp4",
+    linears="fp8",
+)  # fmt: skip
+WAYS = (REFERENCE, COMPILED_REFERENCE, OURS, OURS_STATIC, GRAPH, GRAPH_FP8, GRAPH_NVFP4, GRAPH_FP8_LINEARS)
 AUTOREGRESSIVE = (
     Way("autoregressive, dynamic cache", "dynamic", decodes=True),
     Way("autoregressive, static cache, compiled", "static", compiles=True, decodes=True),
@@ -65,6 +70,8 @@ def model_of(model, way: Way, backend: str):
         if way.experts:
             step_model.room_for_experts(model, way.experts)
             dgemma_accel.quantize_experts(own, format=way.experts)
+        if way.linears:
+            dgemma_accel.quantize_linears(own, format=way.linears)
         dgemma_accel.accelerate(own, backend=backend, graph=way.graph)
     return own
 

@@ -1,7 +1,15 @@
 """Fused kernels for diffusion language models: block attention, confidence selection, remasking."""
 
 from . import samplers
-from .hf import accelerate, accelerated, captures, from_pretrained, quantize_experts, restore
+from .hf import (
+    accelerate,
+    accelerated,
+    captures,
+    from_pretrained,
+    quantize_experts,
+    quantize_linears,
+    restore,
+)
 from .ops.block_attention import block_attention
 from .ops.commit import CommitResult, commit
 from .ops.experts import experts
@@ -25,6 +33,7 @@ __all__ = [
     "head_stats",
     "merge_stats",
     "quantize_experts",
+    "quantize_linears",
     "restore",
     "row_stats",
     "samplers",

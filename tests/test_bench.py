@@ -279,12 +279,16 @@ def test_attention_and_experts_cases_judge_by_their_error():
     assert bench_experts.check(result, small)
 
 
-def test_products_side_by_side_judge_by_their_error():
+def test_products_side_by_side_judge_by_their_error(monkeypatch):
     """Their cases are a GPU's; what they make, run and check is not."""
     for cases in (bench_linears.cases, bench_feed_forward.cases):
         found, lines = cases(CPU, Sizes())
         assert not found and len(lines) == 1 and "side by side" in lines[0]
-    found, _ = bench_linears.cases(torch.device("cuda"), Sizes())
+    multiplies = False
+    monkeypatch.setattr(bench_linears, "multiplies_fp8", lambda device: multiplies)
+    monkeypatch.setattr(bench_linears, "way_of", lambda device, dtype: "by row")
+    found, lines = bench_linears.cases(torch.device("cuda"), Sizes())
+    assert lines == ["linears: below compute capability 8.9 rows are not rounded to FP8"]
     assert [case.title for case in found[:3]] == [
         "linears [256, 2816] x 4096 + 2048 + 2048 bf16 sliding layer",
         "linears [256, 2816] x 8192 + 1024 bf16 global layer",
@@ -297,6 +301,16 @@ def test_products_side_by_side_judge_by_their_error():
         results = variant.prepare(inputs)()
         assert found[0].check(results, inputs) == []
         assert found[0].check([results[0] * 1.01, results[1]], inputs)
+    multiplies = True
+    found, lines = bench_linears.cases(torch.device("cuda"), Sizes())
+    assert lines == ["linears: scales of FP8 weights are applied by row"]
+    scaled = found[6:]
+    assert [case.label for case in scaled] == [f"{case.label}, FP8 weights" for case in found[:5]]
+    assert scaled[0].flops == found[0].flops and found[0].bytes / 2 < scaled[0].bytes < 0.6 * found[0].bytes
+    inputs = bench_linears.make_inputs(5, 48, (32, 16), torch.float32, CPU, 0, scaled=True)
+    results = bench_linears.SCALED[0].prepare(inputs)()
+    assert scaled[0].check(results, inputs) == []
+    assert scaled[0].check([results[0] * 1.01, results[1]], inputs)
     for form in bench_feed_forward.FORMS.values():
         inputs = bench_feed_forward.make_inputs(4, 16, 96, 20, torch.float32, CPU, 0, form)
         mlp, mixture = bench_feed_forward.variants(["reference"])[0].prepare(inputs)()

@@ -70,6 +70,25 @@ def test_the_floor_of_nvfp4_experts():
     assert floors.step_ms(small, *RTX_PRO)["total"] == pytest.approx(11.21, abs=0.01)
 
 
+def test_the_floor_of_fp8_linears():
+    """Half the bytes and operations of the layers' other products, whatever experts are."""
+    text = floors.load_figures()["text_config"]
+    for experts, (h200, rtx_pro) in {
+        "nvfp4": (4.72, 10.28),
+        "fp8": (7.04, 15.86),
+        None: (12.35, 28.62),
+    }.items():
+        plain, small = (
+            floors.components(text, 256, 1024, precision=floors.precision_of(2, experts, linears))
+            for linears in (None, "fp8")
+        )
+        assert small["experts"] == plain["experts"] and small["head"] == plain["head"]
+        for part, index in (("attention", 0), ("dense MLP", 0)):
+            assert small[part][index] == tuple(number / 2 for number in plain[part][index])
+        assert floors.step_ms(small, *H200)["total"] == pytest.approx(h200, abs=0.01)
+        assert floors.step_ms(small, *RTX_PRO)["total"] == pytest.approx(rtx_pro, abs=0.01)
+
+
 def test_experts_of_few_rows_are_not_all_touched():
     text = floors.load_figures()["text_config"]
     (one, _), (many, _) = (floors.components(text, rows, 0)["experts"][0] for rows in (1, 256))
@@ -466,6 +485,7 @@ def test_what_is_asked_of_a_step_comes_first_and_what_else_compiles_last():
     late = [
         ["ours, graph, FP8 experts"],
         ["ours, graph, NVFP4 experts"],
+        ["ours, graph, NVFP4 experts, FP8 linears"],
         ["ours, dynamic cache", "ours, static cache"],
         ["autoregressive, static cache, compiled"],
     ]
@@ -486,11 +506,12 @@ def test_contexts_that_are_asked_for_are_measured_in_every_way():
     late = [
         "ours, graph, FP8 experts",
         "ours, graph, NVFP4 experts",
+        "ours, graph, NVFP4 experts, FP8 linears",
         "autoregressive, static cache, compiled",
     ]
     plan = planned(["--context", "64", "8192"], [64, 8192], CUDA)
     assert plan[:2] == [(main, 64), (main, 8192)]
-    groups = [[late[0]], [late[1]], launched, [late[2]]]
+    groups = [[late[0]], [late[1]], [late[2]], launched, [late[3]]]
     assert plan[2:] == [(names, context) for names in groups for context in (64, 8192)]
     # On a CPU what does not compile is timed in turn.
     main[1:1] = launched
@@ -690,8 +711,8 @@ def test_all_runs_of_a_way_fit_into_its_cache(model, monkeypatch, way):
 
 @pytest.mark.parametrize(
     "way, dtype",
-    [(step_ways.GRAPH_FP8, torch.float8_e4m3fn), (step_ways.GRAPH_NVFP4, torch.uint8)],
-    ids=["fp8", "nvfp4"],
+    [(step_ways.GRAPH_FP8, torch.float8_e4m3fn), (step_ways.GRAPH_FP8_LINEARS, torch.uint8)],
+    ids=["fp8", "nvfp4 and fp8 linears"],
 )
 def test_quantized_experts_stand_beside_the_models_own(model, way, dtype):
     options = bench_step.parser().parse_args(["--steps", "2", "--repeats", "1"])
@@ -705,6 +726,8 @@ def test_quantized_experts_stand_beside_the_models_own(model, way, dtype):
     assert twin.model.decoder.layers[0].experts.gate_up_proj.dtype == dtype
     assert model.model.decoder.layers[0].experts.gate_up_proj.dtype == model.dtype
     assert twin.lm_head.weight is model.lm_head.weight
+    linear = twin.model.decoder.layers[0].mlp.up_proj.weight
+    assert linear.dtype == (torch.float8_e4m3fn if way.linears else model.dtype)
 
 
 def test_quantized_experts_that_do_not_fit_are_refused(model, monkeypatch):

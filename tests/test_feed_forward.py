@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from dgemma_accel.native import feed_forward_branches
 from dgemma_accel.ops.feed_forward import feed_forward
-from dgemma_accel.reference.budget_experts import check_experts
-from dgemma_accel.reference.feed_forward import FeedForwardCall
+from dgemma_accel.reference.budget_experts import check_dense, check_experts
+from dgemma_accel.reference.feed_forward import DENSE_SCALES, FeedForwardCall
 from dgemma_accel.reference.feed_forward import choose as choose_by_reference
-from dgemma_accel.reference.quantization import quantize, quantize_nvfp4
+from dgemma_accel.reference.quantization import quantize, quantize_nvfp4, quantize_rows
 
 OP = "feed_forward"
 # Not of every size and dtype; see test_cuda_experts.py.
@@ -83,6 +84,35 @@ def test_quantised_experts(backend, device, form):
     case = (*(tensor.bfloat16() for tensor in case[:8]), *matrices)
     results = run(case, top_k, backend, **scales)
     assert not check(results, case, top_k, **scales)
+
+
+@pytest.mark.parametrize("rounds_rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_mlp_with_fp8_weights(backend, device, dtype, rounds_rows, monkeypatch):
+    """Rows are rounded before both products, but not on a GPU that does not multiply FP8."""
+    if not rounds_rows:
+        if backend == "reference":
+            pytest.skip("the specification rounds rows")
+        monkeypatch.setattr(feed_forward_branches, "multiplies_fp8", lambda device: False)
+    case, top_k = make_case(20, 128, 4, 32, 64, dtype, device)
+    made = [quantize_rows(weight) for weight in case[3:6]]
+    dense = dict(zip(DENSE_SCALES, (scale for _, scale in made)))
+    scaled = (*case[:3], *(numbers for numbers, _ in made), *case[6:])
+    mlp, mixture = run(scaled, top_k, backend, **dense)
+    wide = [numbers.float() * scale for numbers, scale in made]
+    assert not check_dense(mlp, case[0], *wide, rounds_rows=rounds_rows)
+    # The experts know nothing of it.
+    assert torch.equal(mixture, run(case, top_k, backend)[1])
+    turned = dict(
+        zip(DENSE_SCALES, (dense["dense_up_scale"], dense["dense_gate_scale"], dense["dense_down_scale"]))
+    )
+    for wrong in (
+        torch.zeros_like(mlp),
+        mlp * 1.25,
+        run(scaled, top_k, backend, **turned)[0],
+        run((*scaled[:3], scaled[4], scaled[3], *scaled[5:]), top_k, backend, **turned)[0],
+    ):
+        assert check_dense(wrong, case[0], *wide, rounds_rows=rounds_rows)
 
 
 def test_budget_fails_what_is_wrong(backend, device):

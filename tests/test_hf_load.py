@@ -75,7 +75,7 @@ def test_a_config_given_as_a_path(saved, quantized, format):
     other = {"fp8": "nvfp4", "nvfp4": "fp8"}[format]
     with pytest.raises(ValueError, match=f"experts: the checkpoint's are {format!r}, got {other!r}"):
         dgemma_accel.from_pretrained(saved, experts=other, config=saved)
-    with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):
+    with pytest.raises(ValueError, match="tp_plan: quantized weights cannot be sharded"):
         dgemma_accel.from_pretrained(saved, config=saved, tp_plan="auto")
 
 
@@ -159,7 +159,7 @@ def test_the_memory_that_transformers_expects(quantized, format, saved_so):
     """Before the weights are read, what is there in their place counts as what it becomes."""
     with torch.device("meta"):
         model = tiny_model(torch.bfloat16, expert_width=WIDTH)
-    quantizing = quantizer.ExpertsQuantizer(quantizer.QuantizedExpertsConfig(format), pre_quantized=saved_so)
+    quantizing = quantizer.WeightsQuantizer(quantizer.QuantizedWeightsConfig(format), pre_quantized=saved_so)
     quantizing._process_model_before_weight_loading(model)
     expected = sum(
         parameter.numel() * quantizing.param_element_size(model, name, parameter)
@@ -205,7 +205,7 @@ class TestBadInput:
 
     def test_sharded_experts(self, checkpoint, saved):
         for folder, experts in ((checkpoint, "fp8"), (saved, None)):
-            with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):
+            with pytest.raises(ValueError, match="tp_plan: quantized weights cannot be sharded"):
                 dgemma_accel.from_pretrained(folder, experts=experts, tp_plan="auto")
 
     def test_columns_that_are_no_whole_groups(self, tmp_path):

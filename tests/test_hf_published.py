@@ -268,7 +268,7 @@ def test_options_that_do_not_go_together(tmp_path, method):
     other = {"nvfp4": "fp8", "fp8": "nvfp4"}[own]
     with pytest.raises(ValueError, match=f"experts: the checkpoint's are '{own}', got '{other}'"):
         dgemma_accel.from_pretrained(tmp_path, experts=other)
-    with pytest.raises(ValueError, match="tp_plan: quantized experts cannot be sharded"):
+    with pytest.raises(ValueError, match="tp_plan: quantized weights cannot be sharded"):
         dgemma_accel.from_pretrained(tmp_path, tp_plan="auto")
     config = transformers.DiffusionGemmaConfig.from_pretrained(tmp_path)
     del config.quantization_config

@@ -1,13 +1,15 @@
-"""linears, and the branches that it and `feed_forward` run in."""
+"""linears, with FP8 weights too, and the branches that it and `feed_forward` run in."""
 
 import contextlib
 
 import pytest
 import torch
 
-from dgemma_accel import branches
+from dgemma_accel import branches, scaled_product
+from dgemma_accel.ops import linears as module
 from dgemma_accel.ops.linears import linears
 from dgemma_accel.reference.budget import check_linears
+from dgemma_accel.reference.quantization import dequantize, quantize_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -47,21 +49,136 @@ def test_views_and_what_torch_asks_of_an_op():
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_in_a_cuda_graph(scaled):
     """Replays see new rows; a second recording on the same stream takes the same branches."""
-    hidden, weights = make_case(64, [256, 128, 128], torch.bfloat16, "cuda", 512)
+    make = make_scaled if scaled else make_case
+    hidden, *others = make(64, [256, 128, 128], torch.bfloat16, "cuda", 512)
     stream, graphs = torch.cuda.Stream(), []
-    linears(hidden, weights)
+    linears(hidden, *others)
     for _ in range(2):
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            results = linears(hidden, weights)
+            results = linears(hidden, *others)
         graphs.append((graph, results))
     for graph, results in graphs:
         hidden.normal_()
         graph.replay()
-        assert not check_linears(results, hidden, weights)
+        assert not check_linears(results, hidden, *others)
+
+
+def make_scaled(rows, widths, dtype=torch.float32, device="cpu", embedding=48):
+    """(rows, FP8 weights, their scales); rows and outputs of very different sizes, so that no scale is like another."""
+    hidden, weights = make_case(rows, widths, torch.float32, device, embedding)
+    spread = lambda count: torch.linspace(-3, 3, count, device=device).exp2()[:, None]  # noqa: E731
+    made = [quantize_rows(weight * spread(len(weight))) for weight in weights]
+    return (hidden * spread(rows)).to(dtype), [one[0] for one in made], [one[1] for one in made]
+
+
+@pytest.fixture
+def found_out(monkeypatch):
+    """What is found out of a device in a test is forgotten after it."""
+    monkeypatch.setattr(scaled_product, "_ways", {})
+
+
+@pytest.mark.usefixtures("found_out")
+class TestScaled:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("way", [None, scaled_product.AFTERWARDS, scaled_product.WIDENED])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("rows, widths, embedding", [
+        (7, [32], 48), (33, [64, 16, 48], 96), (1, [16, 5], 32), (5, [16], 40), (0, [16, 32], 16),
+    ])  # fmt: skip
+    def test_each_is_the_product(self, device, way, dtype, rows, widths, embedding):
+        """In each way that PyTorch may have; None for the one that is taken by itself."""
+        given = make_scaled(rows, widths, dtype, device, embedding)
+        if way is not None:
+            scaled_product.way_of(given[0].device, dtype)
+            scaled_product._ways[given[0].device, dtype] = way
+        results = linears(*given)
+        assert not check_linears(results, *given)
+        if not rows:
+            return
+        changed = [
+            [torch.zeros_like(result) for result in results],
+            [result * 1.02 for result in results],
+            linears(*given[:2], [scale.roll(1, 0) for scale in given[2]]),
+            linears(given[0] * 2, *given[1:]),
+        ]
+        assert all(len(check_linears(wrong, *given)) == len(widths) for wrong in changed)
+        # Not what rows that were not rounded give.
+        assert rows < 2 or check_linears(results, *given, rounds_rows=False)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_rows_stay_where_fp8_is_not_multiplied(self, monkeypatch, dtype):
+        monkeypatch.setattr(module, "multiplies_fp8", lambda device: False)
+        given = make_scaled(12, [32, 16], dtype)
+        results = linears(*given)
+        assert not check_linears(results, *given, rounds_rows=False) and check_linears(results, *given)
+
+    def test_which_gpus_multiply_it(self, monkeypatch):
+        for capability, expected in (
+            ((8, 0), False),
+            ((8, 6), False),
+            ((8, 9), True),
+            ((12, 0), True),
+            (None, True),
+        ):
+            monkeypatch.setattr(scaled_product, "compute_capability", lambda device, found=capability: found)
+            assert scaled_product.multiplies_fp8(torch.device("cuda")) is expected
+
+    @pytest.mark.parametrize("broken", ["not by row", "wrong by row", "not at all", "wrong at all"])
+    def test_the_way_is_found_out(self, monkeypatch, broken):
+        """Also where a kernel is there and its result is another's; no draw of the caller's is taken."""
+        before = torch._scaled_mm
+
+        def multiply(rows, weight, row_scale, scale, **options):
+            if row_scale.numel() > 1 or "at all" in broken:
+                if broken.startswith("not"):
+                    raise RuntimeError("no kernel")
+                row_scale = row_scale * 1.5
+            if row_scale.numel() > 1:
+                result = ((rows.double() * row_scale) @ (weight.double() * scale)).to(options["out_dtype"])
+                return options["out"].copy_(result)
+            return before(rows, weight, row_scale, scale, **options)
+
+        monkeypatch.setattr(torch, "_scaled_mm", multiply)
+        expected = scaled_product.WIDENED if "at all" in broken else scaled_product.AFTERWARDS
+        given, state = make_scaled(9, [16], torch.bfloat16), torch.get_rng_state()
+        results = linears(*given)
+        assert not check_linears(results, *given)
+        assert scaled_product.way_of(torch.device("cpu"), torch.bfloat16) == expected
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_nothing_is_tried_while_a_graph_is_recorded(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert scaled_product.way_of(torch.device("cuda", 0), torch.bfloat16) == scaled_product.WIDENED
+        assert not scaled_product._ways
+
+    def test_traced_and_rows_without_a_number(self):
+        hidden, weights, scales = make_scaled(6, [32, 16], torch.bfloat16)
+        compiled = torch.compile(lambda *given: linears(*given), fullgraph=True, backend="aot_eager")
+        for mine, other in zip(
+            compiled(hidden, weights, scales), linears(hidden, weights, scales), strict=True
+        ):
+            assert mine.dtype == torch.bfloat16 and torch.equal(mine, other)
+        numbers, row_scale = quantize_rows(hidden)
+        arguments = (numbers, row_scale, weights, scales, torch.bfloat16)
+        # PyTorch cannot compare FP8 tensors, as "test_schema" does.
+        tests = ("test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.dgemma.scaled_linears.default, arguments, test_utils=tests)
+        hidden[2], hidden[4, 3] = 0, float("nan")
+        result = linears(hidden, weights, scales)[0]
+        assert not result[2].any() and result[4].isnan().all() and result[[0, 1, 3, 5]].isfinite().all()
+
+    def test_a_row_is_rounded_to_its_own_scale(self):
+        rows = torch.tensor([[3.0, -448.0, 0.1], [1e-30, 2e-30, 0.0], [0.0, 0.0, 0.0]])
+        numbers, scale = quantize_rows(rows)
+        assert numbers.shape == rows.shape and scale.shape == (3, 1) and scale.dtype == torch.float32
+        assert numbers.float().abs().amax(1).tolist() == [448, 448, 0]
+        step = dequantize(numbers, scale, torch.float64)
+        assert ((step - rows.double()).abs() <= rows.double().abs() / 16 + scale.double() / 512).all()
 
 
 class Stream:

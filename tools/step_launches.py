@@ -1,7 +1,7 @@
 """What a compiled denoising step of the full-size DiffusionGemma launches on a CUDA GPU, and the pass that stores a
 finished canvas, found without one.
 
-    python tools/step_launches.py --capability 9.0
+    python tools/step_launches.py --capability 9.0 [--linears fp8]
 
 The model is made of tensors without memory. A step and a pass are taken over them (`dgemma_accel.hf.graph` and
 `storing`): torch.compile traces each part that is compiled, once for each kind of layer, inductor writes its code for
@@ -266,6 +266,7 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
     from dgemma_accel.triton_kernels import ahead_of_time, common
     from triton.runtime.jit import JITFunction
 
+    from dgemma_accel import scaled_product
     from dgemma_accel.branches import beside as fork
 
     multiprocessors = GPUS[name][1]
@@ -277,6 +278,9 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
 
     def launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
         record.note("ours", kernel.fn.__name__, grid)
+
+    def multiply(way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:
+        record.note("product", "_scaled_mm", (*rows.shape[:-1], *weight.shape))
 
     launchers = {
         "DEVICES": frozenset({"cuda", "meta"}),
@@ -293,6 +297,9 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
             if getattr(owner, "beside", None) is fork:
                 stack.enter_context(mock.patch.object(owner, "beside", beside))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        # PyTorch has no such product of tensors without memory, and cannot try out which way there is.
+        for attribute, answer in (("way_of", lambda *_: scaled_product.BY_ROW), ("_run", multiply)):
+            stack.enter_context(mock.patch.object(scaled_product, attribute, answer))
         yield
 
 
@@ -327,13 +334,13 @@ class Walk:
         return self(*arguments)
 
 
-def walks(config) -> tuple[Walk, Walk]:
-    """A step and a pass of a model of `config`."""
+def walks(config, linears: str | None = None) -> tuple[Walk, Walk]:
+    """A step and a pass of a model of `config`; linears: as of `from_pretrained`."""
     from torch._inductor.graph import GraphLowering
 
     from bench import memory, step_model
     from dgemma_accel import accelerate
-    from dgemma_accel.hf import experts, graph, products, storing
+    from dgemma_accel.hf import experts, graph, linear, products, storing
 
     def stop(code: str) -> None:
         raise CodeWritten(code)
@@ -350,6 +357,8 @@ def walks(config) -> tuple[Walk, Walk]:
         for context in (*patches, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad()):
             stack.enter_context(context)
         model = step_model.build(config, DEVICE, torch.bfloat16)
+        for holder, place in linear.places_of(model) if linears else ():
+            setattr(holder, place, linear.unread(getattr(holder, place)))
         accelerate(model, backend="triton")
         arguments = arguments_of_step(model)
         state, in_place, prefixes, numbers, pinned, settings = arguments
@@ -563,6 +572,7 @@ def check_machine() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", choices=GPUS, default="9.0", help="of the GPU (default 9.0)")
+    parser.add_argument("--linears", choices=("fp8",), help="of `from_pretrained`")
     parser.add_argument("--code", type=Path, metavar="FILE", help="write the generated code there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all launches there")
     options = parser.parse_args()
@@ -580,7 +590,7 @@ def main() -> int:
     config, record = full_config(), Record()
     with tempfile.TemporaryDirectory() as cache, pretended_gpu(options.capability, record):
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
-            found = walks(config)
+            found = walks(config, options.linears)
         if options.code is not None:
             options.code.write_text("\n\n".join(code for walk in found for code in walk.codes.values()))
         step, storing = (parts_of(walk, record) for walk in found)

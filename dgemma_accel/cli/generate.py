@@ -58,6 +58,11 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--experts", choices=("fp8", "nvfp4"), help="round the experts' weights to this format, on both sides"
     )
+    parser.add_argument(
+        "--linears",
+        choices=("fp8",),
+        help="round attention projections and dense MLPs to this format, on both sides",
+    )
     parser.add_argument("--no-drafts", action="store_true", help="do not show the canvas settling")
     parser.set_defaults(run=run)
 
@@ -83,7 +88,7 @@ def run(options) -> int:
             print(f"generate: {error}")
             return 2
     try:
-        model, tokenizer = load(options.model, experts=options.experts)
+        model, tokenizer = load(options.model, experts=options.experts, linears=options.linears)
     except (OSError, ImportError, TypeError, ValueError, RuntimeError) as error:
         print(f"--model {options.model}: {error}")
         return 2
@@ -104,11 +109,12 @@ def run(options) -> int:
     return 0
 
 
-def load(path: str | Path, *, experts: str | None = None):
+def load(path: str | Path, *, experts: str | None = None, linears: str | None = None):
     """(model, tokenizer) of a checkpoint, on the GPU when there is one.
 
-    With a format for the experts, of `quantize_experts`, they are rounded as they are read, each layer on that device
-    where `accelerate` is installed, which transformers needs for that.
+    With a format for the experts, of `quantize_experts`, or for the other products of layers, of `quantize_linears`,
+    they are rounded as they are read, each layer on that device where `accelerate` is installed, which transformers
+    needs for that.
     """
     try:
         from transformers import AutoTokenizer
@@ -123,7 +129,7 @@ def load(path: str | Path, *, experts: str | None = None):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = {"device_map": device} if find_spec("accelerate") else {}
-    model = from_pretrained(path, experts=experts, dtype="auto", **where)
+    model = from_pretrained(path, experts=experts, linears=linears, dtype="auto", **where)
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
 

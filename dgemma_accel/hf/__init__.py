@@ -4,6 +4,7 @@ transformers is imported on the first call, never at import of the package: the 
 """
 
 from .accelerate import accelerate, accelerated, restore
+from .linear import quantize_linears
 from .load import from_pretrained
 from .quantize import quantize_experts
 from .report import CaptureReport, captures
@@ -15,5 +16,6 @@ __all__ = [
     "captures",
     "from_pretrained",
     "quantize_experts",
+    "quantize_linears",
     "restore",
 ]

@@ -15,7 +15,7 @@ from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .overrides import other_attention
 from .patches import Patch
-from .products import projections
+from .products import projections, weight_scales
 
 OVERRIDDEN = "an attention module has a forward that is not transformers' own"
 
@@ -138,7 +138,8 @@ def project(
     modules = projections(module)
     if side_by_side:
         rows, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
-        made = [x.unflatten(0, shape) for x in linears(rows, [one.weight for one in modules])]
+        weights = [one.weight for one in modules]
+        made = [x.unflatten(0, shape) for x in linears(rows, weights, weight_scales(modules))]
     else:
         made = [one(hidden_states) for one in modules]
     # Global layers have one projection for keys and values; they part at the norms.

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.feed_forward import feed_forward
-from ..reference.feed_forward import FeedForwardCall
+from ..reference.feed_forward import DENSE_SCALES, FeedForwardCall
 from .experts import ACTIVATIONS, call_experts, scales_of
 from .hooks import has_hooks
 from .naming import takes_cache
 from .overrides import is_own
 from .patches import Patch
-from .products import ONE_BY_ONE, SideBySide
+from .products import ONE_BY_ONE, SideBySide, weight_scales
 
 
 @takes_cache
@@ -112,13 +112,12 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         choose = router.forward if torch.compiler.is_compiling() else router
         _, weights, index = choose(rows)
         return mlp(dense), call_experts(experts, how.experts, routed, index, weights).reshape(hidden.shape)
+    products = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     call = FeedForwardCall(
         dense.reshape(rows.shape),
         router.norm(rows) * router.scale * router.scalar_root_size,
         routed,
-        mlp.gate_proj.weight,
-        mlp.up_proj.weight,
-        mlp.down_proj.weight,
+        *(product.weight for product in products),
         router.proj.weight,
         router.per_expert_scale,
         experts.gate_up_proj,
@@ -126,6 +125,7 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         top_k=router.config.top_k_experts,
         activation=ACTIVATIONS[type(experts.act_fn).__name__],
         **scales_of(experts),
+        **dict(zip(DENSE_SCALES, weight_scales(products) or ())),
     )
     made = feed_forward(call, how.experts_backend)
     return made[0].reshape(hidden.shape), made[1].reshape(hidden.shape)

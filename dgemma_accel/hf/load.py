@@ -1,11 +1,13 @@
-"""`from_pretrained`: a DiffusionGemma whose experts are quantized as they are read, or were before it was saved."""
+"""`from_pretrained`: a DiffusionGemma whose weights are quantized as they are read, or were before it was saved."""
 
 from __future__ import annotations
 
 import copy
 import os
 
+from . import linear
 from .check import check_transformers
+from .linear import QuantizedLinear, quantize_linears
 from .quantize import QuantizedExperts, check_format
 
 # What says where a checkpoint's config is found.
@@ -15,25 +17,28 @@ WHERE = (
 SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
-def from_pretrained(checkpoint, *, experts: str | None = None, **options):
-    """A transformers `DiffusionGemmaForBlockDiffusion`, with quantized experts where asked for or saved so.
+def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | None = None, **options):
+    """A transformers `DiffusionGemmaForBlockDiffusion`, with quantized weights where asked for or saved so.
 
         model = dgemma_accel.from_pretrained(name, experts="nvfp4", dtype="bfloat16", device_map="cuda")
         model.save_pretrained("quantized")
         model = dgemma_accel.from_pretrained("quantized", device_map="cuda")
         model = dgemma_accel.from_pretrained("nvidia/diffusiongemma-26B-A4B-it-NVFP4", device_map="cuda")
+        model = dgemma_accel.from_pretrained(name, experts="fp8", linears="fp8", dtype="bfloat16", device_map="cuda")
 
     A layer's weights go to their device as they are in the checkpoint and are rounded there, one layer after the other;
     so the device needs room for the quantized model and one layer, and the host for one layer. transformers alone does
     not know the form that is saved. It warns of an unknown quantization then, refuses NVFP4, and takes FP8 numbers
     without their scales.
 
-    NVFP4 and FP8 checkpoints of ModelOpt and of compressed-tensors, as the last line reads one, keep their numbers: see
-    `published`.
+    NVFP4 and FP8 checkpoints of ModelOpt and of compressed-tensors, as the last line but one reads one, keep their
+    numbers: see `published`.
 
     Args:
         checkpoint: a name or a folder, as transformers' `from_pretrained` takes it.
         experts: "fp8", "nvfp4" (`quantize_experts`), or None for the experts as the checkpoint has them.
+        linears: "fp8" (`quantize_linears`), or None for attention projections and dense MLPs as they were saved by
+            `save_pretrained`, or as they are in another checkpoint, where quantized widened to the model's dtype.
         options: for transformers' `from_pretrained`: dtype, device_map, ... A device_map needs `accelerate`.
 
     Returns:
@@ -43,23 +48,28 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
         ValueError: a checkpoint of another model; a format that is not known, or not that of the checkpoint; a
             checkpoint quantized otherwise, or a `quantization_config` besides `experts`; a `config` that does not say
             how the checkpoint is quantized; another format of ModelOpt's than its NVFP4 and FP8; a plan that shards the
-            experts; with "nvfp4" a width that is no multiple of 16.
-        RuntimeError: weights that are not finite, or that a checkpoint with quantized experts lacks; transformers'
+            experts or linears; with "nvfp4" a width that is no multiple of 16.
+        RuntimeError: weights that are not finite, or that a checkpoint with quantized weights lacks; transformers'
             report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
     """
-    if experts is not None:
-        check_format(experts, name="experts")
+    for name, format, check in (
+        ("experts", experts, check_format),
+        ("linears", linears, linear.check_format),
+    ):
+        if format is None:
+            continue
+        check(format, name)
         if options.get("quantization_config") is not None:
             raise ValueError(
-                "experts: a model takes one quantization, and a quantization_config was given as well"
+                f"{name}: a model takes one quantization, and a quantization_config was given as well"
             )
     check_transformers()
     import transformers
 
     from . import published
-    from .quantizer import METHOD, QuantizedExpertsConfig
+    from .quantizer import METHOD, QuantizedWeightsConfig
 
     where = {name: options[name] for name in WHERE if name in options}
     given = config = options.pop("config", None)
@@ -73,7 +83,7 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
     saved = _saved_quantization(config)
     form = None if saved is None else published.form_of(saved)
     if form is not None:
-        saved = QuantizedExpertsConfig(**published.settings(form)).to_dict()
+        saved = QuantizedWeightsConfig(**published.settings(form), linears=linears).to_dict()
         config = copy.deepcopy(config)
         config.quantization_config = saved
     quantized = saved is not None and saved.get("quant_method") == METHOD
@@ -84,43 +94,50 @@ def from_pretrained(checkpoint, *, experts: str | None = None, **options):
             own = None if form is None else published.settings(form)
         if own is not None:
             # Without their scales the numbers are another model.
+            what = ("linears", own["linears"]) if own["format"] is None else ("experts", own["format"])
             raise ValueError(
-                f"config: needs the quantization_config of the checkpoint, whose experts are {own['format']!r}"
+                f"config: needs the quantization_config of the checkpoint, whose {what[0]} are {what[1]!r}"
             )
-    if experts is not None:
-        if quantized and saved["format"] != experts:
+    if experts is not None or linears is not None:
+        asked_for = "linears" if experts is None else "experts"
+        if quantized and experts is not None and saved["format"] != experts:
             raise ValueError(f"experts: the checkpoint's are {saved['format']!r}, got {experts!r}")
         if saved is not None and not quantized:
             raise ValueError(
-                f"experts: the checkpoint is quantized already, as {saved.get('quant_method')!r}"
+                f"{asked_for}: the checkpoint is quantized already, as {saved.get('quant_method')!r}"
             )
         if saved is None:
-            options["quantization_config"] = QuantizedExpertsConfig(experts)
+            options["quantization_config"] = QuantizedWeightsConfig(experts, linears=linears)
     sharded = [name for name in SHARDED if options.get(name) is not None]
-    if sharded and (quantized or experts is not None):
-        raise ValueError(f"{sharded[0]}: quantized experts cannot be sharded")
+    if sharded and (quantized or experts is not None or linears is not None):
+        raise ValueError(f"{sharded[0]}: quantized weights cannot be sharded")
     read = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained
     if not quantized:
         return read(checkpoint, config=config, **options)
     with_info = options.pop("output_loading_info", False)
     model, info = read(checkpoint, config=config, output_loading_info=True, **options)
     _check_complete(model, info["missing_keys"])
+    if linears is not None and saved.get("linears") is None:
+        # Saved with quantized experts only.
+        quantize_linears(model, format=linears)
     return (model, info) if with_info else model
 
 
 def _check_complete(model, missing_keys) -> None:
-    """Raise where a checkpoint lacks something of its quantized experts.
+    """Raise where a checkpoint lacks something of its quantized weights.
 
     transformers warns, and goes on with numbers that nobody made; 5.17 takes a stack that is an expert too short.
     """
     missing = {name for name in missing_keys if ".experts." in name}
     for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            missing |= {f"{path}.{name}" for name, _ in module.named_parameters()} & set(missing_keys)
         if isinstance(module, QuantizedExperts):
             own = module.named_parameters(path)
             missing |= {name for name, parameter in own if len(parameter) != module.num_experts}
     if missing:
         raise RuntimeError(
-            f"checkpoint: it lacks weights or scales of experts in {len(missing)} tensors, such as {min(missing)}"
+            f"checkpoint: it lacks quantized weights or scales in {len(missing)} tensors, such as {min(missing)}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import MODULE, how_called, served_by
+from .linear import LINEARS, QuantizedLinear
 from .overrides import is_overridden
 
 
@@ -31,7 +32,7 @@ def side_by_side(layers: Iterable[nn.Module], backend: str, dtype: torch.dtype) 
     """By layer of a decoder or encoder; backend: that of `accelerate`; dtype: of the hidden states."""
     return [
         SideBySide(
-            all(map(is_product, projections(layer.self_attn))),
+            _are_products(projections(layer.self_attn)),
             _feed_forward_backend(layer, backend),
             how_called(layer.experts, backend, dtype),
         )
@@ -47,7 +48,22 @@ def projections(attention: nn.Module) -> list[nn.Module]:
 
 def is_product(module: nn.Module | None) -> bool:
     """Whether calling `module` is a product with its weight and nothing else: not quantised, sharded or hooked."""
-    if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
+    return type(module) is nn.Linear and module.bias is None and _is_as_it_was(module)
+
+
+def _are_products(modules: list[nn.Module | None]) -> bool:
+    """Whether all are products by themselves, all with plain weights or all with FP8 weights of this package's."""
+    scaled = [type(module) is QuantizedLinear and _is_as_it_was(module) for module in modules]
+    return all(scaled) or all(map(is_product, modules))
+
+
+def weight_scales(modules: list[nn.Module]) -> list[Tensor] | None:
+    """The scales of products that `_are_products` found, None where they have none."""
+    return [module.weight_scale for module in modules] if type(modules[0]) is QuantizedLinear else None
+
+
+def _is_as_it_was(module: nn.Module) -> bool:
+    if "forward" in module.__dict__:
         return False
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
         return False
@@ -59,11 +75,14 @@ def _feed_forward_backend(layer: nn.Module, backend: str) -> str | None:
     # In this order: only of transformers' own modules are the parts known.
     if is_overridden(mlp) or is_overridden(router):
         return None
-    products = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    products.append(getattr(router, "proj", None))
-    if not all(map(is_product, products)) or len({product.weight.dtype for product in products}) > 1:
+    products = [getattr(mlp, name, None) for name in LINEARS["mlp"]]
+    chooser = getattr(router, "proj", None)
+    if not _are_products(products) or not is_product(chooser):
         return None
-    served = served_by(experts, backend, products[0].weight, "feed_forward")
+    plain = products if weight_scales(products) is None else []
+    if any(product.weight.dtype != chooser.weight.dtype for product in plain):
+        return None
+    served = served_by(experts, backend, chooser.weight, "feed_forward")
     if served is None or type(mlp.act_fn) is not type(experts.act_fn):
         return None
     count = len(experts.down_proj)

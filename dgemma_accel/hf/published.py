@@ -1,9 +1,10 @@
 """Checkpoints whose NVFP4 or FP8 weights others made: ModelOpt (NVIDIA's), compressed-tensors (llm-compressor's).
 
 They hold one matrix for each expert and projection. Those of a layer become the parameters of a `QuantizedExperts`, bit
-for bit; a matrix outside the experts is widened to the model's dtype, as no op here takes it as it is. Scales of inputs
-and of the KV cache are left out: rows and cache stay in the model's dtype. FP8 weights have a scale for each row, or
-one for a matrix, which all its rows get.
+for bit; a matrix outside the experts is widened to the model's dtype, or with FP8 linears becomes a `QuantizedLinear`,
+bit for bit where it is FP8. Scales of inputs and of the KV cache are left out: rows of experts and the cache stay in
+the model's dtype, and a linear's rows get scales of their own. FP8 weights have a scale for each row, or one for a
+matrix, which all its rows get.
 
 Source of the names: ModelOpt's torch/export/moe_utils.py, and compressed-tensors' formats "nvfp4-pack-quantized" and
 "float-quantized".
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
-from ..reference.quantization import SCALE_GROUP, dequantize
+from ..reference.quantization import FP8, SCALE_GROUP, dequantize
+from .linear import QuantizedLinear, quantized
 
 
 class Names(NamedTuple):
@@ -88,7 +90,7 @@ def form_of(quantization: dict) -> str | None:
 
 
 def settings(form: str) -> dict:
-    """The arguments of the `QuantizedExpertsConfig` under which such a checkpoint is read."""
+    """The arguments of the `QuantizedWeightsConfig` under which such a checkpoint is read."""
     own = {"gate_up_global_scales": 2} if NAMES[form].format == "nvfp4" else {"scales": "rows"}
     return {"format": NAMES[form].format, "read_from": form, **own}
 
@@ -156,7 +158,7 @@ class GlobalScales(ConversionOps):
 
 
 class Widen(ConversionOps):
-    """A matrix outside the experts in the dtype of its parameter, and what is not quantized as it is."""
+    """A matrix outside the experts in the dtype of its parameter, or in FP8 where a `QuantizedLinear` takes it."""
 
     # transformers hands such an operation its tensors in the dtypes of the checkpoint.
     hf_quantizer = True
@@ -170,7 +172,12 @@ class Widen(ConversionOps):
             for pattern, tensors in input_dict.items()
         }
         weight = parts[self.names.weight]
+        path, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(path)
+        takes_fp8 = isinstance(module, QuantizedLinear)
         if self.names.scale in parts:
+            if takes_fp8 and self.names.format == "fp8":
+                return self._in_fp8(path, weight, by_row(parts[self.names.scale], len(weight)))
             scale, total = parts[self.names.scale], None
             if self.names.format == "fp8":
                 scale = by_row(scale, len(weight))
@@ -178,5 +185,12 @@ class Widen(ConversionOps):
                 total = parts[self.names.global_scale].float().reshape(())
                 total = 1 / total if self.names.inverse else total
             weight = dequantize(weight, scale, torch.float32, total)
-        path, _, name = full_layer_name.rpartition(".")
-        return {full_layer_name: weight.to(getattr(model.get_submodule(path), name).dtype)}
+        if takes_fp8:
+            return self._in_fp8(path, *quantized(weight, path.rpartition(".")[2]))
+        return {full_layer_name: weight.to(getattr(module, name).dtype)}
+
+    @staticmethod
+    def _in_fp8(path: str, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        if not scale.isfinite().all():
+            raise ValueError("a scale is not finite")
+        return {f"{path}.weight": weight.to(FP8).contiguous(), f"{path}.weight_scale": scale.contiguous()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from .check import check_model
 from .copies import shares_layers_with
 from .experts import ACTIVATIONS, PLAIN, scales_of
 from .patches import acceleration_of
+from .quantized import Quantized, parameter
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 # Format to (the function that rounds [N, K], what its results after the weights are called behind a weight's name).
@@ -22,7 +23,7 @@ FORMATS = {
 }
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(Quantized):
     """`DiffusionGemmaTextExperts` with quantized weights: `forward` is the op `experts`, accelerated or not.
 
     Attributes:
@@ -32,9 +33,6 @@ class QuantizedExperts(nn.Module):
             where such a checkpoint was read.
         gate_up_proj_scale, gate_up_proj_global_scale, down_proj_scale, down_proj_global_scale: those of NVFP4.
         act_fn: the activation's module, the original's.
-
-    A change of the model's dtype (`model.to(torch.float16)`) leaves weights and scales as they are. transformers
-    refuses `half()` and `float()` of a model that was read with such experts.
     """
 
     def __init__(self, original: nn.Module, format: str, parameters: dict[str, nn.Parameter]) -> None:
@@ -42,8 +40,8 @@ class QuantizedExperts(nn.Module):
         self.format = format
         self.num_experts, self.hidden_dim = original.num_experts, original.hidden_dim
         self.intermediate_dim, self.act_fn = original.intermediate_dim, original.act_fn
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
+        for name, held in parameters.items():
+            self.register_parameter(name, held)
         self.train(original.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -57,13 +55,6 @@ class QuantizedExperts(nn.Module):
             **scales_of(self),
             activation=ACTIVATIONS[type(self.act_fn).__name__],
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
 
 
 def quantize_experts(model, *, format: str = "fp8"):
@@ -100,10 +91,7 @@ def quantize_experts(model, *, format: str = "fp8"):
     """
     check_model(model)
     check_format(format)
-    if acceleration_of(model) is not None or shares_layers_with(model) is not None:
-        raise ValueError(
-            "model: it is accelerated; call quantize_experts(model) before accelerate(model), or after restore(model)"
-        )
+    check_not_accelerated(model, "quantize_experts")
     # Layers of the encoder and the decoder share their weights.
     sharing: dict[tuple[int, ...], list[nn.Module]] = {}
     for layer in layers_of(model):
@@ -127,6 +115,14 @@ def quantize_experts(model, *, format: str = "fp8"):
 def layers_of(model) -> tuple[nn.Module, ...]:
     """Those of the encoder before those of the decoder, which share their weights."""
     return (*model.model.encoder.language_model.layers, *model.model.decoder.layers)
+
+
+def check_not_accelerated(model, function: str) -> None:
+    """Raise where `function`, which replaces modules, comes too late."""
+    if acceleration_of(model) is not None or shares_layers_with(model) is not None:
+        raise ValueError(
+            f"model: it is accelerated; call {function}(model) before accelerate(model), or after restore(model)"
+        )
 
 
 def check_format(format: str, name: str = "format") -> None:
@@ -167,7 +163,7 @@ def parameters_of(original: nn.Module, format: str) -> dict[str, nn.Parameter]:
     tensors = {}
     for name in WEIGHTS:
         tensors |= quantized(getattr(original, name).detach(), name, format)
-    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    return {name: parameter(tensor) for name, tensor in tensors.items()}
 
 
 def quantized(weight: Tensor, name: str, format: str) -> dict[str, Tensor]:

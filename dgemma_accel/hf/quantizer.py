@@ -1,4 +1,4 @@
-"""Quantized experts as a quantization of transformers': what its `from_pretrained` and `save_pretrained` ask for.
+"""Quantized weights as a quantization of transformers': what its `from_pretrained` and `save_pretrained` ask for.
 
 Importing this module imports transformers, and makes the method "dgemma_accel" known to it.
 """
@@ -6,15 +6,16 @@ Importing this module imports transformers, and makes the method "dgemma_accel" 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..reference.quantization import scales_by_row
-from . import published
+from . import linear, published
 from .check import check_model
+from .linear import QuantizedLinear
 from .quantize import (
     WEIGHTS,
     QuantizedExperts,
@@ -24,41 +25,53 @@ from .quantize import (
     parameters_of,
     quantized,
 )
+from .quantized import Quantized, parameter
 
 METHOD = "dgemma_accel"
 GATE_UP_GLOBAL = "gate_up_proj_global_scale"
 
 
 @register_quantization_config(METHOD)
-class QuantizedExpertsConfig(QuantizationConfigMixin):
+class QuantizedWeightsConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a checkpoint's config.json.
 
     Args:
-        format: "fp8" or "nvfp4", as in `quantize_experts`.
+        format: of the experts, "fp8" or "nvfp4", as in `quantize_experts`; None where they are not quantized.
         gate_up_global_scales: of NVFP4, how many an expert's gate and up have: 1, or 2 where each has its own.
-        scales: of FP8, what shares one: "blocks" of 128 x 128 or "rows".
+        scales: of FP8 experts, what shares one: "blocks" of 128 x 128 or "rows".
+        linears: of attention projections and dense MLPs, "fp8", as in `quantize_linears`; None where they are not.
         read_from: a key of `published.NAMES` while such a checkpoint is read.
     """
 
     def __init__(
         self,
-        format: str = "fp8",
+        format: str | None = "fp8",
         quant_method: str = METHOD,
         gate_up_global_scales: int = 1,
         scales: str = "blocks",
         read_from: str | None = None,
+        linears: str | None = None,
     ) -> None:
-        check_format(format)
-        self.format, self.quant_method = format, quant_method
+        if format is not None:
+            check_format(format)
+        if linears is not None:
+            linear.check_format(linears, "linears")
+        self.format, self.quant_method, self.linears = format, quant_method, linears
         self.gate_up_global_scales, self.scales, self.read_from = gate_up_global_scales, scales, read_from
 
     @classmethod
-    def of(cls, experts: QuantizedExperts) -> QuantizedExpertsConfig:
-        """What a layer's experts were read or made with."""
+    def of(cls, model) -> QuantizedWeightsConfig:
+        """What a model's experts and linears were read or made with."""
+        experts = layers_of(model)[0].experts
+        all_linear = all(isinstance(getattr(*place), QuantizedLinear) for place in linear.places_of(model))
+        linears = "fp8" if all_linear else None
+        if not isinstance(experts, QuantizedExperts):
+            return cls(None, linears=linears)
         if experts.format == "nvfp4":
-            return cls("nvfp4", gate_up_global_scales=experts.gate_up_proj_global_scale[0].numel())
+            numbers = experts.gate_up_proj_global_scale[0].numel()
+            return cls("nvfp4", gate_up_global_scales=numbers, linears=linears)
         by_row = scales_by_row(experts.gate_up_proj, experts.gate_up_proj_scale_inv)
-        return cls("fp8", scales="rows" if by_row else "blocks")
+        return cls("fp8", scales="rows" if by_row else "blocks", linears=linears)
 
     def to_dict(self) -> dict:
         entry = {"format": self.format, "quant_method": self.quant_method}
@@ -66,12 +79,15 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
             entry["gate_up_global_scales"] = self.gate_up_global_scales
         if self.scales != "blocks":
             entry["scales"] = self.scales
+        if self.linears is not None:
+            entry["linears"] = self.linears
         return entry if self.read_from is None else entry | {"read_from": self.read_from}
 
 
 @register_quantizer(METHOD)
-class ExpertsQuantizer(HfQuantizer):
-    """Puts `QuantizedExperts` into a model before its weights are read, and rounds those that are not quantized yet.
+class WeightsQuantizer(HfQuantizer):
+    """Puts `QuantizedExperts` and `QuantizedLinear` into a model before its weights are read, and rounds those that are
+    not quantized yet.
 
     alone: no other part of the model is quantized by another method, which a checkpoint could not name as well.
     """
@@ -80,7 +96,24 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         check_model(model)
-        format = self.quantization_config.format
+        if self.quantization_config.format is not None:
+            self._replace_experts(model, self.quantization_config.format)
+        if self.quantization_config.linears is not None:
+            for holder, name in linear.places_of(model):
+                original = getattr(holder, name)
+                linear.check_linear(original, name)
+                # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded. Of a
+                # published checkpoint some may not be FP8; those that are stay what they are in the model's dtype.
+                as_saved = self.pre_quantized and self.quantization_config.read_from is None
+                dtype = {} if as_saved else {"dtype": original.weight.dtype}
+                setattr(holder, name, linear.unread(original, **dtype))
+        tie_scales(model)
+        if self.quantization_config.read_from is not None:
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, *published.LEFT_OUT}
+        return model
+
+    def _replace_experts(self, model, format: str) -> None:
         for layer in layers_of(model):
             check_experts(layer.experts, format)
             parameters = parameters_of(layer.experts, format)
@@ -91,18 +124,13 @@ class ExpertsQuantizer(HfQuantizer):
                     by_row = parameters[name].new_empty(
                         (*parameters[name].shape[:-1], 1), dtype=torch.float32
                     )
-                    parameters[f"{name}_scale_inv"] = nn.Parameter(by_row, requires_grad=False)
+                    parameters[f"{name}_scale_inv"] = parameter(by_row)
             if not self.pre_quantized:
-                # transformers 5.17 casts what it reads to the dtype that it finds here, before it is rounded.
+                # As above.
                 for name in WEIGHTS:
                     dtype = getattr(layer.experts, name).dtype
-                    parameters[name] = nn.Parameter(parameters[name].to(dtype), requires_grad=False)
+                    parameters[name] = parameter(parameters[name].to(dtype))
             layer.experts = QuantizedExperts(layer.experts, format, parameters)
-        tie_scales(model)
-        if self.quantization_config.read_from is not None:
-            known = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*known, *published.LEFT_OUT}
-        return model
 
     def get_weight_conversions(self) -> list:
         if self.quantization_config.read_from is None:
@@ -111,6 +139,10 @@ class ExpertsQuantizer(HfQuantizer):
         return self._conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, Quantized):
+                # transformers makes parameters of what it read, as if they were to be trained.
+                module.requires_grad_(False)
         if self.quantization_config.read_from is not None:
             # From now on it is a model like any with such experts, and is saved as one.
             self.quantization_config.read_from = None
@@ -125,14 +157,13 @@ class ExpertsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return (
-            not self.pre_quantized
-            and name in WEIGHTS
-            and isinstance(model.get_submodule(path), QuantizedExperts)
-        )
+        if self.pre_quantized or name not in (*WEIGHTS, "weight"):
+            return False
+        kind = QuantizedLinear if name == "weight" else QuantizedExperts
+        return isinstance(model.get_submodule(path), kind)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return QuantizeExperts(self.quantization_config.format)
+        return QuantizeWeights(self.quantization_config.format)
 
     def is_serializable(self) -> bool:
         return self.alone
@@ -146,10 +177,10 @@ class ExpertsQuantizer(HfQuantizer):
         return True
 
 
-class QuantizeExperts(ConversionOps):
-    """The weights of a layer's experts, as read from a checkpoint, to the parameters that stand for them."""
+class QuantizeWeights(ConversionOps):
+    """Weights of a layer, as read from a checkpoint, to the parameters that stand for them; format: of the experts."""
 
-    def __init__(self, format: str) -> None:
+    def __init__(self, format: str | None) -> None:
         self.format = format
 
     def convert(self, input_dict: dict[str, Tensor | list[Tensor]], **kwargs) -> dict[str, Tensor]:
@@ -157,14 +188,17 @@ class QuantizeExperts(ConversionOps):
         path, _, name = kwargs["full_layer_name"].rpartition(".")
         for weight in input_dict.values():
             weight = weight[0] if isinstance(weight, list) else weight
-            for key, tensor in quantized(weight, name, self.format).items():
-                result[f"{path}.{key}"] = tensor
+            if name == "weight":
+                made = dict(zip((name, "weight_scale"), linear.quantized(weight, path.rpartition(".")[2])))
+            else:
+                made = quantized(weight, name, self.format)
+            result |= {f"{path}.{key}": tensor for key, tensor in made.items()}
         return result
 
 
-def in_two(scale: nn.Parameter) -> nn.Parameter:
+def in_two(scale: Tensor) -> Tensor:
     """[X] as [X, 2]."""
-    return nn.Parameter(scale[:, None].expand(-1, 2).contiguous(), requires_grad=False)
+    return parameter(scale[:, None].expand(-1, 2).contiguous())
 
 
 def tie_scales(model) -> None:
@@ -177,12 +211,14 @@ def tie_scales(model) -> None:
 
 
 def can_be_saved(model) -> None:
-    """Let `save_pretrained` write a model whose experts `quantize_experts` has replaced, or refuse to where another
-    method has quantized the rest of it."""
-    config = QuantizedExpertsConfig.of(layers_of(model)[0].experts)
-    quantizer = model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
+    """Let `save_pretrained` write a model whose weights `quantize_experts` or `quantize_linears` has replaced.
+
+    Where another method has quantized the rest of it, it refuses to.
+    """
+    config = QuantizedWeightsConfig.of(model)
+    quantizer = model.hf_quantizer = WeightsQuantizer(config, pre_quantized=True)
     other = getattr(model.config, "quantization_config", None)
-    quantizer.alone = other is None or isinstance(other, QuantizedExpertsConfig)
+    quantizer.alone = other is None or isinstance(other, QuantizedWeightsConfig)
     if quantizer.alone:
         model.config.quantization_config = config
     tie_scales(model)

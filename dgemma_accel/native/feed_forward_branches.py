@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..branches import beside
 from ..reference.feed_forward import FeedForwardCall
+from ..reference.quantization import quantize_rows
+from ..scaled_product import multiplies_fp8, scaled_product
 
 
 def feed_forward(
@@ -21,7 +23,8 @@ def feed_forward(
     choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     experts: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Results: `reference.feed_forward`. The router's scores are rounded to the dtype of `routed`.
+    """Results: `reference.feed_forward`. The router's scores are rounded to the dtype of `routed`. Where the MLP's
+    weights are FP8, rows are not rounded to that on a GPU that does not multiply it.
 
     Args:
         gated: (gate [R, F], up [R, F], activation): writes act(gate) * up over `gate`; allocates nothing.
@@ -34,10 +37,25 @@ def feed_forward(
     mlp = torch.empty_like(dense, memory_format=torch.contiguous_format)
     with beside(call.hidden) as (aside,):
         with aside:
-            torch.mm(dense, call.dense_gate.T, out=gate)
-            torch.mm(dense, call.dense_up.T, out=up)
+            _products(
+                dense,
+                (call.dense_gate, call.dense_gate_scale, gate),
+                (call.dense_up, call.dense_up_scale, up),
+            )
             if gate.numel():
                 gated(gate, up, call.activation)
-            torch.mm(gate, call.dense_down.T, out=mlp)
+            _products(gate, (call.dense_down, call.dense_down_scale, mlp))
         mixture = call.mixture(experts, *choose(call.routed @ call.router.T, call.expert_scale, call.top_k))
     return mlp, mixture
+
+
+def _products(rows: Tensor, *products: tuple[Tensor, Tensor | None, Tensor]) -> None:
+    """Products of the same rows; each is (weight, its scale or None, result)."""
+    numbers = row_scale = None
+    for weight, scale, result in products:
+        if scale is None:
+            torch.mm(rows, weight.T, out=result)
+            continue
+        if numbers is None:
+            numbers, row_scale = quantize_rows(rows) if multiplies_fp8(rows.device) else (rows, None)
+        scaled_product(numbers, row_scale, weight, scale, result)

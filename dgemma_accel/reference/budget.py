@@ -18,6 +18,7 @@ from . import commit as commit_reference
 from . import row_stats as row_stats_reference
 from . import soft_embedding as soft_embedding_reference
 from .autocast import without_autocast
+from .quantization import dequantize, quantize_rows
 from .row_stats import apply_softcap
 from .soft_embedding import tempered
 
@@ -231,15 +232,37 @@ def check_soft_embedding(
 
 
 @without_autocast
-def check_linears(results: list[Tensor], rows: Tensor, weights: list[Tensor]) -> list[str]:
-    """Violations of the budget by the results of `linears`. Plain PyTorch is a product by itself."""
+def check_linears(
+    results: list[Tensor],
+    rows: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor] | None = None,
+    rounds_rows: bool = True,
+) -> list[str]:
+    """Violations of the budget by the results of `linears`. Plain PyTorch is a product by itself.
+
+    Args:
+        scales: of FP8 weights. The truth is the product of what numbers and scales stand for; plain PyTorch sums it in
+            fp32 and rounds it to the dtype of the rows, or without rounded rows multiplies in that dtype.
+        rounds_rows: whether rows are rounded to FP8 there.
+    """
     shapes = [(*rows.shape[:-1], len(weight)) for weight in weights]
     found = [tuple(result.shape) for result in results]
     if found != shapes or any(result.dtype != rows.dtype for result in results):
         return [f"linears: {found} instead of {shapes} {rows.dtype}"]
     problems = []
+    given = rows
+    if scales is not None:
+        weights = [dequantize(weight, scale, torch.float64) for weight, scale in zip(weights, scales)]
+        if rounds_rows:
+            numbers, row_scale = quantize_rows(rows)
+            given = numbers.double() * row_scale
     for number, (result, weight) in enumerate(zip(results, weights)):
-        truth, plain = rows.double() @ weight.double().T, rows @ weight.T
+        truth = given.double() @ weight.double().T
+        if scales is None or not rounds_rows:
+            plain = rows @ weight.to(rows.dtype).T
+        else:
+            plain = (given.float() @ weight.float().T).to(rows.dtype)
         ulp = torch.finfo(rows.dtype).eps * truth.abs() + FP32_EPSILON
         problems += _within(f"linears {number}", result, truth, plain, ulp)
     return problems

@@ -8,7 +8,7 @@ from torch import Tensor
 from .autocast import without_autocast
 from .budget import _within
 from .experts import activate, experts
-from .quantization import dequantize
+from .quantization import dequantize, quantize_rows
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -72,3 +72,37 @@ def check_experts(
         plain.index_add_(0, row, (mixed * weights[row, choice, None].float()).to(plain.dtype))
     ulp = torch.finfo(hidden.dtype).eps * truth.abs() + torch.finfo(torch.float32).eps
     return _within("experts", result, truth, plain, ulp)
+
+
+@without_autocast
+def check_dense(
+    result: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounds_rows: bool
+) -> list[str]:
+    """Violations of the budget by an MLP with FP8 weights, whose gate is gelu_tanh.
+
+    Plain PyTorch rounds gate, up and their product to the dtype of the rows, before that is rounded to FP8. A number of
+    it that lies near the middle of two of FP8 may become either: they are 32 of 448 apart at most.
+
+    Args:
+        rows: [R, E]. gate, up: [F, E], down: [E, F], what the FP8 weights stand for, in fp32.
+        rounds_rows: whether rows are rounded to FP8 before each product.
+    """
+
+    def rounded(numbers: Tensor) -> Tensor:
+        if not rounds_rows:
+            return numbers
+        codes, scale = quantize_rows(numbers)
+        return codes.to(numbers.dtype) * scale.to(numbers.dtype)
+
+    def mlp(compute: torch.dtype, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+        given = rounded(rows.to(compute))
+        sides = [(given @ weight.to(compute).T).to(kept) for weight in (gate, up)]
+        gated = (activate(sides[0].to(compute), "gelu_tanh") * sides[1].to(compute)).to(kept)
+        return gated, rounded(gated.to(compute)) @ down.to(compute).T
+
+    gated, truth = mlp(torch.float64, torch.float64)
+    plain = mlp(torch.float32, rows.dtype)[1].to(rows.dtype)
+    ulp = torch.finfo(rows.dtype).eps * truth.abs() + torch.finfo(torch.float32).eps
+    if rounds_rows:
+        ulp = ulp + gated.abs().amax(-1, keepdim=True) / 14 * down.abs().amax().double()
+    return _within("dense", result, truth, plain, ulp)

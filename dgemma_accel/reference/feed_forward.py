@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from .experts import activate, experts
+from .quantization import quantize_rows
 from .row_stats import compute_dtype
+
+# Fields of a call that has FP8 weights of the MLP.
+DENSE_SCALES = ("dense_gate_scale", "dense_up_scale", "dense_down_scale")
 
 
 class FeedForwardCall(NamedTuple):
@@ -17,6 +21,7 @@ class FeedForwardCall(NamedTuple):
     dense, routed, hidden: [R, E], the same rows as the MLP, the router and the experts want them normed.
     dense_gate, dense_up: [F, E]. dense_down: [E, F].
     router: [X, E]. expert_scale: [X], what a choice's weight is multiplied with. top_k: K, 1 to X.
+    dense_gate_scale, dense_up_scale: [F, 1]. dense_down_scale: [E, 1]. Of FP8 weights of the MLP, as in `linears`.
     The others as in `experts`.
     """
 
@@ -36,11 +41,15 @@ class FeedForwardCall(NamedTuple):
     down_scale: Tensor | None = None
     gate_up_global_scale: Tensor | None = None
     down_global_scale: Tensor | None = None
+    dense_gate_scale: Tensor | None = None
+    dense_up_scale: Tensor | None = None
+    dense_down_scale: Tensor | None = None
 
     def mixture(self, run, index: Tensor, weights: Tensor) -> Tensor:
         """What an implementation of `experts` makes of the rows and of these choices."""
         rows = (self.hidden, index, weights, self.gate_up, self.down, self.activation)
-        return run(*rows, *self[self._fields.index("gate_up_scale") :])
+        scales = (self.gate_up_scale, self.down_scale, self.gate_up_global_scale, self.down_global_scale)
+        return run(*rows, *scales)
 
 
 def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -68,8 +77,9 @@ def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Te
 def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     """The dense MLP of `dense` and the mixture for `hidden` of the experts that a router chooses by `routed`.
 
-    Products are in fp32 (fp64 for fp64 rows). The router's scores are rounded to the dtype of `routed`, in which the
-    model makes its choice.
+    Products are in fp32 (fp64 for fp64 rows); where the MLP's weights are FP8, so are the rows of its products, each
+    with a scale of its own. The router's scores are rounded to the dtype of `routed`, in which the model makes its
+    choice.
 
     Returns:
         ([R, E] of the MLP, [R, E] of the experts), in the dtypes of `dense` and `hidden`.
@@ -77,7 +87,15 @@ def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     Source: DiffusionGemmaDecoderTextLayer.forward in transformers' modeling_diffusion_gemma.py, between its norms.
     """
     compute = compute_dtype(call.dense)
-    gate, up = (call.dense.to(compute) @ weight.to(compute).T for weight in (call.dense_gate, call.dense_up))
-    mlp = (activate(gate, call.activation) * up) @ call.dense_down.to(compute).T
+
+    def product(rows: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is None:
+            return rows.to(compute) @ weight.to(compute).T
+        numbers, row_scale = quantize_rows(rows)
+        return (numbers.to(compute) * row_scale) @ (weight.to(compute) * scale).T
+
+    gate = product(call.dense, call.dense_gate, call.dense_gate_scale)
+    up = product(call.dense, call.dense_up, call.dense_up_scale)
+    mlp = product(activate(gate, call.activation) * up, call.dense_down, call.dense_down_scale)
     scores = (call.routed.to(compute) @ call.router.to(compute).T).to(call.routed.dtype)
     return mlp.to(call.dense.dtype), call.mixture(experts, *choose(scores, call.expert_scale, call.top_k))

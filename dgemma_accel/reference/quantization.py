@@ -51,6 +51,19 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / _spread(scale, rows, columns)).to(FP8), scale
 
 
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn numbers [..., K], fp32 scales [..., 1]) of rows [..., K], computed in fp32.
+
+    A scale brings the largest number of its row to 448, as `quantize` does by block. Rows that are not finite become
+    NaN or 0. Can be traced: a compiler fuses it with what made the rows.
+
+    Source: per-token and per-channel FP8 of compressed-tensors' format "float-quantized".
+    """
+    rows = rows.float()
+    scale = (rows.abs().amax(-1, keepdim=True) * (1 / torch.finfo(FP8).max)).clamp(min=TINY)
+    return (rows / scale).to(FP8), scale
+
+
 def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(uint8 pairs of e2m1 numbers, float8_e4m3fn scales, fp32 global scales) of weights [..., N, K], in fp32.
 
