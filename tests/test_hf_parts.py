@@ -128,7 +128,7 @@ def test_the_pass_that_stores_a_canvas():
         assert compiled_parts(model)[1] == sorted([EMBED, SLIDING, FULL, CHOOSE, CONDITION], key=str)
         _, names = compiled_parts(model, "storing")
         reports = [report for report in dgemma_accel.captures(model) if report.what == "storing"]
-    assert names == sorted([("norm", None), SLIDING, FULL], key=str)
+    assert names == sorted([("begin", None), SLIDING, FULL], key=str)
     assert counters["stats"]["unique_graphs"] == 5 + 3
     assert [recording.replays for recording in Again.stored] == [4, 2]
     assert all(report.compiled and report.captured and report.problem is None for report in reports)

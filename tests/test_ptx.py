@@ -300,6 +300,27 @@ def test_conversions():
     low = torch.tensor([signed(x, 16) for x in found], dtype=torch.int16).view(torch.float16).float()
     exact = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     assert torch.equal(low.nan_to_num(9999.0), exact.nan_to_num(9999.0))
+    values = [
+        0.0,
+        -0.0,
+        448.0,
+        463.0,
+        -464.0,
+        1e9,
+        2.0**-10,
+        3 * 2.0**-10,
+        -(2.0**-9),
+        17.0,
+        19.0,
+        1e-30,
+        math.nan,
+    ]
+    values += torch.randn(200).mul(torch.logspace(-4, 3, 200)).tolist()
+    found = of_each(
+        "cvt.rn.satfinite.e4m3x2.f32 %rs9, 0f3F800000, {0}; cvt.u32.u16 {d}, %rs9", bits_of(values)
+    )
+    nearest = torch.tensor(values).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert [x & 0xFF for x in found] == nearest.tolist() and {x >> 8 for x in found} == {0x38}
     whole = of_each("cvt.rzi.s32.f32 {d}, {0}", bits_of([1.9, -1.9, 3e9, -3e9, math.nan]))
     assert [signed(x) for x in whole] == [1, -1, 2**31 - 1, -(2**31), 0]
     numbers = [1.5, 2.5, -1.5, 1.9, -1.9, 3e9, math.inf]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.block_attention import block_attention
 from ..ops.checks import FLOAT_DTYPES
-from ..ops.linears import linears
+from ..ops.linears import linears, scaled_linears
 from .cache import readable
 from .hooks import collected
 from .layer import norm
@@ -131,15 +131,29 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
 
 
 def project(
-    module, hidden_states: Tensor, position_embeddings, side_by_side: bool = False
+    module,
+    hidden_states: Tensor,
+    position_embeddings,
+    side_by_side: bool = False,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, C, D], normed and rotated; side_by_side: their modules are products only."""
+    """Query, key and value [B, heads, C, D], normed and rotated.
+
+    Args:
+        side_by_side: their modules are products only. rounded: `hidden_states` in FP8 and the scales of their rows, where
+            that was made with them.
+    """
     cos, sin = position_embeddings
     modules = projections(module)
     if side_by_side:
         rows, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
         weights = [one.weight for one in modules]
-        made = [x.unflatten(0, shape) for x in linears(rows, weights, weight_scales(modules))]
+        scales = weight_scales(modules)
+        if rounded is None:
+            found = linears(rows, weights, scales)
+        else:
+            found = scaled_linears(*(x.flatten(0, -2) for x in rounded), weights, scales, rows.dtype)
+        made = [x.unflatten(0, shape) for x in found]
     else:
         made = [one(hidden_states) for one in modules]
     # Global layers have one projection for keys and values; they part at the norms.

@@ -25,6 +25,7 @@ from ..ops.block_attention import block_attention
 from ..ops.commit import commit
 from ..ops.row_stats import RowStats
 from ..ops.soft_embedding import soft_embedding
+from ..reference.quantization import quantize_rows
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
 from .head import logits_and_stats
@@ -48,6 +49,14 @@ class InPlace(NamedTuple):
     keys: list[Tensor]
     values: list[Tensor]
     how: list[SideBySide]
+
+
+class Normed(NamedTuple):
+    """What a layer begins with. rows: [B, C, E] behind its first norm. rounded: the same in FP8, with the scales of its
+    rows [B, C, 1], where query, key and value are made of that; the compiler makes both at once."""
+
+    rows: Tensor
+    rounded: tuple[Tensor, Tensor] | None
 
 
 class Settings(NamedTuple):
@@ -209,12 +218,12 @@ def decode(
     decoder, canvas: Tensor, soft: Tensor, in_place: InPlace, prefixes, backend: str, run: Callable = as_it_is
 ) -> Tensor:
     """The last hidden states [B, C, E] of `DiffusionGemmaDecoderModel`, from soft embeddings instead of logits."""
-    hidden, rows = run(embed, decoder, canvas, soft)
+    hidden, normed = run(embed, decoder, canvas, soft, in_place.how[0])
     for index, (module, following) in enumerate(with_following(decoder)):
         held, how = (in_place.keys[index], in_place.values[index]), in_place.how[index]
         prefix = prefixes[module.self_attn.layer_type]
-        hidden, rows, *_ = run(layer, module, following, hidden, rows, held, how, prefix, backend, {})
-    return rows
+        hidden, normed, *_ = run(layer, module, following, hidden, normed, held, how, prefix, backend, {})
+    return normed.rows
 
 
 def layers_of(text_model) -> list[nn.Module]:
@@ -230,34 +239,43 @@ def with_following(text_model) -> list[tuple[nn.Module, nn.Module]]:
     return list(zip(layers, [*(one.input_layernorm for one in layers[1:]), text_model.norm]))
 
 
-def embed(decoder, canvas: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
-    """(what goes into the first layer [B, C, E], the same behind that layer's first norm)."""
+def embed(decoder, canvas: Tensor, soft: Tensor, how: SideBySide) -> tuple[Tensor, Normed]:
+    """(what goes into the first layer [B, C, E], the same behind that layer's first norm). how: the layer's products."""
     conditioning = decoder.self_conditioning
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
-    return hidden, norm(decoder.layers[0].input_layernorm, hidden)
+    return hidden, begin(decoder.layers[0].input_layernorm, hidden, how)
+
+
+def begin(module: nn.Module, hidden: Tensor, how: SideBySide) -> Normed:
+    """hidden [B, C, E] behind the first norm of a layer. how: its products, or those of the layer before it, which it is
+    most likely to be like."""
+    rows = norm(module, hidden)
+    return Normed(rows, quantize_rows(rows) if how.rounded else None)
 
 
 def layer(
     module: nn.Module,
     following: nn.Module,
     hidden: Tensor,
-    rows: Tensor,
+    normed: Normed,
     held: tuple[Tensor, Tensor],
     how: SideBySide,
     prefix: Prefix,
     backend: str,
     mask: dict,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Normed, Tensor, Tensor]:
     """(hidden [B, C, E] behind one layer, the same behind the norm `following`, the rows' keys and values
     [B, Hkv, C, D]).
 
     Args:
-        rows: hidden behind the layer's first norm. held: the layer's buffers of keys and values, which are not written.
+        normed: hidden behind the layer's first norm. held: the layer's buffers of keys and values, which are not written.
         mask: `causal` and `window` of `block_attention`.
     """
     attention = module.self_attn
-    query, key, value = project(attention, rows, (prefix.cos, prefix.sin), how.projections)
+    rounded = normed.rounded if how.rounded else None
+    angles = (prefix.cos, prefix.sin)
+    query, key, value = project(attention, normed.rows, angles, how.projections, rounded)
     attended = block_attention(
         query,
         key,
@@ -270,4 +288,4 @@ def layer(
         **mask,
     )
     hidden = through(module, hidden, attention.o_proj(attended.transpose(1, 2).flatten(2)), how)
-    return hidden, norm(following, hidden), key, value
+    return hidden, begin(following, hidden, how), key, value

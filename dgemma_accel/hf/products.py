@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..scaled_product import multiplies_fp8
 from .experts import MODULE, how_called, served_by
 from .linear import LINEARS, QuantizedLinear
 from .overrides import is_overridden
@@ -17,12 +18,14 @@ class SideBySide(NamedTuple):
     """What of a layer does, and what its experts are where they do not.
 
     projections: query, key and value, by the op `linears`. experts_backend: that of the op `feed_forward` where it can
-    stand for the layer's dense MLP, router and experts, else None. experts: see `call_experts`.
+    stand for the layer's dense MLP, router and experts, else None. experts: see `call_experts`. rounded: whether that op
+    takes rows of FP8.
     """
 
     projections: bool
     experts_backend: str | None
     experts: str
+    rounded: bool = False
 
 
 ONE_BY_ONE = SideBySide(False, None, MODULE)
@@ -35,6 +38,7 @@ def side_by_side(layers: Iterable[nn.Module], backend: str, dtype: torch.dtype) 
             _are_products(projections(layer.self_attn)),
             _feed_forward_backend(layer, backend),
             how_called(layer.experts, backend, dtype),
+            _are_rounded(projections(layer.self_attn)),
         )
         for layer in layers
     ]
@@ -55,6 +59,12 @@ def _are_products(modules: list[nn.Module | None]) -> bool:
     """Whether all are products by themselves, all with plain weights or all with FP8 weights of this package's."""
     scaled = [type(module) is QuantizedLinear and _is_as_it_was(module) for module in modules]
     return all(scaled) or all(map(is_product, modules))
+
+
+def _are_rounded(modules: list[nn.Module]) -> bool:
+    if not _are_products(modules) or weight_scales(modules) is None:
+        return False
+    return multiplies_fp8(modules[0].weight.device)
 
 
 def weight_scales(modules: list[nn.Module]) -> list[Tensor] | None:

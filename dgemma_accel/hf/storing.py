@@ -21,7 +21,6 @@ from . import graph
 from .call import Call, active_call
 from .compiled import Parts, buffers_of, capture_key, leased, prefixes_of
 from .eager import why_not_stored
-from .layer import norm
 from .naming import takes_cache
 from .patches import Patch
 from .products import side_by_side
@@ -138,19 +137,19 @@ def store(
         run: called with each part and its arguments.
     """
     hidden, pairs = inputs.embeds, graph.with_following(text)
-    rows = run(norm, pairs[0][0].input_layernorm, hidden)
+    normed = run(graph.begin, pairs[0][0].input_layernorm, hidden, in_place.how[0])
     for index, (module, following) in enumerate(pairs):
         held, how = (in_place.keys[index], in_place.values[index]), in_place.how[index]
         kind = module.self_attn.layer_type
         place = inputs.places[kind]
         # A window as wide as the cache hides nothing, so it is a window at every length.
         window = text.config.sliding_window if kind == "sliding_attention" else None
-        arguments = (following, hidden, rows, held, how, place.prefix, backend)
-        hidden, rows, *fresh = run(graph.layer, module, *arguments, {"causal": True, "window": window})
+        arguments = (following, hidden, normed, held, how, place.prefix, backend)
+        hidden, normed, *fresh = run(graph.layer, module, *arguments, {"causal": True, "window": window})
         # Not in the part: a compiler that fails to see that nobody reads the buffer meanwhile would copy all of it.
         for buffer, states in zip(held, fresh):
             buffer.index_copy_(2, place.slots, states)
-    return rows
+    return normed.rows
 
 
 class CapturedPass:

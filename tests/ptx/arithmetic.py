@@ -117,6 +117,19 @@ E4M3 = _table(4, 3, 7, lambda code: code & 0x7F == 0x7F)
 E2M1 = _table(2, 1, 1, lambda code: False)
 
 
+def to_e4m3(values: np.ndarray) -> np.ndarray:
+    """The codes of the nearest numbers of e4m3 as uint16, ties to the even code; beyond the largest that one."""
+    codes = np.arange(127)
+    middles = (E4M3[codes[:-1]].astype(np.float64) + E4M3[codes[1:]]) / 2
+    wide = np.atleast_1d(values).astype(np.float64)
+    size = np.abs(np.nan_to_num(wide, nan=0.0, posinf=448.0, neginf=-448.0))
+    # `side` says on which side of an equal middle a number falls: up where the code below is odd.
+    below, above = (np.searchsorted(middles, size, side) for side in ("left", "right"))
+    found = np.where((below != above) & (below % 2 == 1), above, below)
+    signs = np.signbit(wide).astype(np.uint16) << np.uint16(7)
+    return np.where(np.isnan(wide), np.uint16(0x7F), signs | found.astype(np.uint16)).astype(np.uint16)
+
+
 def nudged(exact: np.ndarray) -> np.ndarray:
     """Numbers moved by one unit in their last place, up, down or not at all by a hash of their bits."""
     bits = np.atleast_1d(exact.astype(np.float32)).view(np.int32)
@@ -287,6 +300,8 @@ def convert(target: str, source: str, modifiers: frozenset[str]) -> Callable:
             return (one(high).astype(np.uint32) << np.uint32(16)) | one(low).astype(np.uint32)
 
         return packed
+    if target == "e4m3x2" and source == "f32" and "satfinite" in modifiers:
+        return lambda high, low: (to_e4m3(high) << np.uint16(8)) | to_e4m3(low)
     if target in ("f16x2", "bf16x2") and source in ("e4m3x2", "e2m1x2"):
         table, bits = (E4M3, 8) if source == "e4m3x2" else (E2M1, 4)
         values = (table.astype(np.float16).view(np.uint16) if target == "f16x2" else bf16(table)).astype(
