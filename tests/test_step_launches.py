@@ -23,7 +23,7 @@ pytestmark = [
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "step_launches.py"
 # By kind of layer: the products of query, key and value, all launches of a step, and those that are not beside others.
 LAUNCHES = {"sliding_attention": (3, 21, 15), "full_attention": (2, 19, 14)}
-# With FP8 weights one more, which rounds what attention makes; in the branch of the dense MLP PyTorch's operators do it.
+# With FP8 weights one more, which rounds what attention makes; in the dense MLP's branch PyTorch's operators do it.
 ROUNDING = (0, 15, 1)
 # What the pass that stores a canvas launches besides: it writes keys and values.
 WRITES = 2

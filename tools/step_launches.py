@@ -279,7 +279,9 @@ def pretended_gpu(name: str, record: Record) -> Iterator[None]:
     def launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
         record.note("ours", kernel.fn.__name__, grid)
 
-    def multiply(way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    def multiply(
+        way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor
+    ) -> None:
         record.note("product", "_scaled_mm", (*rows.shape[:-1], *weight.shape))
 
     launchers = {

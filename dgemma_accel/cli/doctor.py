@@ -13,6 +13,7 @@ import subprocess
 import torch
 
 from .. import backends
+from ..scaled_product import WIDENED, multiplies_fp8, way_of
 from ..version import __version__
 from .doctor_step import examine_step, lines_of
 
@@ -134,9 +135,19 @@ def _gpus() -> list[dict]:
                 "compute_capability": f"{p.major}.{p.minor}",
                 "memory_gib": round(p.total_memory / 2**30, 1),
                 "multiprocessors": p.multi_processor_count,
+                "fp8_products": _fp8_products(torch.device("cuda", index)),
             }
         )
     return gpus
+
+
+def _fp8_products(device: torch.device) -> str:
+    """How products of FP8 linears are made there."""
+    if not multiplies_fp8(device):
+        return "none: FP8 weights are widened"
+    return (
+        f"scaled {way}" if (way := way_of(device, torch.bfloat16)) != WIDENED else "none: numbers are widened"
+    )
 
 
 def _driver() -> str | None:
@@ -197,7 +208,8 @@ def as_text(report: dict) -> str:
     for gpu in report["gpus"]:
         lines.append(
             f"gpu        {gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB, "
-            f"{gpu['multiprocessors']} multiprocessors, driver {report['cuda']['driver']}"
+            f"{gpu['multiprocessors']} multiprocessors, driver {report['cuda']['driver']}, "
+            f"FP8 products {gpu['fp8_products']}"
         )
     if not report["gpus"]:
         lines.append("gpu        none")

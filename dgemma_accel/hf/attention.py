@@ -140,8 +140,8 @@ def project(
     """Query, key and value [B, heads, C, D], normed and rotated.
 
     Args:
-        side_by_side: their modules are products only. rounded: `hidden_states` in FP8 and the scales of their rows, where
-            that was made with them.
+        side_by_side: their modules are products only. rounded: `hidden_states` in FP8 and the scales of their rows,
+            where that was made with them.
     """
     cos, sin = position_embeddings
     modules = projections(module)

@@ -240,7 +240,7 @@ def with_following(text_model) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def embed(decoder, canvas: Tensor, soft: Tensor, how: SideBySide) -> tuple[Tensor, Normed]:
-    """(what goes into the first layer [B, C, E], the same behind that layer's first norm). how: the layer's products."""
+    """(what goes into the first layer [B, C, E], the same behind that layer's first norm); how: its products."""
     conditioning = decoder.self_conditioning
     # The method of the class: the instance's takes its soft embeddings elsewhere.
     hidden = type(conditioning).forward(conditioning, decoder.embed_tokens(canvas), soft)
@@ -248,8 +248,12 @@ def embed(decoder, canvas: Tensor, soft: Tensor, how: SideBySide) -> tuple[Tenso
 
 
 def begin(module: nn.Module, hidden: Tensor, how: SideBySide) -> Normed:
-    """hidden [B, C, E] behind the first norm of a layer. how: its products, or those of the layer before it, which it is
-    most likely to be like."""
+    """hidden [B, C, E] behind the first norm of a layer.
+
+    Args:
+        how: the layer's products, or those of the layer before it: where the two differ, a result is not used or is
+            made once more.
+    """
     rows = norm(module, hidden)
     return Normed(rows, quantize_rows(rows) if how.rounded else None)
 
@@ -269,7 +273,8 @@ def layer(
     [B, Hkv, C, D]).
 
     Args:
-        normed: hidden behind the layer's first norm. held: the layer's buffers of keys and values, which are not written.
+        normed: hidden behind the layer's first norm.
+        held: the layer's buffers of keys and values, which are not written.
         mask: `causal` and `window` of `block_attention`.
     """
     attention = module.self_attn

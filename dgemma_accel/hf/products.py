@@ -18,8 +18,8 @@ class SideBySide(NamedTuple):
     """What of a layer does, and what its experts are where they do not.
 
     projections: query, key and value, by the op `linears`. experts_backend: that of the op `feed_forward` where it can
-    stand for the layer's dense MLP, router and experts, else None. experts: see `call_experts`. rounded: whether that op
-    takes rows of FP8.
+    stand for the layer's dense MLP, router and experts, else None. experts: see `call_experts`. rounded: whether query,
+    key and value are made of FP8 rows.
     """
 
     projections: bool
