@@ -78,6 +78,10 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "dgemma_accel.triton_kernels.feed_forward",
         "cuda": "dgemma_accel.native.feed_forward_cuda",
     },
+    "quantize_rows": {
+        "reference": "dgemma_accel.backends_reference",
+        "triton": "dgemma_accel.triton_kernels.quantize_rows",
+    },
 }
 
 # Where the order by architecture comes from; `python -m bench auto` rewrites its measured entries.

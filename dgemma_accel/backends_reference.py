@@ -10,6 +10,7 @@ from .reference import (
     row_stats,
     soft_embedding,
 )
+from .reference.quantization import quantize_rows
 
 __all__ = [
     "FEATURES",
@@ -19,6 +20,7 @@ __all__ = [
     "feed_forward",
     "head_stats",
     "progress",
+    "quantize_rows",
     "row_stats",
     "soft_embedding",
     "unavailable",

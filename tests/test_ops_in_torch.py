@@ -9,6 +9,7 @@ import dgemma_accel
 from dgemma_accel.backends import MODULES
 from dgemma_accel.ops import registration
 from dgemma_accel.ops.feed_forward import feed_forward
+from dgemma_accel.ops.quantize_rows import quantize_rows
 from dgemma_accel.ops.progress import progress
 from dgemma_accel.reference import budget
 from dgemma_accel.reference.budget_experts import check_experts
@@ -73,6 +74,8 @@ def arguments_of(op, device, lay=as_it_is, by=None):
         width, dtype = (64, torch.bfloat16) if by == "cuda" else (16, torch.float32)
         sizes = ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5))
         return tuple(lay(real(2, heads, length, width).to(dtype)) for heads, length in sizes)
+    if op == "quantize_rows":
+        return (real(2, 3, VOCAB),)
     # Nor have the CUDA kernels of experts fp32 or these sizes.
     side, dtype = (32, torch.bfloat16) if by == "cuda" else (16, torch.float32)
 
@@ -124,6 +127,8 @@ def run(op, backend, given):
         return dgemma_accel.block_attention(*given, return_lse=True, backend=backend)
     if op == "feed_forward":
         return feed_forward(FeedForwardCall(*given, 2, "gelu_tanh"), backend)
+    if op == "quantize_rows":
+        return quantize_rows(*given, backend)
     return (dgemma_accel.experts(*given, backend=backend),)
 
 

@@ -22,7 +22,7 @@ from dgemma_accel.reference.progress import ProgressCall
 from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
 from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, feed_forward, head_stats
-from dgemma_accel.triton_kernels import progress, row_stats, sliced_scores, soft_embedding
+from dgemma_accel.triton_kernels import progress, quantize_rows, row_stats, sliced_scores, soft_embedding
 from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.jit import JITFunction
 
@@ -103,6 +103,7 @@ def mixture():
     feed_forward.feed_forward(FeedForwardCall(*rows, *[empty(24, 32, dtype=torch.bfloat16)] * 2,
         empty(32, 24, dtype=torch.bfloat16), empty(3, 32, dtype=torch.bfloat16), empty(3),
         empty(3, 32, 32, dtype=torch.bfloat16), empty(3, 32, 16, dtype=torch.bfloat16), 2, "silu"))
+    quantize_rows.quantize_rows(rows[0])
 
 capability = tuple(int(part) for part in sys.argv[1].split("."))
 kernels = {}

@@ -11,6 +11,7 @@ from ..reference.feed_forward import FeedForwardCall
 from .common import FUSED, on_device, unavailable
 from .expert_routing import choose
 from .experts import FEATURES, activate, experts
+from .quantize_rows import quantize_rows
 
 __all__ = ["FEATURES", "feed_forward", "unavailable"]
 
@@ -38,7 +39,7 @@ def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     `routed`; weights of the choices are fp32.
     """
     with on_device(call.hidden):
-        return in_branches(call, _gated, choose, experts)
+        return in_branches(call, _gated, choose, experts, quantize_rows)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> None:

@@ -31,6 +31,7 @@ from .experts import experts
 from .feed_forward import feed_forward
 from .head_stats import head_stats, head_stats_without_logits
 from .progress import progress
+from .quantize_rows import quantize_rows
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
 
@@ -238,6 +239,10 @@ def _feed_forward() -> Callable[[], object]:
     return launch
 
 
+def _quantize_rows(width: int, dtype: torch.dtype) -> Callable[[], object]:
+    return lambda: quantize_rows(_empty(CANVAS, width, dtype=dtype))
+
+
 def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
     for op, entries in configs.read(name).items():
@@ -258,6 +263,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                     # What follows a commit has one shape for all architectures.
                     yield "progress", False, _progress(False, False)
                     yield "progress from noise", False, _progress(True, True)
+                    # Nor have rows that FP8 linears multiply.
+                    for dtype in (torch.bfloat16, torch.float32):
+                        yield f"quantize_rows bytes={dtype.itemsize}", False, _quantize_rows(EMBEDDING, dtype)
             elif op == "block_attention":
                 # fp32 products keep fp32 precision, which tensor cores do not have.
                 matrix = when["bytes"] == 2

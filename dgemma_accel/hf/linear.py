@@ -131,7 +131,7 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     numbers, scale = quantize_rows(weight)
     if not weight.is_meta and not scale.isfinite().all():
         raise ValueError(f"model: the weight of {name} is not finite")
-    return numbers.contiguous(), scale
+    return numbers, scale
 
 
 def unread(original: nn.Linear, dtype: torch.dtype = FP8) -> QuantizedLinear:

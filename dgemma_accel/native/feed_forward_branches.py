@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..branches import beside
 from ..reference.feed_forward import FeedForwardCall
-from ..reference.quantization import quantize_rows
 from ..scaled_product import multiplies_fp8, scaled_product
 
 
@@ -22,6 +21,7 @@ def feed_forward(
     gated: Callable[[Tensor, Tensor, str], None],
     choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     experts: Callable[..., Tensor],
+    quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Results: `reference.feed_forward`. The router's scores are rounded to the dtype of `routed`. Where the MLP's
     weights are FP8, rows are not rounded to that on a GPU that does not multiply it.
@@ -29,7 +29,7 @@ def feed_forward(
     Args:
         gated: (gate [R, F], up [R, F], activation): writes act(gate) * up over `gate`; allocates nothing.
         choose: as `reference.feed_forward.choose`.
-        experts: an implementation of the op.
+        experts, quantize_rows: implementations of these ops.
     """
     dense, width = call.dense, call.dense_down.shape[1]
     # Memory of the caller's stream, which outlives the other's work.
@@ -38,18 +38,19 @@ def feed_forward(
     with beside(call.hidden) as (aside,):
         with aside:
             _products(
+                quantize_rows,
                 dense,
                 (call.dense_gate, call.dense_gate_scale, gate),
                 (call.dense_up, call.dense_up_scale, up),
             )
             if gate.numel():
                 gated(gate, up, call.activation)
-            _products(gate, (call.dense_down, call.dense_down_scale, mlp))
+            _products(quantize_rows, gate, (call.dense_down, call.dense_down_scale, mlp))
         mixture = call.mixture(experts, *choose(call.routed @ call.router.T, call.expert_scale, call.top_k))
     return mlp, mixture
 
 
-def _products(rows: Tensor, *products: tuple[Tensor, Tensor | None, Tensor]) -> None:
+def _products(quantize_rows: Callable, rows: Tensor, *products: tuple[Tensor, Tensor | None, Tensor]) -> None:
     """Products of the same rows; each is (weight, its scale or None, result)."""
     numbers = row_scale = None
     for weight, scale, result in products:

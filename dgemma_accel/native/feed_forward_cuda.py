@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference.feed_forward import FeedForwardCall, choose
+from ..reference.quantization import quantize_rows
 from .experts_cuda import FEATURES, experts, unavailable
 from .feed_forward_branches import feed_forward as in_branches
 
@@ -19,7 +20,7 @@ def feed_forward(call: FeedForwardCall) -> tuple[Tensor, Tensor]:
     choices are fp32.
     """
     with torch.cuda.device(call.hidden.device):
-        return in_branches(call, _gated, choose, experts)
+        return in_branches(call, _gated, choose, experts, quantize_rows)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> None:

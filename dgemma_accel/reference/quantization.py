@@ -52,7 +52,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn numbers [..., K], fp32 scales [..., 1]) of rows [..., K], computed in fp32.
+    """(float8_e4m3fn numbers [..., K], fp32 scales [..., 1]), contiguous, of rows [..., K], computed in fp32.
 
     A scale brings the largest number of its row to 448, as `quantize` does by block. Rows that are not finite become
     NaN or 0. Can be traced: a compiler fuses it with what made the rows.
@@ -61,7 +61,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = rows.float()
     scale = (rows.abs().amax(-1, keepdim=True) * (1 / torch.finfo(FP8).max)).clamp(min=TINY)
-    return (rows / scale).to(FP8), scale
+    return (rows / scale).to(FP8).contiguous(), scale.contiguous()
 
 
 def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
