@@ -76,7 +76,11 @@ VARIANTS = (
     Variant("in turn", lambda inputs: lambda: _in_turn(inputs)),
     Variant("joined weights", _joined),
 )
-SCALED = (Variant("side by side", _scaled),)
+SCALED = (
+    Variant("side by side", _scaled),
+    # As in a prompt, which nobody traces.
+    Variant("rows rounded first", lambda inputs: lambda: linears(*inputs)),
+)
 
 
 def cases(device: torch.device, sizes: Sizes) -> tuple[list[Case], list[str]]:

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_C, m) {
   dgemma::register_block_attention(m);
   dgemma::register_soft_embedding(m);
   dgemma::register_experts(m);
+  dgemma::register_quantize_rows(m);
 }

@@ -12,6 +12,7 @@ void register_progress(pybind11::module_& m);
 void register_block_attention(pybind11::module_& m);
 void register_soft_embedding(pybind11::module_& m);
 void register_experts(pybind11::module_& m);
+void register_quantize_rows(pybind11::module_& m);
 #if defined(DGEMMA_WITH_CUDA)
 void register_device(pybind11::module_& m);
 #endif

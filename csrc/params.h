@@ -108,6 +108,16 @@ struct ProgressParams {
   int64_t* new_nfe = nullptr;                // [B]
 };
 
+// Rows in FP8, each with a scale that brings its largest number to 448.
+struct QuantizeRowsParams {
+  const void* rows = nullptr;                // [count, width], last stride 1
+  Dtype dtype = Dtype::kBFloat16;            // of rows
+  int64_t count = 0, width = 0;
+  int64_t stride = 0;                        // elements
+  uint8_t* numbers = nullptr;                // [count, width], float8_e4m3fn
+  float* scales = nullptr;                   // [count]
+};
+
 struct SoftEmbeddingParams {
   const void* logits = nullptr;              // [rows0, rows1, vocab], last stride 1
   Dtype dtype = Dtype::kBFloat16;            // of logits, probabilities and output; fp16 or bf16

@@ -81,6 +81,7 @@ MODULES: dict[str, dict[str, str]] = {
     "quantize_rows": {
         "reference": "dgemma_accel.backends_reference",
         "triton": "dgemma_accel.triton_kernels.quantize_rows",
+        "cuda": "dgemma_accel.native.quantize_rows_cuda",
     },
 }
 

@@ -308,8 +308,9 @@ def test_products_side_by_side_judge_by_their_error(monkeypatch):
     assert [case.label for case in scaled] == [f"{case.label}, FP8 weights" for case in found[:5]]
     assert scaled[0].flops == found[0].flops and found[0].bytes / 2 < scaled[0].bytes < 0.6 * found[0].bytes
     inputs = bench_linears.make_inputs(5, 48, (32, 16), torch.float32, CPU, 0, scaled=True)
-    results = bench_linears.SCALED[0].prepare(inputs)()
-    assert scaled[0].check(results, inputs) == []
+    for variant in bench_linears.SCALED:
+        results = variant.prepare(inputs)()
+        assert scaled[0].check(results, inputs) == []
     assert scaled[0].check([results[0] * 1.01, results[1]], inputs)
     for form in bench_feed_forward.FORMS.values():
         inputs = bench_feed_forward.make_inputs(4, 16, 96, 20, torch.float32, CPU, 0, form)

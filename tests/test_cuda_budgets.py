@@ -31,6 +31,8 @@ REQUIRED = {
     "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
     "commit_kernel": {r"SHFL": 10, r"BAR": 4, r"MATCH": 1, r"LDS\.128": 8},
     "progress_kernel": {r"SHFL": 5},
+    # What a thread keeps of its row, and what it reads again.
+    "quantize_rows_kernel": {r"LDG\.E\S*\.128": 6, r"SHFL": 5, r"MUFU\.RCP": 4},
     # Of a round of two vectors, the next one's loads; three formulas write the probabilities.
     "soft_embedding_probabilities_kernel": {
         r"LDG\.E\S*\.128": 4,

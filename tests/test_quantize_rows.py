@@ -37,14 +37,17 @@ def test_the_same_bits(backend, device, dtype, shape):
     assert_equal(backend, rows.to(dtype))
 
 
-def test_every_place_between_two_numbers(backend, device):
-    """Ties go to the even code, numbers below 2^-6 have the spacing of 2^-9, and nothing passes 448."""
-    codes = bits(torch.arange(127, dtype=torch.uint8)).view(FP8).float()
+def between():
+    """[1, K]: every number of FP8, every middle of two, and what fp32 has beside it. The largest makes the scale 1."""
+    codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
     middle = (codes[1:] + codes[:-1]) / 2
     near = [middle, middle.nextafter(middle * 0), middle.nextafter(middle * 2), codes]
-    # The largest makes the scale 1.
-    rows = torch.cat([*near, *(-x for x in near), codes[-1:]])[None].to(device)
-    numbers, scale = assert_equal(backend, rows)
+    return torch.cat([*near, *(-x for x in near), codes[-1:]])[None]
+
+
+def test_every_place_between_two_numbers(backend, device):
+    """Ties go to the even code, numbers below 2^-6 have the spacing of 2^-9, and nothing passes 448."""
+    numbers, scale = assert_equal(backend, between().to(device))
     assert scale.item() == 1 and numbers.float().abs().max() == 448
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..reference.feed_forward import FeedForwardCall, choose
-from ..reference.quantization import quantize_rows
 from .experts_cuda import FEATURES, experts, unavailable
 from .feed_forward_branches import feed_forward as in_branches
+from .quantize_rows_cuda import quantize_rows
 
 __all__ = ["FEATURES", "feed_forward", "unavailable"]
 
