@@ -73,7 +73,7 @@ BUGS = {
     "a number behind the row": (KERNEL, "i < width; i += kStep)\n    largest", "i <= width; i += kStep)\n    largest"),
     "rows that are not aligned by vectors": (KERNEL, "reinterpret_cast<uintptr_t>(source) % 16 == 0", "true"),
     "vectors beyond the row": (KERNEL, "by_vector ? width / kNumbers : 0", "(width + kNumbers - 1) / kNumbers"),
-    "NaN is lost": (KERNEL, "quotient < kSmallestNormal ? kSmallestNormal : quotient", "fmaxf(quotient, kSmallestNormal)"),
+    "NaN is lost": (KERNEL, "quotient < kSmallestNormal ? kSmallestNormal : quotient", "fmaxf(quotient, 0x1p-126f)"),
     "rows of zeros divide by zero": (KERNEL, "quotient < kSmallestNormal ? kSmallestNormal : quotient", "quotient"),
     "the first row's place": (KERNEL, "params.numbers + row * width", "params.numbers"),
     "codes in the other order": (KERNEL, "(i % 4 * 8);", "(24 - i % 4 * 8);"),

@@ -9,8 +9,8 @@ import dgemma_accel
 from dgemma_accel.backends import MODULES
 from dgemma_accel.ops import registration
 from dgemma_accel.ops.feed_forward import feed_forward
-from dgemma_accel.ops.quantize_rows import quantize_rows
 from dgemma_accel.ops.progress import progress
+from dgemma_accel.ops.quantize_rows import quantize_rows
 from dgemma_accel.reference import budget
 from dgemma_accel.reference.budget_experts import check_experts
 from dgemma_accel.reference.feed_forward import FeedForwardCall

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dgemma_accel.ops.quantize_rows import quantize_rows
-from dgemma_accel.reference.quantization import FP8, quantize_rows as by_operators
+from dgemma_accel.reference.quantization import FP8
+from dgemma_accel.reference.quantization import quantize_rows as by_operators
 
 OP = "quantize_rows"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

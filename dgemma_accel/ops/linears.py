@@ -83,7 +83,8 @@ def linears(rows: Tensor, weights: list[Tensor], scales: list[Tensor] | None = N
     """rows @ weight^T for each weight, as `torch.nn.functional.linear` computes it; with scales, of FP8 weights.
 
     With scales a weight is its FP8 numbers times the scale of their row, and rows are rounded to FP8 too, with a scale
-    for each (`quantize_rows`): traced, the compiler fuses that with what made the rows. On GPUs that do not multiply FP8 (below 8.9) rows stay as they are, and weights are widened in every call.
+    for each (`quantize_rows`): traced, the compiler fuses that with what made the rows. On GPUs that do not multiply
+    FP8 (below 8.9) rows stay as they are, and weights are widened in every call.
 
     Args:
         rows: [R, E], any dtype that `torch.mm` takes; with scales bf16, fp16 or fp32.
