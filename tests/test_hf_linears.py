@@ -210,11 +210,14 @@ def test_saved_and_read(both, experts, tmp_path):
     assert_same(dgemma_accel.from_pretrained(tmp_path, experts=experts, linears="fp8"), both)
 
 
-def test_experts_were_saved_alone(checkpoint, both, experts, tmp_path):
-    if experts is None:
-        pytest.skip("there are none")
-    dgemma_accel.from_pretrained(checkpoint, experts=experts).save_pretrained(tmp_path)
-    assert_same(dgemma_accel.from_pretrained(tmp_path, linears="fp8"), both)
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_one_was_saved_alone_and_the_other_is_asked_for(checkpoint, format, tmp_path):
+    both = {"experts": format, "linears": "fp8"}
+    expected = dgemma_accel.from_pretrained(checkpoint, **both)
+    for name, value in both.items():
+        dgemma_accel.from_pretrained(checkpoint, **{name: value}).save_pretrained(tmp_path / name)
+        for options in (both, {k: v for k, v in both.items() if k != name}):
+            assert_same(dgemma_accel.from_pretrained(tmp_path / name, **options), expected)
 
 
 def test_the_command_reads_them(checkpoint, both, experts, monkeypatch):

@@ -8,7 +8,7 @@ import os
 from . import linear
 from .check import check_transformers
 from .linear import QuantizedLinear, quantize_linears
-from .quantize import QuantizedExperts, check_format
+from .quantize import QuantizedExperts, check_format, quantize_experts
 
 # What says where a checkpoint's config is found.
 WHERE = (
@@ -100,7 +100,7 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
             )
     if experts is not None or linears is not None:
         asked_for = "linears" if experts is None else "experts"
-        if quantized and experts is not None and saved["format"] != experts:
+        if quantized and experts is not None and saved["format"] not in (None, experts):
             raise ValueError(f"experts: the checkpoint's are {saved['format']!r}, got {experts!r}")
         if saved is not None and not quantized:
             raise ValueError(
@@ -117,8 +117,10 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
     with_info = options.pop("output_loading_info", False)
     model, info = read(checkpoint, config=config, output_loading_info=True, **options)
     _check_complete(model, info["missing_keys"])
+    # Of a model that was saved with the one, and is asked for with the other.
+    if experts is not None and saved["format"] is None:
+        quantize_experts(model, format=experts)
     if linears is not None and saved.get("linears") is None:
-        # Saved with quantized experts only.
         quantize_linears(model, format=linears)
     return (model, info) if with_info else model
 
