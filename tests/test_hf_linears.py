@@ -319,7 +319,7 @@ def test_scales_of_a_published_checkpoint_that_are_not_finite(tmp_path):
 @pytest.mark.capture
 @pytest.mark.parametrize("dtype, alike", [(torch.float32, 0.9), (torch.bfloat16, 0.5)], ids=str)
 def test_captured_on_a_gpu(dtype, alike):
-    """Nearly the tokens of steps that are launched: fused kernels round elsewhere, so a row may become another in FP8."""
+    """Nearly the tokens of steps that are launched: fused kernels round elsewhere, and so a row may round otherwise."""
     model = dgemma_accel.quantize_linears(wide_model(dtype).cuda())
     ids, options = prompt(2, 9)[0].cuda(), {"max_new_tokens": CANVAS, "max_denoising_steps": 2, "seed": 3}
     with dgemma_accel.accelerated(model, graph=False):
