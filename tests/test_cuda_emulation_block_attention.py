@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_kernels import MACHINE
 from test_block_attention import make_case
 
 from dgemma_accel.native.block_attention_params import heads_view, is_aligned
@@ -294,9 +295,8 @@ MUTANTS = {
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory) -> Path:
-    return compile_to(
-        tmp_path_factory.mktemp("machine") / "machine.o", CSRC, [EMULATION / "machine.cpp"], "-O1", "-c"
-    )
+    target = tmp_path_factory.mktemp("machine") / "machine.o"
+    return compile_to(target, CSRC, [EMULATION / f"{name}.cpp" for name in MACHINE], "-O1", "-r")
 
 
 def mutate(folder: Path, file: str, text: str, replacement: str) -> Path:

@@ -16,7 +16,7 @@ void run_kernel(const CommitParams& p) {
   });
 }
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   CommitParams p;
   p.batch = c.integer("batch");

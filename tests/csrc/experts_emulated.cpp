@@ -9,14 +9,14 @@
 namespace dgemma {
 namespace {
 
-ExpertsMatrix matrix_of(Case& c, const std::string& name) {
+ExpertsMatrix matrix_of(Case& c, const char* name) {
   ExpertsMatrix matrix;
-  matrix.format = WeightFormat(c.integer(name + "_format"));
+  matrix.format = WeightFormat(c.integer(name, "_format"));
   matrix.weights = c.tensor<unsigned char>(name);
-  matrix.scale = c.tensor<unsigned char>(name + "_scale");
-  matrix.scale_by_row = c.integer(name + "_scale_by_row") != 0;
-  matrix.global_scale = c.tensor<float>(name + "_global_scale");
-  matrix.global_scales = c.integer(name + "_global_scales");
+  matrix.scale = c.tensor<unsigned char>(name, "_scale");
+  matrix.scale_by_row = c.integer(name, "_scale_by_row") != 0;
+  matrix.global_scale = c.tensor<float>(name, "_global_scale");
+  matrix.global_scales = c.integer(name, "_global_scales");
   return matrix;
 }
 
@@ -69,7 +69,7 @@ void run_tiles(Case& c, const ExpertsParams& p, const ExpertsPlaces& places) {
     run_kernels<T, kExpertsMany>(c, p, places);
 }
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   ExpertsParams p;
   p.dtype = Dtype(c.integer("dtype"));

@@ -5,7 +5,7 @@
 namespace dgemma {
 namespace {
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   ProgressParams p;
   p.batch = c.integer("batch");

@@ -14,7 +14,7 @@ void run(const RowStatsParams& params) {
                  [&] { row_stats_row_kernel<T>(params, int(tiles)); });
 }
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   RowStatsParams p;
   p.dtype = Dtype(c.integer("dtype"));

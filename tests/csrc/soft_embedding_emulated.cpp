@@ -33,7 +33,7 @@ void run(const SoftEmbeddingParams& p, const void* weight, float* partial) {
                  [&] { soft_embedding_sum_kernel<T>(p, int(soft_embedding_tiles(p.vocab)), int(slices)); });
 }
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   SoftEmbeddingParams p;
   p.dtype = Dtype(c.integer("dtype"));

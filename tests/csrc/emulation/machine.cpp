@@ -81,7 +81,8 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;  // block after block of the cluster
   std::vector<Block> blocks;
   Fiber* current = nullptr;
-  const std::function<void()>* kernel = nullptr;
+  void (*call)(const void*) = nullptr;
+  const void* kernel = nullptr;
   int threads = 0;  // of a block
   int arrived = 0;  // at the cluster's barrier
   int64_t passed = 0;
@@ -124,7 +125,7 @@ void yield() {
 
 void fiber_main() {
   end_switch(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
-  (*machine.kernel)();
+  machine.call(machine.kernel);
   Fiber& fiber = *machine.current;
   for (const auto& group : fiber.groups)
     if (!group.empty()) fail("thread %d ends while its copies are running", fiber.thread);
@@ -244,8 +245,9 @@ void fail(const char* format, ...) {
   std::_Exit(3);
 }
 
-void run(const Grid& grid, int threads, uint32_t shared_bytes, const std::function<void()>& kernel, int cluster) {
-  machine.kernel = &kernel;
+void run(const Grid& grid, int threads, uint32_t shared_bytes, void (*call)(const void*), const void* kernel, int cluster) {
+  machine.call = call;
+  machine.kernel = kernel;
   machine.threads = threads;
   machine.fibers.resize(size_t(threads) * size_t(cluster));
   for (auto& fiber : machine.fibers)

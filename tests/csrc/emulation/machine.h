@@ -8,8 +8,8 @@
 // The blocks of a cluster run together, and may write into each other's shared memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
 
 namespace dgemma::emulation {
 
@@ -19,7 +19,12 @@ struct Grid {
 
 // Runs `kernel` once per thread of every block; `threads` is a multiple of 32. Dynamic shared memory starts as NaN.
 // `cluster` blocks along x run together.
-void run(const Grid& grid, int threads, uint32_t shared_bytes, const std::function<void()>& kernel, int cluster = 1);
+void run(const Grid& grid, int threads, uint32_t shared_bytes, void (*call)(const void*), const void* kernel, int cluster);
+
+template <class Kernel>
+void run(const Grid& grid, int threads, uint32_t shared_bytes, const Kernel& kernel, int cluster = 1) {
+  run(grid, threads, shared_bytes, [](const void* it) { (*static_cast<const Kernel*>(it))(); }, &kernel, cluster);
+}
 
 // Prints one line and ends the program with status 3.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -58,6 +63,6 @@ int block_of_cluster();
 // The asynchronous copies of the thread that runs: 16 bytes each, landed when waited for.
 void start_copy(uint32_t offset, const void* source, bool valid);
 void commit_copies();
-void wait_copies(size_t pending);
+void wait_copies(std::size_t pending);
 
 }  // namespace dgemma::emulation
