@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "0" if "DGEMMA_ACCEL_TEST_PTX" in os.environ else "1")
 
+import interpreted_kernels
 import pytest
 
 from dgemma_accel import backends
@@ -29,6 +30,9 @@ if CUDA_PTX:
         cuda_driver.install(tuple(int(part) for part in CUDA_PTX.split(".")))
     else:
         CUDA_PTX = None
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted_kernels.patch_once_a_launch()
 
 # The bench is no part of an installed package; without the repository on the path its tests cannot even be imported.
 collect_ignore_glob = [] if importlib.util.find_spec("bench") else ["test_bench*.py"]
