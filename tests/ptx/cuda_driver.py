@@ -6,6 +6,7 @@ CUDA runtime. So its bindings, its dispatch and its launches are those of the pr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import traceback
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -31,12 +33,13 @@ import dgemma_accel
 from dgemma_accel import backends
 
 from .kernel import Kernel, stretches_of
-from .program import parse_module
+from .program import entries_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNTIME = ROOT / "tests" / "csrc" / "recording_cudart.cpp"
 # By which a long prefix is split.
 MULTIPROCESSORS = 4
+TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def setup_functions() -> dict:
@@ -97,11 +100,12 @@ class Launches:
 
     def __init__(self, folder: Path):
         self.programs = {
-            name: program
+            name: entry
             for path in sorted(folder.rglob("*.ptx"))
-            for name, program in parse_module(path.read_text()).items()
+            for name, entry in entries_of(path.read_text()).items()
         }
         self.kernels: dict[str, Kernel] = {}
+        self.tensors = LiveTensors()
         kind = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t,
             ctypes.POINTER(ctypes.c_void_p),
@@ -110,7 +114,7 @@ class Launches:
 
     def kernel(self, name: str) -> Kernel:
         if name not in self.kernels:
-            self.kernels[name] = Kernel(self.programs[name])
+            self.kernels[name] = Kernel(self.programs[name]())
         return self.kernels[name]
 
     def take(self, name, grid, threads, shared, arguments) -> int:
@@ -118,7 +122,9 @@ class Launches:
             kernel = self.kernel(name.decode())
             sizes = [size for _, size in kernel.program.parameters.values()]
             values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
-            kernel.launch((grid[0], grid[1], grid[2]), threads, shared, values, stretches_of(live_tensors()))
+            kernel.launch(
+                (grid[0], grid[1], grid[2]), threads, shared, values, stretches_of(self.tensors.all())
+            )
         except BaseException:
             # No exception crosses the extension, which says that the kernel failed.
             traceback.print_exc()
@@ -126,10 +132,31 @@ class Launches:
         return 0
 
 
-def live_tensors() -> list[torch.Tensor]:
-    """All CPU tensors that Python holds: a launch's pointers do not say how far they reach."""
-    kinds = (torch.Tensor, torch.nn.Parameter)
-    return [found for found in gc.get_objects() if type(found) in kinds and found.device.type == "cpu"]
+class LiveTensors:
+    """All CPU tensors that Python holds: a launch's pointers do not say how far they reach.
+
+    To look through every object of a session at each launch would take most of its time. So what has lived for long is
+    looked through once, frozen, and of it only the tensors are remembered, weakly.
+    """
+
+    # Objects since the last time that are worth it.
+    MANY = 20_000
+
+    def __init__(self):
+        self.old: list[weakref.ref] = []
+        # At the end of the process all of it is garbage like any other.
+        atexit.register(gc.unfreeze)
+
+    def all(self) -> list[torch.Tensor]:
+        objects = gc.get_objects()
+        found = [one for one in objects if type(one) in TENSORS and one.device.type == "cpu"]
+        known = [one for one in (reference() for reference in self.old) if one is not None]
+        if len(objects) > self.MANY:
+            del objects
+            gc.collect()
+            gc.freeze()
+            self.old = [weakref.ref(one) for one in (*known, *found)]
+        return known + found
 
 
 def install(capability: tuple[int, int]) -> None:

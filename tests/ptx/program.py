@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # Bytes of a register or an element by the last part of its type's name.
@@ -253,14 +255,15 @@ def _parse_entry(text: str, head: str) -> Program:
     return program
 
 
-def parse_module(text: str) -> dict[str, Program]:
-    """The kernels of a PTX module by name."""
+def entries_of(text: str) -> dict[str, Callable[[], Program]]:
+    """The kernels of a PTX module by name, each parsed when it is called for: of a library few are ever launched."""
     head, *entries = UNREAD.sub("", text).split(".entry")
-    programs = [_parse_entry(entry, head) for entry in entries]
-    return {program.name: program for program in programs}
+    return {
+        entry.partition("(")[0].strip(): functools.partial(_parse_entry, entry, head) for entry in entries
+    }
 
 
 def parse(text: str) -> Program:
     """The one kernel of a PTX module."""
-    (program,) = parse_module(text).values()
-    return program
+    (entry,) = entries_of(text).values()
+    return entry()
