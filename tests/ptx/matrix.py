@@ -68,19 +68,16 @@ def b_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
 def accumulators(registers: np.ndarray) -> np.ndarray:
     """[warps, 16, n] of fp32 registers in fours: two of row g, two of row g + 8, eight columns for every four."""
     warps, _, count = registers.shape
-    values = np.ascontiguousarray(registers).view(np.float32)
-    matrix = np.empty((warps, 16, count * 2), dtype=np.float32)
-    for i in range(count):
-        matrix[:, GROUP + 8 * ((i >> 1) & 1), 8 * (i >> 2) + 2 * PAIR + (i & 1)] = values[:, :, i]
-    return matrix
+    # By warp, row, place in a group of columns, group of columns, upper or lower row, left or right column.
+    values = np.ascontiguousarray(registers).view(np.float32).reshape(warps, 8, 4, count // 4, 2, 2)
+    return values.transpose(0, 4, 1, 3, 2, 5).reshape(warps, 16, count * 2)
 
 
 def from_accumulators(matrix: np.ndarray) -> list[np.ndarray]:
     """The registers of [warps, 16, n], each as [warps, 32]."""
-    return [
-        matrix[:, GROUP + 8 * ((i >> 1) & 1), 8 * (i >> 2) + 2 * PAIR + (i & 1)].view(np.uint32)
-        for i in range(matrix.shape[2] // 2)
-    ]
+    warps, _, columns = matrix.shape
+    values = np.ascontiguousarray(matrix).reshape(warps, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+    return list(values.reshape(columns // 2, warps, 32).view(np.uint32))
 
 
 def product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

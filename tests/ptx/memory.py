@@ -48,6 +48,13 @@ class Memory:
             raise MemoryFault(
                 f"{what}: {bad.size} addresses in {self.name} memory are no multiples of {aligned}"
             )
+        if addresses.size:
+            # Most often all are in one stretch, which the lowest and the highest show.
+            lowest = int(addresses.min())
+            place = int(np.searchsorted(self.starts, lowest, side="right")) - 1
+            if place >= 0 and int(addresses.max()) + aligned <= self.ends[place]:
+                count[place] += aligned * addresses.size
+                return (addresses - self.origin) // size
         stretch = np.maximum(np.searchsorted(self.starts, addresses, side="right") - 1, 0)
         outside = (addresses < self.starts[stretch]) | (addresses + aligned > self.ends[stretch])
         if outside.any():
