@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton")
+
+CAPABILITIES = ("9.0", "12.0")
 
 HELPERS = r"""
 import itertools, json, pkgutil, importlib, sys
@@ -134,10 +137,22 @@ def told_by(program: str, capability: str, **variables: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("capability", ["9.0", "12.0"])
-def test_every_helper_compiles_for_real(capability, tmp_path):
-    # What an earlier run has compiled would reach no helper.
-    found = told_by(HELPERS, capability, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.fixture(scope="module")
+def helpers(tmp_path_factory) -> dict[str, dict]:
+    """What `HELPERS` tells of each capability, side by side. What an earlier run has compiled would reach no helper."""
+    with ThreadPoolExecutor(len(CAPABILITIES)) as pool:
+        told = {
+            capability: pool.submit(
+                told_by, HELPERS, capability, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache"))
+            )
+            for capability in CAPABILITIES
+        }
+        return {capability: found.result() for capability, found in told.items()}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_helper_compiles_for_real(helpers, capability):
+    found = helpers[capability]
     missing = set(found["written"]) - set(found["reached"]) - set(found["kernels"])
     # Only for compilers that can slice scores, on the architectures that do.
     if capability == "9.0" or not found["slices"]:
@@ -200,7 +215,7 @@ print(json.dumps(table))
 """
 
 
-@pytest.mark.parametrize("capability", ["9.0", "12.0"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_largest_logit_has_an_exponent_of_zero(capability):
     """Exponents are differences of two products, each rounded by itself: fused with the subtraction, the one of a logit
     would keep the rounding error of the reference's, which a temperature of 0.01 makes visible."""
