@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -181,14 +182,19 @@ def usages() -> tuple[Usage, ...]:
     return tuple(parse_usage(text.stdout))
 
 
-@functools.cache
-def opcodes() -> dict[tuple[str, str], collections.Counter]:
-    with subprocess.Popen(
-        [cuobjdump(), "-sass", extension().__file__], stdout=subprocess.PIPE, text=True
-    ) as process:
+def opcodes_of(arch: str) -> dict[tuple[str, str], collections.Counter]:
+    command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", extension().__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         counts = count_opcodes(process.stdout)
     assert process.returncode == 0
     return counts
+
+
+@functools.cache
+def opcodes() -> dict[tuple[str, str], collections.Counter]:
+    """Of all architectures, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return {key: counter for part in pool.map(opcodes_of, built_archs()) for key, counter in part.items()}
 
 
 def built_archs() -> set[str]:
