@@ -11,7 +11,7 @@ void run(const QuantizeRowsParams& p) {
                  [&] { quantize_rows_kernel<T>(p); });
 }
 
-void run_case(const std::string& folder) {
+void run_case(const char* folder) {
   Case c(folder);
   QuantizeRowsParams p;
   p.dtype = Dtype(c.integer("dtype"));
