@@ -22,7 +22,7 @@ HEADLINE = {
     "commit": ("entropy bound, renoise",),
     "experts": ("uniform routing",),
     "feed_forward": ("bf16 experts",),
-    "linears": ("sliding layer", "global layer"),
+    "linears": ("sliding layer", "global layer", "sliding layer, FP8 weights"),
     "block_attention": ("",),
     "samplers": ("LLaDA low_confidence", "Fast-dLLM threshold", "Dream entropy"),
 }
