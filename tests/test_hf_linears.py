@@ -100,6 +100,26 @@ def test_the_step_is_traced_whole_and_products_are_side_by_side(
     assert seen == wanted
 
 
+def test_rows_are_rounded_once_where_nothing_is_traced(quantized, expected, monkeypatch):
+    """Query, key and value share them, and so do gate and up; but not where a module is hooked, which is called."""
+    seen, right, ids = [], linears._side_by_side, prompt(2, 9)[0]
+
+    def products(rows, weights, *others):
+        seen.append(len(weights))
+        return right(rows, weights, *others)
+
+    monkeypatch.setattr(linears, "_side_by_side", products)
+    with dgemma_accel.accelerated(quantized, graph=False):
+        assert torch.equal(generate(quantized, ids).sequences, expected)
+        # By layer: what they make, and what attention and the gate make; two sliding layers to a global one.
+        assert {count: seen.count(count) / len(seen) for count in set(seen)} == {3: 1 / 6, 2: 1 / 3, 1: 1 / 2}
+        seen.clear()
+        handle = quantized.model.decoder.layers[0].mlp.register_forward_hook(lambda *arguments: None)
+        assert torch.equal(generate(quantized, ids).sequences, expected)
+        handle.remove()
+    assert seen.count(1) > len(seen) / 2
+
+
 def test_products_are_not_one_op_where_they_are_not_alike(quantized):
     """One with another dtype, a hook or another's forward is called."""
     first, second, third = quantized.model.decoder.layers

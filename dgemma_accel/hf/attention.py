@@ -15,7 +15,7 @@ from .masks import CausalRange, PrefixRange, reference_mask
 from .naming import takes_cache
 from .overrides import other_attention
 from .patches import Patch
-from .products import projections, weight_scales
+from .products import projections, share_rows, weight_scales
 
 OVERRIDDEN = "an attention module has a forward that is not transformers' own"
 
@@ -145,7 +145,7 @@ def project(
     """
     cos, sin = position_embeddings
     modules = projections(module)
-    if side_by_side:
+    if side_by_side or share_rows(modules):
         rows, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
         weights = [one.weight for one in modules]
         scales = weight_scales(modules)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..ops.checks import FLOAT_DTYPES
 from ..ops.feed_forward import feed_forward
+from ..ops.linears import linears
 from ..reference.feed_forward import DENSE_SCALES, FeedForwardCall
 from .experts import ACTIVATIONS, call_experts, scales_of
 from .hooks import has_hooks
+from .linear import LINEARS
 from .naming import takes_cache
-from .overrides import is_own
+from .overrides import is_overridden, is_own
 from .patches import Patch
-from .products import ONE_BY_ONE, SideBySide, weight_scales
+from .products import ONE_BY_ONE, SideBySide, share_rows, weight_scales
 
 
 @takes_cache
@@ -102,6 +104,16 @@ def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     return not module.with_scale or module.weight.dtype == dtype
 
 
+def _dense(mlp: nn.Module, rows: Tensor) -> Tensor:
+    """`mlp(rows)`; FP8 products of the same rows round them once."""
+    sides = [getattr(mlp, name, None) for name in LINEARS["mlp"][:2]]
+    if not share_rows(sides) or is_overridden(mlp) or has_hooks(mlp):
+        return mlp(rows)
+    made = linears(rows.flatten(0, -2), [side.weight for side in sides], weight_scales(sides))
+    gate, up = (x.unflatten(0, rows.shape[:-1]) for x in made)
+    return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
 def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Tensor, Tensor]:
     """What the dense MLP and the experts make of hidden [B, C, E], before the norms behind them."""
     dense, rows = norm(layer.pre_feedforward_layernorm, hidden), hidden.reshape(-1, hidden.shape[-1])
@@ -111,7 +123,9 @@ def _feed_forward(layer: nn.Module, hidden: Tensor, how: SideBySide) -> tuple[Te
         # Traced no call: transformers may have left a hook there that collects nothing and cannot be traced (hooks.py).
         choose = router.forward if torch.compiler.is_compiling() else router
         _, weights, index = choose(rows)
-        return mlp(dense), call_experts(experts, how.experts, routed, index, weights).reshape(hidden.shape)
+        return _dense(mlp, dense), call_experts(experts, how.experts, routed, index, weights).reshape(
+            hidden.shape
+        )
     products = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     call = FeedForwardCall(
         dense.reshape(rows.shape),

@@ -55,10 +55,21 @@ def is_product(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear and module.bias is None and _is_as_it_was(module)
 
 
+def share_rows(modules: list[nn.Module]) -> bool:
+    """Whether products of the same rows, called one by one, would each round them to FP8, and are better one op.
+
+    Where they are traced the compiler sees by itself that they do the same.
+    """
+    return not torch.compiler.is_compiling() and all(map(_is_scaled, modules))
+
+
+def _is_scaled(module: nn.Module | None) -> bool:
+    return type(module) is QuantizedLinear and _is_as_it_was(module)
+
+
 def _are_products(modules: list[nn.Module | None]) -> bool:
     """Whether all are products by themselves, all with plain weights or all with FP8 weights of this package's."""
-    scaled = [type(module) is QuantizedLinear and _is_as_it_was(module) for module in modules]
-    return all(scaled) or all(map(is_product, modules))
+    return all(map(_is_scaled, modules)) or all(map(is_product, modules))
 
 
 def _are_rounded(modules: list[nn.Module]) -> bool:
