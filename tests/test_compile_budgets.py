@@ -66,6 +66,7 @@ OLDER_SPILLS = {
         ((8, 0), "block_attention head_dim=256 bytes=4"): (10, 0),
         ((8, 0), "row_stats bytes=2 numbers by row"): (2, 0),
         ((8, 0), "row_stats bytes=4 numbers by row"): (2, 0),
+        ((10, 0), "experts bytes=1 rows=many scales by row"): (2, 1),
     },
     "3.7": {
         ((8, 0), "block_attention head_dim=256 bytes=4"): (10, 0),
