@@ -6,18 +6,25 @@ the product, one scale for a whole matrix, or neither. So the best way is tried 
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from .backends import compute_capability
 
-# Ways of multiplying: scales within the product; numbers alone, the fp32 sums scaled afterwards; numbers widened first.
+logger = logging.getLogger("dgemma_accel")
+
+# Ways of multiplying: scales within the product; numbers alone, the sums scaled afterwards; numbers widened to fp32.
 BY_ROW, AFTERWARDS, WIDENED = "by row", "afterwards", "widened"
 # What both sides of a weight have to be a multiple of for the first two.
 ALIGNMENT = 16
 
+# Of the largest sum: matrix units add up products of FP8 with fewer bits than fp32 has, on Hopper about 14.
+SUM_ERROR = 2.0**-11
+
 _ways: dict[tuple[torch.device, torch.dtype], str] = {}
-# A scale of 1 on each device, from before anything was recorded there.
+# A scale of 1 on each device that scales afterwards, from before anything was recorded there.
 _ones: dict[torch.device, Tensor] = {}
 
 
@@ -34,7 +41,7 @@ multiplies_fp8._dynamo_marked_constant = True
 def scaled_product(
     rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, out: Tensor
 ) -> None:
-    """out = (rows * row_scale) @ (weight * scale)^T, summed in fp32 and rounded once or, scaled afterwards, twice.
+    """out = (rows * row_scale) @ (weight * scale)^T, summed as matrix units do (`SUM_ERROR`) and rounded once to `out`.
 
     Args:
         rows: [R, K] float8_e4m3fn; with `row_scale` None in the dtype of `out`, and the weight is widened to that.
@@ -58,26 +65,37 @@ def way_of(device: torch.device, dtype: torch.dtype) -> str:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # Nothing can be tried in a recording. This is right everywhere, and a step runs once before it is recorded.
             return WIDENED
-        _ways[key] = next(way for way in (BY_ROW, AFTERWARDS, WIDENED) if _works(way, device, dtype))
+        _ways[key] = next((way for way in (BY_ROW, AFTERWARDS) if _works(way, device, dtype)), WIDENED)
+        if device.type == "cuda" and _ways[key] == WIDENED:
+            logger.warning(
+                "linears on %s: PyTorch has no product of FP8 in %s, so numbers are widened", device, dtype
+            )
     return _ways[key]
 
 
 def _works(way: str, device: torch.device, dtype: torch.dtype) -> bool:
     # No draw of the caller's: another seed would be another text.
     def numbers(rows: int, step: float) -> Tensor:
-        return (torch.arange(rows * 64, device=device).reshape(rows, 64) * step).sin().to(torch.float8_e4m3fn)
+        places = torch.arange(rows * 64, dtype=torch.float32, device=device).reshape(rows, 64)
+        return (places * step).sin().to(torch.float8_e4m3fn)
 
     rows, weight = numbers(32, 0.7), numbers(48, 1.3)
-    row_scale, scale = (torch.arange(1.0, size + 1, device=device)[:, None] / 8 for size in (32, 48))
+    row_scale, scale = (
+        torch.arange(1, size + 1, dtype=torch.float32, device=device)[:, None] / 8 for size in (32, 48)
+    )
     result = torch.empty(32, 48, dtype=dtype, device=device)
-    _ones.setdefault(device, torch.ones((), device=device))
+    if way == AFTERWARDS:
+        _ones.setdefault(device, torch.ones((), dtype=torch.float32, device=device))
     try:
         _run(way, rows, row_scale, weight, scale, result)
+    except torch.OutOfMemoryError:
+        # Says nothing of the way.
+        raise
     except (RuntimeError, NotImplementedError, ValueError):
-        return way == WIDENED
+        return False
     truth = (rows.double() * row_scale) @ (weight.double() * scale).T
     error = (result.double() - truth).abs().max()
-    return way == WIDENED or bool(error <= 4 * torch.finfo(dtype).eps * truth.abs().max() + 1e-6)
+    return bool(error <= (4 * torch.finfo(dtype).eps + SUM_ERROR) * truth.abs().max())
 
 
 def _run(way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -87,9 +105,6 @@ def _run(way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tenso
     if way == AFTERWARDS:
         one = _ones[out.device]
         sums = torch._scaled_mm(rows, weight.T, one, one, out_dtype=torch.float32)
-    elif out.is_cpu:
-        sums = rows.float() @ weight.float().T
     else:
-        # Sums of numbers up to 448 leave fp16's range.
-        sums = (rows.bfloat16() @ weight.bfloat16().T).float()
+        sums = rows.float() @ weight.float().T
     torch.mul(sums.mul_(row_scale), scale.T, out=out)

@@ -1,5 +1,6 @@
 """`quantize_linears`: FP8 weights for attention projections and dense MLPs of a model, in memory and in checkpoints."""
 
+import contextlib
 import copy
 import json
 import weakref
@@ -7,7 +8,7 @@ import weakref
 import pytest
 import torch
 from hf_models import CANVAS, generate, prompt, tiny_model, trace_without_inductor, transformers
-from test_hf_published import write
+from test_hf_published import CONFIGS, format_of, write
 
 import dgemma_accel
 from dgemma_accel.cli.generate import load
@@ -245,7 +246,7 @@ def test_the_command_reads_them(checkpoint, both, experts, monkeypatch):
     assert_same(load(checkpoint, experts=experts, linears="fp8")[0].cpu(), both)
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors fp8", "modelopt fp8", "modelopt"])
+@pytest.mark.parametrize("method", CONFIGS)
 def test_published_numbers_stay_where_they_are_fp8(method, tmp_path):
     """Others are rounded."""
     plain = write(tmp_path, method, dense=True)
@@ -256,7 +257,7 @@ def test_published_numbers_stay_where_they_are_fp8(method, tmp_path):
             dequantize(query.weight, query.weight_scale, torch.float32),
             theirs.self_attn.q_proj.weight,
         )
-        if method == "modelopt":
+        if format_of(method) == "nvfp4":
             exact = dequantize(*quantize_rows(exact), torch.float32)
         torch.testing.assert_close(value, exact, rtol=3e-7, atol=0)
         other = mine.mlp.up_proj
@@ -291,8 +292,7 @@ class TestBadInput:
         change(layers_of(model)[-1].mlp)
         with pytest.raises(error, match=text):
             dgemma_accel.quantize_linears(model)
-        whole = not any(type(getattr(*place)) is QuantizedLinear for place in places_of(model))
-        assert whole or "finite" in text
+        assert not any(type(getattr(*place)) is QuantizedLinear for place in places_of(model))
 
     def test_options_of_from_pretrained(self, tmp_path):
         wide_model().save_pretrained(tmp_path)
@@ -308,10 +308,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="linears: the checkpoint is quantized already, as 'fp8'"):
             dgemma_accel.from_pretrained(tmp_path, linears="fp8", config=config)
         dgemma_accel.from_pretrained(tmp_path, linears="fp8").save_pretrained(tmp_path / "saved")
-        with pytest.raises(
-            ValueError, match="config: needs the quantization_config .* whose linears are 'fp8'"
-        ):
-            dgemma_accel.from_pretrained(tmp_path / "saved", config=tmp_path)
+        model = dgemma_accel.from_pretrained(tmp_path, experts="fp8")
+        model.save_pretrained(tmp_path / "experts")
+        dgemma_accel.quantize_linears(model).save_pretrained(tmp_path / "both")
+        for folder, config in (("saved", "."), ("both", "experts")):
+            with pytest.raises(
+                ValueError, match="config: needs the quantization_config .* whose linears are 'fp8'"
+            ):
+                dgemma_accel.from_pretrained(tmp_path / folder, config=tmp_path / config)
 
     @pytest.mark.parametrize("what", ["weight", "weight_scale"])
     def test_a_checkpoint_that_lacks_something(self, tmp_path, what):
@@ -333,6 +337,52 @@ def test_scales_of_a_published_checkpoint_that_are_not_finite(tmp_path):
     write(tmp_path, "compressed-tensors fp8", dense=True, change=change)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         dgemma_accel.from_pretrained(tmp_path, linears="fp8")
+
+
+@pytest.mark.parametrize("linears", [None, "fp8"])
+@pytest.mark.parametrize("method", ["compressed-tensors fp8", "modelopt"])
+def test_a_published_matrix_without_its_scale(method, linears, tmp_path):
+    """Numbers alone are another model's weights."""
+
+    def change(tensors):
+        del tensors["model.decoder.layers.1.self_attn.q_proj.weight_scale"]
+
+    write(tmp_path, method, dense=True, change=change)
+    with pytest.raises((RuntimeError, KeyError)):
+        dgemma_accel.from_pretrained(tmp_path, linears=linears)
+
+
+def test_a_plain_checkpoint_that_lacks_a_weight(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    wide_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.decoder.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"lacks quantized weights .*up_proj.weight"):
+        dgemma_accel.from_pretrained(tmp_path, linears="fp8")
+
+
+def test_hooks_of_all_modules_see_each(quantized):
+    seen, counts, ids = [], [], prompt(1, 9)[0]
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *others: seen.append(type(module) is QuantizedLinear)
+    )
+    try:
+        for context in (contextlib.nullcontext(), dgemma_accel.accelerated(quantized, graph=False)):
+            seen.clear()
+            with context:
+                generate(quantized, ids, max_new_tokens=CANVAS, max_denoising_steps=1)
+            counts.append(sum(seen))
+    finally:
+        handle.remove()
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 64)])
+def test_a_product_of_any_shape(quantized, shape):
+    module = quantized.model.decoder.layers[0].mlp.up_proj
+    assert module(torch.randn(shape)).shape == (*shape[:-1], 48)
 
 
 @pytest.mark.gpu

@@ -94,7 +94,8 @@ class TestScaled:
         """In each way that PyTorch may have; None for the one that is taken by itself."""
         given = make_scaled(rows, widths, dtype, device, embedding)
         if way is not None:
-            scaled_product.way_of(given[0].device, dtype)
+            # With which it is made ready.
+            scaled_product._works(way, given[0].device, dtype)
             scaled_product._ways[given[0].device, dtype] = way
         results = linears(*given)
         assert not check_linears(results, *given)
@@ -150,6 +151,27 @@ class TestScaled:
         assert not check_linears(results, *given)
         assert scaled_product.way_of(torch.device("cpu"), torch.bfloat16) == expected
         assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_the_way_is_the_same_whatever_torch_s_default_dtype_is(self, dtype):
+        device = torch.device("cpu")
+        expected = scaled_product.way_of(device, torch.bfloat16)
+        scaled_product._ways.clear()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            assert scaled_product.way_of(device, torch.bfloat16) == expected != scaled_product.WIDENED
+        finally:
+            torch.set_default_dtype(before)
+
+    def test_memory_that_is_short_says_nothing_of_the_way(self, monkeypatch):
+        def short(*arguments, **options):
+            raise torch.OutOfMemoryError("no memory")
+
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(torch, "_scaled_mm", short)
+            scaled_product.way_of(torch.device("cpu"), torch.bfloat16)
+        assert scaled_product.way_of(torch.device("cpu"), torch.bfloat16) != scaled_product.WIDENED
 
     def test_nothing_is_tried_while_a_graph_is_recorded(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

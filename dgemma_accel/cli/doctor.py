@@ -145,9 +145,12 @@ def _fp8_products(device: torch.device) -> str:
     """How products of FP8 linears are made there."""
     if not multiplies_fp8(device):
         return "none: FP8 weights are widened"
-    return (
-        f"scaled {way}" if (way := way_of(device, torch.bfloat16)) != WIDENED else "none: numbers are widened"
-    )
+    try:
+        way = way_of(device, torch.bfloat16)
+    except RuntimeError as error:
+        # Of a GPU without memory left, or one that PyTorch has no code for.
+        return f"not known: {str(error).strip().splitlines()[0]}"
+    return "none: numbers are widened" if way == WIDENED else f"scaled {way}"
 
 
 def _driver() -> str | None:

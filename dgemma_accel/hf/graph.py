@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..ops.block_attention import block_attention
 from ..ops.commit import commit
+from ..ops.quantize_rows import quantize_rows
 from ..ops.row_stats import RowStats
 from ..ops.soft_embedding import soft_embedding
-from ..reference.quantization import quantize_rows
 from ..samplers import CanvasState, EntropyBound, Renoise, StableAndConfident
 from .attention import project
 from .head import logits_and_stats

@@ -15,6 +15,7 @@ from .quantize import check_not_accelerated, layers_of
 from .quantized import Quantized, parameter
 
 FORMATS = ("fp8",)
+NOT_FINITE = "model: the weight of {} is not finite"
 # The products of a layer besides its router's and its experts', by the module that holds them.
 LINEARS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -41,8 +42,9 @@ class QuantizedLinear(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., out_features] of input [..., in_features], in its dtype."""
-        (result,) = linears(input.flatten(0, -2), [self.weight], [self.weight_scale])
-        return result.unflatten(0, input.shape[:-1])
+        rows = input.reshape(-1, self.in_features)
+        (result,) = linears(rows, [self.weight], [self.weight_scale])
+        return result.view(*input.shape[:-1], self.out_features)
 
 
 def quantize_linears(model, *, format: str = "fp8"):
@@ -67,7 +69,7 @@ def quantize_linears(model, *, format: str = "fp8"):
         TypeError: a model of another class; projections that are not plain `nn.Linear`s without a bias (quantised
             otherwise, sharded, with adapters).
         ValueError: a format that is not known; the model is accelerated; weights that are not loaded (meta, offloaded)
-            or not finite. The model is as it was, but for weights that are not finite: others may be quantized then.
+            or not finite. The model is as it was.
         ImportError: as `accelerate`.
 
     Source: the format of FP8-dynamic checkpoints of compressed-tensors, "float-quantized" with strategies "channel" for
@@ -85,6 +87,8 @@ def quantize_linears(model, *, format: str = "fp8"):
         check_linear(module, name)
         if module.weight.is_meta or hasattr(module, "_hf_hook"):
             raise ValueError(f"model: the weight of {name} is not loaded (meta or offloaded)")
+        if not module.weight.isfinite().all():
+            raise ValueError(NOT_FINITE.format(name))
         sharing.setdefault(id(module.weight), []).append((holder, name))
     while sharing:
         # The last reference to each weight goes with its modules.
@@ -126,11 +130,13 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(numbers [N, K], scales [N, 1]) of a weight.
 
     Raises:
-        ValueError: a weight that is not finite.
+        ValueError: a weight that is not finite, or of a dtype that cannot be rounded.
     """
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"model: the weight of {name} is of {weight.dtype}, and has no scale")
     numbers, scale = quantize_rows(weight)
     if not weight.is_meta and not scale.isfinite().all():
-        raise ValueError(f"model: the weight of {name} is not finite")
+        raise ValueError(NOT_FINITE.format(name))
     return numbers, scale
 
 

@@ -14,6 +14,7 @@ from .quantize import QuantizedExperts, check_format, quantize_experts
 WHERE = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
 )  # fmt: skip
+CONFIG_LACKS = "config: needs the quantization_config of the checkpoint, whose {} are {!r}"
 SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
@@ -27,7 +28,9 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
         model = dgemma_accel.from_pretrained(name, experts="fp8", linears="fp8", dtype="bfloat16", device_map="cuda")
 
     A layer's weights go to their device as they are in the checkpoint and are rounded there, one layer after the other;
-    so the device needs room for the quantized model and one layer, and the host for one layer. transformers alone does
+    so the device needs room for the quantized model and one layer, and the host for one layer. Only where a checkpoint
+    was saved with one of `experts` and `linears` and is asked for with the other, that is done behind reading it.
+    transformers alone does
     not know the form that is saved. It warns of an unknown quantization then, refuses NVFP4, and takes FP8 numbers
     without their scales.
 
@@ -95,9 +98,11 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
         if own is not None:
             # Without their scales the numbers are another model.
             what = ("linears", own["linears"]) if own["format"] is None else ("experts", own["format"])
-            raise ValueError(
-                f"config: needs the quantization_config of the checkpoint, whose {what[0]} are {what[1]!r}"
-            )
+            raise ValueError(CONFIG_LACKS.format(*what))
+    if given is not None and quantized and form is None and checkpoint is not None:
+        own = _quantization_of(checkpoint, where) or {}
+        if own.get("linears") is not None and saved.get("linears") is None:
+            raise ValueError(CONFIG_LACKS.format("linears", own["linears"]))
     if experts is not None or linears is not None:
         asked_for = "linears" if experts is None else "experts"
         if quantized and experts is not None and saved["format"] not in (None, experts):
@@ -112,16 +117,17 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
     if sharded and (quantized or experts is not None or linears is not None):
         raise ValueError(f"{sharded[0]}: quantized weights cannot be sharded")
     read = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained
-    if not quantized:
+    if not (quantized or experts is not None or linears is not None):
         return read(checkpoint, config=config, **options)
     with_info = options.pop("output_loading_info", False)
     model, info = read(checkpoint, config=config, output_loading_info=True, **options)
     _check_complete(model, info["missing_keys"])
-    # Of a model that was saved with the one, and is asked for with the other.
-    if experts is not None and saved["format"] is None:
-        quantize_experts(model, format=experts)
-    if linears is not None and saved.get("linears") is None:
-        quantize_linears(model, format=linears)
+    if quantized:
+        # Saved with the one, and asked for with the other.
+        if experts is not None and saved["format"] is None:
+            quantize_experts(model, format=experts)
+        if linears is not None and saved.get("linears") is None:
+            quantize_linears(model, format=linears)
     return (model, info) if with_info else model
 
 

@@ -60,7 +60,9 @@ def share_rows(modules: list[nn.Module]) -> bool:
 
     Where they are traced the compiler sees by itself that they do the same.
     """
-    return not torch.compiler.is_compiling() and all(map(_is_scaled, modules))
+    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():
+        return False
+    return all(map(_is_scaled, modules))
 
 
 def _is_scaled(module: nn.Module | None) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from ..ops.checks import FLOAT_DTYPES
 from ..reference.quantization import FP8, SCALE_GROUP, dequantize
 from .linear import QuantizedLinear, quantized
 
@@ -114,7 +115,9 @@ def conversions(form: str) -> list[WeightConverter]:
     else:
         scales = of_experts(names.scale, "_scale")
         scales += of_experts(names.global_scale, "_global_scale", GlobalScales(names.inverse))
-    widened = WeightConverter([f"{name}$" for name in names.tensors], "weight", [Widen(names)])
+    # Some may not be quantized, which have no other name then.
+    found = dict.fromkeys((*names.tensors, "weight"))
+    widened = WeightConverter([f"{name}$" for name in found], "weight", [Widen(names)])
     return [*of_experts(names.weight, ""), *scales, widened]
 
 
@@ -171,7 +174,7 @@ class Widen(ConversionOps):
             pattern.removesuffix("$"): tensors[0] if isinstance(tensors, list) else tensors
             for pattern, tensors in input_dict.items()
         }
-        weight = parts[self.names.weight]
+        weight = parts.get(self.names.weight, parts.get("weight"))
         path, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(path)
         takes_fp8 = isinstance(module, QuantizedLinear)
@@ -185,6 +188,8 @@ class Widen(ConversionOps):
                 total = parts[self.names.global_scale].float().reshape(())
                 total = 1 / total if self.names.inverse else total
             weight = dequantize(weight, scale, torch.float32, total)
+        elif weight.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"a weight of {weight.dtype} has no scale")
         if takes_fp8:
             return self._in_fp8(path, *quantized(weight, path.rpartition(".")[2]))
         return {full_layer_name: weight.to(getattr(module, name).dtype)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..scaled_product import SUM_ERROR
 from . import block_attention as attention_reference
 from . import commit as commit_reference
 from . import row_stats as row_stats_reference
@@ -244,7 +245,7 @@ def check_linears(
     Args:
         scales: of FP8 weights. The truth is the product of what numbers and scales stand for; plain PyTorch sums it in
             fp32 and rounds it to the dtype of the rows, or without rounded rows multiplies in that dtype.
-        rounds_rows: whether rows are rounded to FP8 there.
+        rounds_rows: whether rows are rounded to FP8 there. Matrix units of a GPU add up their products with fewer bits.
     """
     shapes = [(*rows.shape[:-1], len(weight)) for weight in weights]
     found = [tuple(result.shape) for result in results]
@@ -264,6 +265,8 @@ def check_linears(
         else:
             plain = (given.float() @ weight.float().T).to(rows.dtype)
         ulp = torch.finfo(rows.dtype).eps * truth.abs() + FP32_EPSILON
+        if scales is not None and rounds_rows and result.is_cuda:
+            ulp = ulp + SUM_ERROR * (given.double().abs() @ weight.double().abs().T)
         problems += _within(f"linears {number}", result, truth, plain, ulp)
     return problems
 
