@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import compute_capability
+from .reference.quantization import FP8_SUM_ERROR
 
 logger = logging.getLogger("dgemma_accel")
 
@@ -19,9 +20,6 @@ logger = logging.getLogger("dgemma_accel")
 BY_ROW, AFTERWARDS, WIDENED = "by row", "afterwards", "widened"
 # What both sides of a weight have to be a multiple of for the first two.
 ALIGNMENT = 16
-
-# Of the largest sum: matrix units add up products of FP8 with fewer bits than fp32 has, on Hopper about 14.
-SUM_ERROR = 2.0**-11
 
 _ways: dict[tuple[torch.device, torch.dtype], str] = {}
 # A scale of 1 on each device that scales afterwards, from before anything was recorded there.
@@ -41,7 +39,9 @@ multiplies_fp8._dynamo_marked_constant = True
 def scaled_product(
     rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, out: Tensor
 ) -> None:
-    """out = (rows * row_scale) @ (weight * scale)^T, summed as matrix units do (`SUM_ERROR`) and rounded once to `out`.
+    """out = (rows * row_scale) @ (weight * scale)^T, rounded once to the dtype of `out`.
+
+    Sums are as exact as matrix units make them (`FP8_SUM_ERROR`).
 
     Args:
         rows: [R, K] float8_e4m3fn; with `row_scale` None in the dtype of `out`, and the weight is widened to that.
@@ -91,11 +91,12 @@ def _works(way: str, device: torch.device, dtype: torch.dtype) -> bool:
     except torch.OutOfMemoryError:
         # Says nothing of the way.
         raise
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, ValueError):
+        # As PyTorch says that it has no such product here.
         return False
     truth = (rows.double() * row_scale) @ (weight.double() * scale).T
     error = (result.double() - truth).abs().max()
-    return bool(error <= (4 * torch.finfo(dtype).eps + SUM_ERROR) * truth.abs().max())
+    return bool(error <= (4 * torch.finfo(dtype).eps + FP8_SUM_ERROR) * truth.abs().max())
 
 
 def _run(way: str, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -71,7 +71,10 @@ def test_in_a_cuda_graph(scaled):
 def make_scaled(rows, widths, dtype=torch.float32, device="cpu", embedding=48):
     """(rows, FP8 weights, their scales); rows and outputs of very different sizes, so that no scale is like another."""
     hidden, weights = make_case(rows, widths, torch.float32, device, embedding)
-    spread = lambda count: torch.linspace(-3, 3, count, device=device).exp2()[:, None]  # noqa: E731
+
+    def spread(count):
+        return torch.linspace(-3, 3, count, device=device).exp2()[:, None]
+
     made = [quantize_rows(weight * spread(len(weight))) for weight in weights]
     return (hidden * spread(rows)).to(dtype), [one[0] for one in made], [one[1] for one in made]
 

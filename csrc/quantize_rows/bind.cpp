@@ -25,7 +25,7 @@ void register_quantize_rows(pybind11::module_& m) {
       [](const P& p, uintptr_t stream) { quantize_rows_cuda(p, reinterpret_cast<void*>(stream)); },
       pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Launches on a CUDA stream of the current device.");
-  describe_kernel(m, "quantize_rows_kernel", kQuantizeRowsThreads, kQuantizeRowsThreads / 32 * 4);
+  describe_kernel(m, "quantize_rows_kernel", kQuantizeRowsThreads, kQuantizeRowsSharedBytes);
 #endif
 }
 

@@ -10,9 +10,8 @@ namespace {
 
 template <class T>
 void launch_rows(const QuantizeRowsParams& params, void* stream) {
-  constexpr int kShared = kQuantizeRowsThreads / hw::kWarp * int(sizeof(uint32_t));
-  launch("quantize_rows", quantize_rows_kernel<T>, dim3(unsigned(params.count)), kQuantizeRowsThreads, kShared, stream,
-         params);
+  launch("quantize_rows", quantize_rows_kernel<T>, dim3(unsigned(params.count)), kQuantizeRowsThreads,
+         kQuantizeRowsSharedBytes, stream, params);
 }
 
 }  // namespace

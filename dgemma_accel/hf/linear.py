@@ -11,7 +11,7 @@ from ..ops.checks import FLOAT_DTYPES
 from ..ops.linears import linears
 from ..reference.quantization import FP8, quantize_rows
 from .check import check_model
-from .quantize import check_not_accelerated, layers_of
+from .quantize import check_format, check_not_accelerated, layers_of
 from .quantized import Quantized, parameter
 
 FORMATS = ("fp8",)
@@ -76,7 +76,7 @@ def quantize_linears(model, *, format: str = "fp8"):
         weights and "token" for rows.
     """
     check_model(model)
-    check_format(format)
+    check_format(format, formats=FORMATS)
     check_not_accelerated(model, "quantize_linears")
     # Layers of the encoder and the decoder share their weights.
     sharing: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -85,11 +85,12 @@ def quantize_linears(model, *, format: str = "fp8"):
         if isinstance(module, QuantizedLinear):
             continue
         check_linear(module, name)
+        key = id(module.weight)
         if module.weight.is_meta or hasattr(module, "_hf_hook"):
             raise ValueError(f"model: the weight of {name} is not loaded (meta or offloaded)")
-        if not module.weight.isfinite().all():
+        if key not in sharing and not module.weight.isfinite().all():
             raise ValueError(NOT_FINITE.format(name))
-        sharing.setdefault(id(module.weight), []).append((holder, name))
+        sharing.setdefault(key, []).append((holder, name))
     while sharing:
         # The last reference to each weight goes with its modules.
         _replace(sharing.pop(next(iter(sharing))))
@@ -109,11 +110,6 @@ def places_of(model) -> Iterator[tuple[nn.Module, str]]:
                 # Keys and values of a global layer have one projection.
                 if getattr(holder, name) is not None:
                     yield holder, name
-
-
-def check_format(format: str, name: str = "format") -> None:
-    if format not in FORMATS:
-        raise ValueError(f"{name}: must be one of {FORMATS}, got {format!r}")
 
 
 def check_linear(module: nn.Module, name: str) -> None:

@@ -8,7 +8,7 @@ import os
 from . import linear
 from .check import check_transformers
 from .linear import QuantizedLinear, quantize_linears
-from .quantize import QuantizedExperts, check_format, quantize_experts
+from .quantize import FORMATS, QuantizedExperts, check_format, quantize_experts
 
 # What says where a checkpoint's config is found.
 WHERE = (
@@ -58,13 +58,10 @@ def from_pretrained(checkpoint, *, experts: str | None = None, linears: str | No
         ImportError: transformers is missing or older than 5.17.
         OSError: there is no such checkpoint.
     """
-    for name, format, check in (
-        ("experts", experts, check_format),
-        ("linears", linears, linear.check_format),
-    ):
+    for name, format, formats in (("experts", experts, FORMATS), ("linears", linears, linear.FORMATS)):
         if format is None:
             continue
-        check(format, name)
+        check_format(format, name, formats)
         if options.get("quantization_config") is not None:
             raise ValueError(
                 f"{name}: a model takes one quantization, and a quantization_config was given as well"

@@ -125,9 +125,9 @@ def check_not_accelerated(model, function: str) -> None:
         )
 
 
-def check_format(format: str, name: str = "format") -> None:
-    if format not in FORMATS:
-        raise ValueError(f"{name}: must be one of {tuple(FORMATS)}, got {format!r}")
+def check_format(format: str, name: str = "format", formats: Iterable[str] = FORMATS) -> None:
+    if format not in formats:
+        raise ValueError(f"{name}: must be one of {tuple(formats)}, got {format!r}")
 
 
 def check_experts(module: nn.Module, format: str) -> None:

@@ -55,7 +55,7 @@ class QuantizedWeightsConfig(QuantizationConfigMixin):
         if format is not None:
             check_format(format)
         if linears is not None:
-            linear.check_format(linears, "linears")
+            check_format(linears, "linears", linear.FORMATS)
         self.format, self.quant_method, self.linears = format, quant_method, linears
         self.gate_up_global_scales, self.scales, self.read_from = gate_up_global_scales, scales, read_from
 
@@ -126,7 +126,7 @@ class WeightsQuantizer(HfQuantizer):
                     )
                     parameters[f"{name}_scale_inv"] = parameter(by_row)
             if not self.pre_quantized:
-                # As above.
+                # What transformers 5.17 reads has to find the dtype that it had, as with linears.
                 for name in WEIGHTS:
                     dtype = getattr(layer.experts, name).dtype
                     parameters[name] = parameter(parameters[name].to(dtype))

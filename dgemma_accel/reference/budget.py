@@ -13,13 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scaled_product import SUM_ERROR
 from . import block_attention as attention_reference
 from . import commit as commit_reference
 from . import row_stats as row_stats_reference
 from . import soft_embedding as soft_embedding_reference
 from .autocast import without_autocast
-from .quantization import dequantize, quantize_rows
+from .quantization import FP8_SUM_ERROR, dequantize, quantize_rows
 from .row_stats import apply_softcap
 from .soft_embedding import tempered
 
@@ -266,7 +265,7 @@ def check_linears(
             plain = (given.float() @ weight.float().T).to(rows.dtype)
         ulp = torch.finfo(rows.dtype).eps * truth.abs() + FP32_EPSILON
         if scales is not None and rounds_rows and result.is_cuda:
-            ulp = ulp + SUM_ERROR * (given.double().abs() @ weight.double().abs().T)
+            ulp = ulp + FP8_SUM_ERROR * (given.double().abs() @ weight.double().abs().T)
         problems += _within(f"linears {number}", result, truth, plain, ulp)
     return problems
 

@@ -23,6 +23,9 @@ SCALE_GROUP = 16
 # The magnitudes of e2m1 by their code; the fourth bit is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TINY = torch.finfo(torch.float32).tiny
+# What a GPU's sum of products of FP8 may be off by, of the sum of their magnitudes: matrix units keep fewer bits of it
+# than fp32 has, on Hopper about 14.
+FP8_SUM_ERROR = 2.0**-11
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 void run(const QuantizeRowsParams& p) {
-  emulation::run({p.count, 1, 1}, kQuantizeRowsThreads, kQuantizeRowsThreads / hw::kWarp * 4,
+  emulation::run({p.count, 1, 1}, kQuantizeRowsThreads, kQuantizeRowsSharedBytes,
                  [&] { quantize_rows_kernel<T>(p); });
 }
 
