@@ -17,6 +17,7 @@ from .ops.head_stats import head_stats
 from .ops.merge_stats import merge_stats
 from .ops.row_stats import RowStats, row_stats
 from .ops.soft_embedding import soft_embedding
+from .ops.top_k_top_p import top_k_top_p
 from .version import __version__
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "row_stats",
     "samplers",
     "soft_embedding",
+    "top_k_top_p",
 ]

@@ -38,6 +38,12 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "dgemma_accel.triton_kernels.row_stats",
         "cuda": "dgemma_accel.native.row_stats_cuda",
     },
+    "top_k_top_p": {
+        "reference": "dgemma_accel.backends_reference",
+        "cpp": "dgemma_accel.native.top_k_top_p_cpp",
+        "triton": "dgemma_accel.triton_kernels.top_k_top_p",
+        "cuda": "dgemma_accel.native.top_k_top_p_cuda",
+    },
     "commit": {
         "reference": "dgemma_accel.backends_reference",
         "cpp": "dgemma_accel.native.commit_cpp",

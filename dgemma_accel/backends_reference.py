@@ -9,6 +9,7 @@ from .reference import (
     progress,
     row_stats,
     soft_embedding,
+    top_k_top_p,
 )
 from .reference.quantization import quantize_rows
 
@@ -23,6 +24,7 @@ __all__ = [
     "quantize_rows",
     "row_stats",
     "soft_embedding",
+    "top_k_top_p",
     "unavailable",
 ]
 

@@ -180,6 +180,26 @@ def softcap_value(softcap: float | None) -> float | None:
     return float(number)
 
 
+def count_or_none(name: str, value: int | None) -> int:
+    """A number of things, or 0 for None."""
+    number = 0 if value is None else plain_number(value, integer=True)
+    if number is None:
+        raise TypeError(f"{name}: an int or None expected, got {type(value).__name__}")
+    if not 0 <= number <= INT64_MAX:
+        raise ValueError(f"{name}: must be in [0, 2**63), got {value}")
+    return number
+
+
+def share_or_none(name: str, value: float | None) -> float:
+    """A share of a whole, or 1.0 for None."""
+    number = 1.0 if value is None else plain_number(value, integer=False)
+    if number is None:
+        raise TypeError(f"{name}: a number or None expected, got {type(value).__name__}")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: must be in [0, 1], got {value}")
+    return float(number)
+
+
 def seed_and_offset(
     seed: int | Tensor | None, offset: int | Tensor, device: torch.device, *, keep: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from .philox import philox4x32, random_words, uniform_from_word
 from .progress import progress
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
+from .top_k_top_p import top_k_top_p
 
 __all__ = [
     "block_attention",
@@ -21,5 +22,6 @@ __all__ = [
     "random_words",
     "row_stats",
     "soft_embedding",
+    "top_k_top_p",
     "uniform_from_word",
 ]

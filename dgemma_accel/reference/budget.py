@@ -17,6 +17,7 @@ from . import block_attention as attention_reference
 from . import commit as commit_reference
 from . import row_stats as row_stats_reference
 from . import soft_embedding as soft_embedding_reference
+from . import top_k_top_p as top_k_top_p_reference
 from .autocast import without_autocast
 from .quantization import FP8_SUM_ERROR, dequantize, quantize_rows
 from .row_stats import apply_softcap
@@ -138,6 +139,57 @@ def _check_samples(actual, x, uniform, sampling, greedy, valid, finite) -> list[
         return []
     return [
         f"sample: {int((~right).sum())} of {right.numel()} rows are not the inverse of the CDF at their uniform"
+    ]
+
+
+@without_autocast
+def check_top_k_top_p(
+    cutoff: Tensor,
+    logits: Tensor,
+    *,
+    temperature,
+    top_k: int,
+    top_p: float,
+    top_k_first: bool,
+    softcap: float | None,
+) -> list[str]:
+    """Violations of the budget by the result of `top_k_top_p` of `logits` [..., V].
+
+    Top-k has to be exact. A token of top-p may be kept or dropped where the mass before it is the share p to within the
+    roundings of x, which a sum of e^x inherits as a relative error. The cutoff is a logit of the row.
+    """
+    if cutoff.shape != logits.shape[:-1] or cutoff.dtype != torch.float32:
+        return [f"cutoff: shape {tuple(cutoff.shape)} and dtype {cutoff.dtype}"]
+    rows = logits.reshape(-1, logits.shape[-1]).double()
+    t = _rows(temperature, logits.shape[:-1], torch.float32, logits.device)
+    # Of fp32: where x is beyond it a row is left as it is.
+    plain = top_k_top_p_reference(rows[None].float(), t, top_k, top_p, top_k_first, softcap)[0].double()
+    truth = top_k_top_p_reference(rows[None], t, top_k, top_p, top_k_first, softcap)[0]
+    truth = torch.where(plain.isinf(), plain, truth)[:, None]
+    actual = cutoff.reshape(-1, 1).to(rows.device, torch.float64)
+    t = torch.where(t == 0, 1.0, t)[:, None].double()
+    x = apply_softcap(rows, softcap) / t
+    masses = torch.exp(x - x.amax(-1, keepdim=True))
+    least = rows.topk(top_k, dim=-1).values[:, -1:] if 0 < top_k <= rows.shape[-1] else -float("inf")
+    if top_k_first:
+        masses = torch.where(rows >= least, masses, 0.0)
+
+    def share(which: Tensor) -> Tensor:
+        return torch.where(which, masses, 0.0).sum(-1, keepdim=True) / masses.sum(-1, keepdim=True)
+
+    finite = torch.where(x.isfinite(), x, 0.0).abs().amax(-1, keepdim=True)
+    slack = 8 * FP32_EPSILON * (finite + 1)
+    tied = (actual >= least) & (rows == actual).any(-1, keepdim=True)
+    more = (actual < truth) & (share(rows > actual) <= top_p + slack)
+    fewer = (actual > truth) & (share(rows >= actual) >= top_p - slack)
+    tied &= (more | fewer) & (top_p < 1)
+    wrong = ~((actual == truth) | tied)
+    if not bool(wrong.any()):
+        return []
+    first = int(wrong[:, 0].nonzero()[0, 0])
+    return [
+        f"cutoff: {int(wrong.sum())} of {wrong.numel()} rows differ from the truth without a tie, "
+        f"first row {first}: {actual[first].item():.9g} instead of {truth[first].item():.9g}"
     ]
 
 
