@@ -18,6 +18,7 @@ COMMANDS = {
 OPS = (
     "block_attention",
     "row_stats",
+    "top_k_top_p",
     "commit",
     "head_stats",
     "soft_embedding",

@@ -411,7 +411,7 @@ def write_summary(outcomes: list[Outcome], files: Files, facts: dict) -> list[st
 # Tests that launch this package's CUDA kernels, and little else.
 SANITIZED = (
     "native_cuda", "cuda_block_attention", "cuda_experts", "cuda_soft_embedding", "block_attention", "row_stats",
-    "commit",
+    "top_k_top_p", "commit",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ NOT_MEASURED = "not yet measured"
 # One case of each shape stands in the README; all of them stand in bench/results/README.md.
 HEADLINE = {
     "row_stats": ("half settled",),
+    "top_k_top_p": ("top-p 0.95, T = 0.2", "top-p 0.95"),
     "head_stats": ("half settled",),
     "soft_embedding": ("half settled",),
     "commit": ("entropy bound, renoise",),

@@ -26,6 +26,7 @@ from dgemma_accel.reference.quantization import scale_shape
 from dgemma_accel.samplers.encoding import Flag, Measure, Select, Write
 from dgemma_accel.triton_kernels import ahead_of_time, block_attention, commit, experts, feed_forward, head_stats
 from dgemma_accel.triton_kernels import progress, quantize_rows, row_stats, sliced_scores, soft_embedding
+from dgemma_accel.triton_kernels import top_k_top_p
 from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.jit import JITFunction
 
@@ -77,6 +78,7 @@ def statistics():
     row_stats.row_stats(logits[:, :2], each[:4], each[:4], None, seed, seed, 30.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         row_stats.row_stats(empty(1, 2, 8192, dtype=dtype), one, None, None, zero, zero, 30.0)
+    top_k_top_p.top_k_top_p(logits, each, 5, 0.9, True, 30.0)
     hidden, weight = empty(1, 6, 32, dtype=torch.bfloat16), empty(100, 32, dtype=torch.bfloat16)
     for run in (head_stats.head_stats, head_stats.head_stats_without_logits):
         run(hidden, weight, each, each, None, seed, seed, 30.0)

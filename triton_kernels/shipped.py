@@ -34,6 +34,7 @@ from .progress import progress
 from .quantize_rows import quantize_rows
 from .row_stats import row_stats
 from .soft_embedding import soft_embedding
+from .top_k_top_p import top_k_top_p
 
 VOCAB = 262_144
 CANVAS = 256
@@ -243,6 +244,11 @@ def _quantize_rows(width: int, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: quantize_rows(_empty(CANVAS, width, dtype=dtype))
 
 
+def _top_k_top_p(dtype: torch.dtype, softcap: float | None) -> Callable[[], object]:
+    logits = _empty(1, CANVAS, VOCAB, dtype=dtype)
+    return lambda: top_k_top_p(logits, torch.tensor(0.7), 50, 0.9, True, softcap)
+
+
 def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The calls that reach every entry of a configuration file: (label, whether tensor cores are expected, call)."""
     for op, entries in configs.read(name).items():
@@ -266,6 +272,8 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                     # Nor have rows that FP8 linears multiply.
                     for dtype in (torch.bfloat16, torch.float32):
                         yield f"quantize_rows bytes={dtype.itemsize}", False, _quantize_rows(EMBEDDING, dtype)
+                        yield f"top_k_top_p bytes={dtype.itemsize}", False, _top_k_top_p(dtype, None)
+                    yield "top_k_top_p softcap", False, _top_k_top_p(torch.bfloat16, 30.0)
             elif op == "block_attention":
                 # fp32 products keep fp32 precision, which tensor cores do not have.
                 matrix = when["bytes"] == 2

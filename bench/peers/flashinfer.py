@@ -64,7 +64,27 @@ def _row_stats(case: Case, inputs) -> list[Variant]:
     ]
 
 
-VARIANTS = {"block_attention": _attention, "row_stats": _row_stats}
+def _top_k_top_p(case: Case, inputs) -> list[Variant]:
+    from flashinfer import sampling
+
+    def by_p(inputs):
+        logits = inputs.logits.float() / inputs.temperature
+        return lambda: sampling.top_p_renorm_probs(sampling.softmax(logits), inputs.top_p)
+
+    def by_k(inputs):
+        logits = inputs.logits.float()
+        return lambda: sampling.top_k_mask_logits(logits, inputs.top_k)
+
+    if inputs.top_p is None:
+        return [
+            Variant("top_k_mask_logits", by_k, lambda result: {"kept": result.isfinite().sum(-1).float()})
+        ]
+    return [
+        Variant("softmax, top_p_renorm_probs", by_p, lambda result: {"kept": (result > 0).sum(-1).float()})
+    ]
+
+
+VARIANTS = {"block_attention": _attention, "row_stats": _row_stats, "top_k_top_p": _top_k_top_p}
 
 
 def variants(case: Case, inputs) -> list[Variant]:

@@ -240,7 +240,21 @@ def table_passes(inputs) -> float:
     return passes(prepare(corner), corner.logits)
 
 
+def _filters(case: Case, inputs) -> list[Variant]:
+    def prepare(inputs):
+        return lambda: filtered(inputs.logits, inputs.temperature, inputs.top_p, inputs.top_k)
+
+    def outputs(logits):
+        return {"kept": (logits > torch.finfo(logits.dtype).min).sum(-1).float()}
+
+    return [
+        Variant("sort, softmax, cumsum, scatter" if inputs.top_p else "topk, masked_fill", prepare, outputs)
+    ]
+
+
 def variants(case: Case, inputs) -> list[Variant]:
+    if case.op == "top_k_top_p":
+        return _filters(case, inputs)
     if case.op != "samplers":
         return []
 

@@ -62,8 +62,8 @@ def top_k_top_p(
         top_p: in [0, 1]; None or 1.0 keeps all, 0 the largest.
         top_k_first: take top_p of what top_k left, renormalised, as SDAR's generate.py and transformers do; Dream's
             takes both of the row.
-        temperature: >= 0; a number, a 0-d tensor or one value per row [...]. 0 counts as 1: a greedy row is filtered as it
-            came.
+        temperature: >= 0; a number, a 0-d tensor or one value per row [...]. 0 counts as 1: a greedy row
+            is filtered as it came.
         softcap: in [1e-30, 1e30], or None.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 

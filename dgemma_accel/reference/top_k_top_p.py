@@ -29,7 +29,8 @@ def top_k_top_p(
     - the mass is that of the row, or with `top_k_first` that of what top-k keeps;
     - what both keep is kept.
 
-    A row that has no distribution (all -inf, NaN or +inf anywhere, or x beyond fp32) is left as it is: its cutoff is -inf.
+    A row that has no distribution (all -inf, NaN or +inf anywhere, or x beyond fp32) is left as it is, by a cutoff of
+    -inf.
 
     Args:
         logits: [N0, N1, V] bf16, fp16, fp32 or fp64. -inf is allowed.
