@@ -2,8 +2,7 @@
 
 Top-k and top-p are one search. With W(v) the sum of the weights of the logits above v, the cutoff is the least logit v
 with W(v) <= target: for top-k a weight is 1 and the target k - 1, for top-p it is e^x and the target the share p of
-their sum. W falls with v, so a pass that learns W at four places leaves a fifth of an interval. Places are chosen
-evenly by value and evenly among fp32 numbers by turns: the one is quick, the other ends whatever the values are.
+their sum. W falls with v, so a pass that learns W at four places leaves a fifth of an interval.
 """
 
 from __future__ import annotations
@@ -46,79 +45,89 @@ def from_ordered(key):
 
 
 @triton.jit
-def weight(b_l, top, k, softcap, inverse_softcap, COUNT: tl.constexpr, SOFTCAP: tl.constexpr):
-    """What a logit adds to W: 1, or e^x relative to the largest."""
-    if COUNT:
-        return tl.full(b_l.shape, 1, tl.int32)
-    else:
-        return exp2_flushed((cap(b_l, softcap, inverse_softcap, SOFTCAP) - top) * k)
-
-
-@triton.jit
 def add_above(b_sum, b_l, b_w, pivot):
     return b_sum + tl.where(b_l > pivot, b_w, 0)
 
 
 @triton.jit
 def narrowed(low, high, least, pivot, b_above, target):
-    """The interval (low, high] after W at a pivot of it is known; between `low` and a pivot below `least` is no logit."""
+    """The interval (low, high] with W at one of its places known; below `least` it has no logit."""
     is_low = (tl.sum(b_above, 0) > target) | (pivot < least)
     return tl.where(is_low, tl.maximum(low, pivot), low), tl.where(is_low, high, tl.minimum(high, pivot))
 
 
 @triton.jit
-def pivot_at(low, high, key_low, key_high, share, by_value):
-    """A place in the interval: by value, or by the number of fp32 numbers below it."""
+def place(low, high, share, below, number):
+    """Where pass `number` asks for W: first a few nats below the largest logit, then by turns evenly by value and evenly
+    among the fp32 numbers of the interval. The one is quick, the other ends whatever the values are."""
     # Under a softcap the largest may be infinite.
     even = low * (1.0 - share) + tl.minimum(high, LARGEST_FLOAT) * share
-    between = ((key_high - key_low).to(tl.float32) * share).to(tl.int64)
-    return tl.where(by_value, even, from_ordered((key_low + between).to(tl.int32)))
+    key_low = ordered(low).to(tl.int64)
+    between = ((ordered(high).to(tl.int64) - key_low).to(tl.float32) * share).to(tl.int64)
+    turn = tl.where(number % 2 == 0, from_ordered((key_low + between).to(tl.int32)), even)
+    return tl.where(number == 0, high - below, turn)
 
 
 @triton.jit
 def search(
-    p_row, vocab, low, high, target, least_weighed, top, k, softcap, inverse_softcap,
+    p_row, vocab, low, high, top_k, top_p, least_weighed, infinite, top, t, softcap, inverse_softcap,
     COUNT: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least logit in (low, high] with W <= target, which there has to be; `high` is a logit of the row.
+    """The cutoff of a row between `low`, below which is no logit but -inf, and the largest, `high`.
 
-    Logits below `least_weighed` have no weight.
+    COUNT: top-k, of at least k logits above -inf; else top-p of the logits that are not below `least_weighed`.
+    infinite: how many logits of -inf are weighed. top: `high` under the softcap. t: the temperature.
     """
     DTYPE: tl.constexpr = tl.int32 if COUNT else tl.float32
-    by_value = True
+    k = rate(t)
+    number = 0
     going = True
     while going:
-        key_low = ordered(low).to(tl.int64)
-        key_high = ordered(high).to(tl.int64)
-        pivot_0 = pivot_at(low, high, key_low, key_high, 0.2, by_value)
-        pivot_1 = pivot_at(low, high, key_low, key_high, 0.4, by_value)
-        pivot_2 = pivot_at(low, high, key_low, key_high, 0.6, by_value)
-        pivot_3 = pivot_at(low, high, key_low, key_high, 0.8, by_value)
+        place_0 = place(low, high, 0.2, 12.0 * t, number)
+        place_1 = place(low, high, 0.4, 5.0 * t, number)
+        place_2 = place(low, high, 0.6, 2.0 * t, number)
+        place_3 = place(low, high, 0.8, 0.5 * t, number)
         b_above_0 = tl.zeros([BLOCK], DTYPE)
         b_above_1 = tl.zeros([BLOCK], DTYPE)
         b_above_2 = tl.zeros([BLOCK], DTYPE)
         b_above_3 = tl.zeros([BLOCK], DTYPE)
+        b_all = tl.zeros([BLOCK], DTYPE)
         b_least = tl.full([BLOCK], float("inf"), tl.float32)
         b_most = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, vocab, BLOCK):
             o_v = start + tl.arange(0, BLOCK)
-            b_l = tl.load(p_row + o_v, mask=o_v < vocab, other=float("-inf")).to(tl.float32)
-            b_w = weight(b_l, top, k, softcap, inverse_softcap, COUNT, SOFTCAP)
-            b_w = tl.where(b_l >= least_weighed, b_w, 0)
-            b_above_0 = add_above(b_above_0, b_l, b_w, pivot_0)
-            b_above_1 = add_above(b_above_1, b_l, b_w, pivot_1)
-            b_above_2 = add_above(b_above_2, b_l, b_w, pivot_2)
-            b_above_3 = add_above(b_above_3, b_l, b_w, pivot_3)
+            m_v = o_v < vocab
+            b_l = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+            if COUNT:
+                b_w = tl.full([BLOCK], 1, tl.int32)
+            else:
+                b_w = exp2_flushed((cap(b_l, softcap, inverse_softcap, SOFTCAP) - top) * k)
+                b_w = tl.where((b_l >= least_weighed) & m_v, b_w, 0.0)
+                b_all += b_w
+            b_above_0 = add_above(b_above_0, b_l, b_w, place_0)
+            b_above_1 = add_above(b_above_1, b_l, b_w, place_1)
+            b_above_2 = add_above(b_above_2, b_l, b_w, place_2)
+            b_above_3 = add_above(b_above_3, b_l, b_w, place_3)
             b_least = tl.minimum(b_least, tl.where(b_l > low, b_l, float("inf")))
             b_most = tl.maximum(b_most, tl.where(b_l <= high, b_l, float("-inf")))
+        if COUNT:
+            target = top_k - 1
+        else:
+            target = top_p * tl.sum(b_all, 0)
         least = tl.min(b_least, 0)
         high = tl.max(b_most, 0)
         going = least < high
-        low, high = narrowed(low, high, least, pivot_0, b_above_0, target)
-        low, high = narrowed(low, high, least, pivot_1, b_above_1, target)
-        low, high = narrowed(low, high, least, pivot_2, b_above_2, target)
-        low, high = narrowed(low, high, least, pivot_3, b_above_3, target)
-        by_value = not by_value
+        low, high = narrowed(low, high, least, place_0, b_above_0, target)
+        low, high = narrowed(low, high, least, place_1, b_above_1, target)
+        low, high = narrowed(low, high, least, place_2, b_above_2, target)
+        low, high = narrowed(low, high, least, place_3, b_above_3, target)
+        if SOFTCAP and not COUNT:
+            # There -inf has mass, of which top-p may have to keep some.
+            lowest = tl.exp2((-softcap - top) * k) * infinite
+            if lowest >= (1.0 - top_p) * tl.sum(b_all, 0):
+                high = float("-inf")
+                going = False
+        number += 1
     return high
 
 
@@ -137,56 +146,45 @@ def top_k_top_p_kernel(
     else:
         t += temperature
     t = tl.where(t == 0, 1.0, t)
-    k = rate(t)
     inverse_softcap = 1.0 / softcap
 
     b_largest = tl.full([BLOCK], float("-inf"), tl.float32)
     b_smallest = tl.full([BLOCK], float("inf"), tl.float32)
     b_nan = tl.zeros([BLOCK], tl.int32)
-    b_count = tl.zeros([BLOCK], tl.int32)
+    b_infinite = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         b_l = tl.load(p_row + o_v, mask=o_v < vocab, other=float("-inf")).to(tl.float32)
-        m_any = b_l != float("-inf")
         b_largest = tl.maximum(b_largest, b_l)
-        b_smallest = tl.minimum(b_smallest, tl.where(m_any, b_l, float("inf")))
+        m_infinite = b_l == float("-inf")
+        b_smallest = tl.minimum(b_smallest, tl.where(m_infinite, float("inf"), b_l))
+        b_infinite += (m_infinite & (o_v < vocab)).to(tl.int32)
         b_nan |= (b_l != b_l).to(tl.int32)
-        b_count += m_any.to(tl.int32)
     largest = tl.max(b_largest, 0)
     top = cap(largest, softcap, inverse_softcap, SOFTCAP)
     valid = (tl.max(b_nan, 0) == 0) & (tl.abs(top / t) < float("inf")) & (largest > float("-inf"))
     result = float("-inf")
     if valid:
-        # Below every logit that there is, but for -inf.
+        # Just below all logits but -inf.
         low = from_ordered(ordered(tl.min(b_smallest, 0)) - 1)
+        infinite = tl.sum(b_infinite, 0)
         if TOP_K:
-            if tl.sum(b_count, 0) >= top_k:
+            if vocab - infinite >= top_k:
                 result = search(
-                    p_row, vocab, low, largest, top_k - 1, float("-inf"),
-                    top, k, softcap, inverse_softcap, True, SOFTCAP, BLOCK,
+                    p_row, vocab, low, largest, top_k, top_p, float("-inf"), infinite, top, t, softcap,
+                    inverse_softcap, True, SOFTCAP, BLOCK,
                 )  # fmt: skip
+                # What top-k drops no top-p has to find.
                 low = from_ordered(ordered(result) - 1)
         if TOP_P:
             least_weighed = float("-inf")
             if TOP_K_FIRST:
                 least_weighed = result
-            b_all = tl.zeros([BLOCK], tl.float32)
-            b_finite = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, vocab, BLOCK):
-                o_v = start + tl.arange(0, BLOCK)
-                m_v = o_v < vocab
-                b_l = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-                b_w = weight(b_l, top, k, softcap, inverse_softcap, False, SOFTCAP)
-                b_w = tl.where(m_v & (b_l >= least_weighed), b_w, 0.0)
-                b_all += b_w
-                b_finite += tl.where(b_l == float("-inf"), 0.0, b_w)
-            target = top_p * tl.sum(b_all, 0)
-            # Under a softcap -inf has mass, too.
-            if tl.sum(b_finite, 0) > target:
-                result = search(
-                    p_row, vocab, low, largest, target, least_weighed,
-                    top, k, softcap, inverse_softcap, False, SOFTCAP, BLOCK,
-                )  # fmt: skip
+                infinite = tl.where(result > float("-inf"), 0, infinite)
+            result = tl.maximum(result, search(
+                p_row, vocab, low, largest, top_k, top_p, least_weighed, infinite, top, t, softcap,
+                inverse_softcap, False, SOFTCAP, BLOCK,
+            ))  # fmt: skip
     tl.store(cutoff + i_r, result)
 
 
