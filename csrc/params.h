@@ -43,6 +43,8 @@ struct RowStatsParams {
   float* sample_prob = nullptr;              // [rows0 * rows1]
 
   void* workspace = nullptr;                 // row_stats_workspace_bytes(params) bytes
+
+  const float* cutoff = nullptr;             // [rows0 * rows1], logits below it are left out; nullptr: none are
 };
 
 // The values of `samplers.encoding`: Measure, Select, Flag, Write.

@@ -16,6 +16,7 @@ from emulated_kernels import (
     skip_without_compiler,
     write_case,
 )
+from test_row_stats import largest, without_left_out
 
 from dgemma_accel.native.params import DTYPES
 from dgemma_accel.ops.row_stats import RowStats
@@ -40,6 +41,7 @@ def case(
     uniform=None,
     seed=None,
     offset=0,
+    cutoff=None,
 ):
     """Logits [N0, N1, V]; the storage is cut to what the view spans, so that one element beyond is out of bounds."""
     rows0, rows1, vocab = logits.shape
@@ -57,7 +59,7 @@ def case(
         if value is not None:
             tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             numbers[name] = tensors[name].ndim > 0
-    tensors["uniform"] = uniform
+    tensors |= {"uniform": uniform, "cutoff": cutoff}
     return write_case(folder, numbers, tensors)
 
 
@@ -96,6 +98,60 @@ def test_within_budget(program, tmp_path, dtype):
             checked["temperature"] = checked["temperature"][None]
         problems = check_row_stats(result(folder, logits), logits, **checked)
         assert not problems, (logits.shape, logits.stride(), kwargs, problems)
+
+
+CUTOFF_SETTINGS = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "stats_temperature": 1.3, "softcap": 5.0},
+    {"temperature": torch.tensor([0.0, 0.3, 1e3, 1.0, 1.0]), "softcap": 30.0},
+    {"temperature": 2.0, "softcap": 80.0},
+)
+
+
+def cutoff_problems(program, cases):
+    """Cases (folder, logits [1, 5, V], settings with the cutoff [5]): what of their results exceeds the budget."""
+    run_clean(program, [case(folder, logits, **settings) for folder, logits, settings in cases])
+    problems = []
+    for folder, logits, settings in cases:
+        kept = dict(settings)
+        truth = without_left_out(logits, kept.pop("cutoff")[None], kept.pop("softcap", None))
+        checked = {
+            name: value[None] if isinstance(value, torch.Tensor) else value for name, value in kept.items()
+        }
+        problems += check_row_stats(result(folder, logits), truth, **checked)
+    return problems
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_within_budget_with_a_cutoff(program, tmp_path, dtype):
+    cases = []
+    for vocab, offset, stride in ((1, 0, 1), (7, 3, 11), (8200, 0, 8200), (8199, 5, 8203)):
+        for settings in CUTOFF_SETTINGS:
+            storage = (torch.randn(offset + 5 * stride) * 3).to(dtype)
+            logits = storage.as_strided((1, 5, vocab), (5 * stride, stride, 1), offset)
+            # One logit, a few, whole tiles that are left out, those of the largest value in one tile, nothing.
+            logits[0, 3, vocab // 2 : vocab // 2 + 3] = logits[0, 3].max() + 1
+            cutoff = torch.stack(
+                [largest(row, min(k, vocab)) for row, k in zip(logits[0], (1, 4, 200, 1, 9))]
+            )
+            cutoff[4] += 100.0
+            uniform = torch.tensor([0.0, 1 - 2.0**-24, torch.rand(()).item(), 0.5, 0.5])
+            settings = {**settings, "uniform": uniform, "cutoff": cutoff}
+            cases.append((tmp_path / str(len(cases)), logits, settings))
+    assert not cutoff_problems(program, cases)
+    for folder, logits, _ in cases:
+        assert result(folder, logits).entropy.isinf().tolist() == [[False] * 4 + [True]]
+
+
+def test_cutoffs_that_are_no_numbers_and_nan_among_the_logits(program, tmp_path):
+    logits = torch.randn(1, 5, 9000)
+    logits[0, 0, 7], logits[0, 3, 8999], logits[0, 4, ::2] = math.nan, math.inf, -math.inf
+    cutoff, uniform = torch.tensor([9.0, math.nan, -math.inf, math.inf, -math.inf]), torch.full((5,), 0.5)
+    cases = [
+        (tmp_path / str(softcap), logits, {"cutoff": cutoff, "uniform": uniform, "softcap": softcap})
+        for softcap in (None, 30.0)
+    ]
+    assert not cutoff_problems(program, cases)
 
 
 def test_strides_of_two_dimensions_and_draws(program, tmp_path):
@@ -255,6 +311,22 @@ BUGS = {
         "budget",
     ),
 }  # fmt: skip
+
+
+CUTOFF_BUGS = {
+    "powers of what is left out": ("exponents.left_out(x) ? kLowestDifference : exponent(x)", "exponent(x)"),
+    "draws of what is left out": ("return left_out(x) || d <", "return d <"),
+    "the second of one": ("params.vocab > 1 && !exponents.left_out(second)", "params.vocab > 1"),
+    "ties are left out": ("return x < cutoff;", "return x <= cutoff;"),
+}
+
+
+@pytest.mark.parametrize("bug", CUTOFF_BUGS)
+def test_planted_bugs_of_cutoffs_are_caught(tmp_path, bug):
+    program = planted(PROGRAM, tmp_path, "row_stats/kernel.cuh", *CUTOFF_BUGS[bug], sanitize=False)
+    logits, uniform = torch.randn(1, 5, 4600), torch.linspace(0, 0.9, 5)
+    settings = {"softcap": 5.0, "uniform": uniform, "cutoff": largest(logits[0], 1)}
+    assert cutoff_problems(program, [(tmp_path / "case", logits, settings)])
 
 
 @pytest.mark.parametrize("bug", BUGS)

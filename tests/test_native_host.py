@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_row_stats import largest, run_with_cutoff
 
 import dgemma_accel
 from dgemma_accel.backends import BackendError
@@ -79,6 +80,36 @@ def test_each_instruction_set_is_within_budget(monkeypatch, isa, dtype, vocab):
             stats = dgemma_accel.row_stats(logits, uniform=uniform, backend="cpp", **kwargs)
             problems = check_row_stats(stats, logits, uniform=uniform, **kwargs)
             assert not problems, (scale, kwargs, problems)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [3, 17, 4097, 12_289])
+def test_each_instruction_set_is_within_budget_with_a_cutoff(monkeypatch, isa, dtype, vocab):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    for scale in (1e-3, 1.0, 60.0):
+        logits = (torch.randn(5, vocab) * scale).to(dtype)
+        cutoff = torch.stack([largest(row, min(k, vocab)) for row, k in zip(logits, (1, 3, 20, 2000, vocab))])
+        for kwargs in (
+            {"softcap": 30.0},
+            {"temperature": 0.6},
+            {"temperature": 0.6, "stats_temperature": 1.4},
+        ):
+            _, problems = run_with_cutoff(logits, cutoff, "cpp", **kwargs)
+            assert not problems, (scale, kwargs, problems)
+        greedy = dgemma_accel.row_stats(
+            logits, temperature=0.0, softcap=30.0, cutoff=cutoff, statistics=False, backend="cpp"
+        )
+        assert torch.equal(logits.gather(-1, greedy.argmax[:, None]), logits.amax(-1, keepdim=True))
+        above = dgemma_accel.row_stats(
+            logits,
+            temperature=0.0,
+            softcap=30.0,
+            cutoff=logits.float().amax(-1) + 1.0,
+            statistics=False,
+            backend="cpp",
+        )
+        assert bool(above.entropy.isinf().all()) and not above.argmax.any()
 
 
 def test_the_best_instruction_set_is_the_default(monkeypatch):

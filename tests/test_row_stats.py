@@ -233,6 +233,168 @@ def test_budget_fails_zeros_wrong_temperature_and_a_dropped_tile():
     assert check_row_stats(wrong, logits, uniform=uniform, temperature=0.8)
 
 
+def without_left_out(logits, cutoff, softcap):
+    """The softcapped logits in fp64, with -inf for those below the cutoff [...]: the truth, for `check_row_stats`."""
+    x = logits.double()
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    return x.masked_fill(logits.double() < cutoff[..., None].double(), -math.inf)
+
+
+def run_with_cutoff(logits, cutoff, backend, softcap=None, **kwargs):
+    if "uniform" not in kwargs:
+        kwargs["uniform"] = torch.rand(logits.shape[:-1], device=logits.device)
+    stats = dgemma_accel.row_stats(logits, cutoff=cutoff, softcap=softcap, backend=backend, **kwargs)
+    return stats, check_row_stats(stats, without_left_out(logits, cutoff, softcap), **kwargs)
+
+
+def largest(logits, k):
+    """Each row's k-th largest logit as a cutoff, which ties with it pass."""
+    return logits.float().topk(k, dim=-1).values[..., -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 257, 4096, 5003])
+def test_cutoff_within_budget(backend, device, dtype, vocab):
+    for kwargs in (
+        {},
+        {"temperature": 0.45, "softcap": 30.0},
+        {"temperature": 0.0, "softcap": 8.0},
+        {"temperature": 0.7, "stats_temperature": 1.0, "softcap": 5.0},
+    ):
+        logits = make_logits(6, vocab, dtype, device=device)
+        cutoff = torch.stack(
+            [largest(row, min(k, vocab)) for row, k in zip(logits, (1, 2, 5, 50, 300, vocab))]
+        )
+        _, problems = run_with_cutoff(logits, cutoff, backend, **kwargs)
+        assert not problems, (kwargs, problems)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_cutoffs_of_every_kind(backend, device, softcap):
+    logits = make_logits(10, 700, device=device)
+    logits[:, 650] = 14.0
+    logits[3, [40, 41, 640]] = 14.0
+    logits[5, 33] = math.nan
+    logits[6, ::2] = -math.inf
+    logits[7] = -math.inf
+    logits[8, 699] = math.inf
+    cutoff = [-math.inf, math.nan, 14.5, 14.0, logits[4, 17].item(), 3.0, -1e30, -3.0, 3.0, math.inf]
+    cutoff = torch.tensor(cutoff, device=device)
+    for temperature, statistics in itertools.product((0.0, 0.8), (True, False)):
+        kwargs = {"temperature": temperature, "uniform": torch.full((10,), 0.999999, device=device)}
+        if statistics:
+            stats, problems = run_with_cutoff(logits, cutoff, backend, softcap, **kwargs)
+            assert not problems
+            assert stats.argmax[3] == 40 and stats.top1_prob[3] == stats.top2_prob[3]
+        else:
+            stats = dgemma_accel.row_stats(
+                logits, cutoff=cutoff, softcap=softcap, statistics=False, backend=backend, **kwargs
+            )
+            alike = dgemma_accel.row_stats(logits, cutoff=cutoff, softcap=softcap, backend=backend, **kwargs)
+            assert torch.equal(stats.argmax, alike.argmax) and torch.equal(stats.sample, alike.sample)
+        # Above all logits, NaN, only -inf, and +inf, which a softcap makes an ordinary logit.
+        without = [2, 5, 7, 9] if softcap else [2, 5, 7, 8, 9]
+        assert stats.entropy.isinf().nonzero()[:, 0].tolist() == without
+        for row in without:
+            assert stats.argmax[row] == 0 and stats.sample[row] == 0
+            if statistics:
+                assert stats.logsumexp[row].isnan()
+                assert stats.top1_prob[row] == stats.top2_prob[row] == stats.sample_prob[row] == 0
+    with pytest.raises(ValueError, match=f"{len(without)} rows have no distribution"):
+        dgemma_accel.row_stats(logits, cutoff=cutoff, softcap=softcap, check=True, backend=backend)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0, 20.0, 60.0])
+def test_cutoff_in_rows_of_many_tiles(backend, device, softcap):
+    """Tiles that are left out as a whole, one of which holds a NaN, in each formula of a tile's exponents."""
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = make_logits(4, 20_011, dtype, scale=1.0, device=device)
+        logits[:, 9000:9003] = torch.tensor([12.0, 13.5, 13.0], dtype=dtype)
+        logits[3, 17_000] = math.nan
+        cutoff = torch.tensor([13.0, 13.5, 3.0, 13.0], device=device)
+        stats, problems = run_with_cutoff(logits, cutoff, backend, softcap, temperature=2.0)
+        assert not problems
+        assert stats.argmax.tolist() == [9001, 9001, 9001, 0] and stats.entropy[3] == math.inf
+        assert stats.top1_prob[1] == 1 and stats.top2_prob[1] == 0 and stats.entropy[1] == 0
+
+
+def test_cutoff_of_views_and_rows_by_temperature(backend, device):
+    wide = make_logits(2 * 7, 640, device=device).view(2, 7, 640)
+    wide[:, :, :3], wide[:, :, 603:] = 50.0, math.nan
+    for logits in (
+        wide[0, 0, 3:603],
+        wide[:, 1:, 3:600],
+        wide[:, ::2, 3:603],
+        wide.transpose(0, 1)[..., 3:603],
+    ):
+        shape = logits.shape[:-1]
+        cutoffs = torch.full((*shape, 2), math.nan, device=device)
+        cutoffs[..., 0] = largest(logits, 20)
+        temperature = torch.rand(shape, device=device) * (torch.rand(shape, device=device) < 0.7)
+        for kwargs in (
+            {"temperature": 1.3},
+            {"temperature": temperature, "stats_temperature": temperature + 0.5},
+        ):
+            stats, problems = run_with_cutoff(logits, cutoffs[..., 0], backend, 30.0, **kwargs)
+            assert stats.argmax.shape == shape and not problems
+    _, problems = run_with_cutoff(wide[:, :, 3:603], largest(wide[:1, :1, 3:603], 9).expand(2, 7), backend)
+    assert not problems
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, 1e3, 3e38])
+def test_what_is_left_out_is_never_drawn(backend, device, softcap, temperature):
+    logits = make_logits(1, 4500, torch.bfloat16, device=device).repeat(48, 1)
+    logits[:, [0, 4499]] = -20.0
+    uniform = torch.linspace(0, 1 - 2.0**-24, 48, device=device)
+    for stats_temperature in (None, 1.0):
+        stats = dgemma_accel.row_stats(
+            logits, temperature=temperature, stats_temperature=stats_temperature, softcap=softcap,
+            cutoff=largest(logits, 40), uniform=uniform, backend=backend,
+        )  # fmt: skip
+        drawn = logits.gather(-1, stats.sample[:, None])[:, 0]
+        assert bool((drawn >= largest(logits, 40)).all()) and bool((stats.sample_prob > 0).all())
+        # In vocabulary order, so each of the forty that has mass comes at its share of the uniforms.
+        assert bool((stats.sample.diff() >= 0).all())
+        assert temperature < 1 or len(stats.sample.unique()) > 30
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 9000),
+    temperature=st.sampled_from([0.0, 0.1, 0.8, 3.0]),
+    stats_temperature=st.sampled_from([None, 0.5, 1.0]),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    cutoff=st.sampled_from([-math.inf, -1.0, 0.0, 2.0, 40.0]),
+    seed=st.integers(0, 2**30),
+)
+def test_any_case_cpp_with_cutoff(rows, vocab, temperature, stats_temperature, softcap, scale, cutoff, seed):
+    torch.manual_seed(seed)
+    logits = make_logits(rows, vocab, scale=scale)
+    kwargs = {"temperature": temperature, "stats_temperature": stats_temperature, "softcap": softcap}
+    _, problems = run_with_cutoff(logits, cutoff + torch.rand(rows), "cpp", **kwargs)
+    assert not problems
+
+
+def test_the_truth_fails_other_cutoffs():
+    logits, uniform = make_logits(8, 500), torch.rand(8)
+    cutoff = largest(logits, 10)
+    for softcap in (None, 30.0):
+        truth = without_left_out(logits, cutoff, softcap)
+        for other, problems in (
+            (None, True),
+            (largest(logits, 11), True),
+            (largest(logits, 9), True),
+            (cutoff, False),
+        ):
+            stats = dgemma_accel.row_stats(
+                logits, cutoff=other, softcap=softcap, uniform=uniform, backend="reference"
+            )
+            assert bool(check_row_stats(stats, truth, uniform=uniform)) == problems
+
+
 LOGITS = torch.zeros(2, 3, 5)
 
 
@@ -264,6 +426,14 @@ LOGITS = torch.zeros(2, 3, 5)
         ({"uniform": torch.rand(2, 3).double()}, TypeError, "uniform: dtype"),
         ({"uniform": torch.ones(2, 3)}, ValueError, r"uniform: values must be in \[0.0, 1.0\)"),
         ({"uniform": torch.rand(2, 3, device="meta")}, ValueError, "uniform: must be on cpu"),
+        ({"cutoff": 0.5}, TypeError, "cutoff: a torch.Tensor expected, got float"),
+        (
+            {"cutoff": torch.zeros(2, 3).double()},
+            TypeError,
+            "cutoff: dtype must be one of float32, got float64",
+        ),
+        ({"cutoff": torch.zeros(3)}, ValueError, r"cutoff: shape must be \(2, 3\) \(one value per row\)"),
+        ({"cutoff": torch.zeros(2, 3, device="meta")}, ValueError, "cutoff: must be on cpu like the input"),
         ({"seed": -1}, ValueError, "seed: must be in"),
         ({"seed": 0.5}, TypeError, "seed: an int or a 0-d int64 tensor"),
         ({"seed": torch.tensor([1])}, ValueError, "seed: shape must be"),
@@ -296,6 +466,9 @@ def test_opcheck(backend, device):
         backend,
     )
     torch.library.opcheck(torch.ops.dgemma.row_stats.default, arguments)
+    torch.library.opcheck(
+        torch.ops.dgemma.row_stats.default, (*arguments, True, largest(logits, 3).flatten())
+    )
 
 
 def test_compile_fullgraph(backend, device):
@@ -308,6 +481,19 @@ def test_compile_fullgraph(backend, device):
     logits = make_logits(4, 60, device=device)
     expected = dgemma_accel.row_stats(logits * 2, temperature=0.5, seed=1, backend=backend).entropy + 1
     assert torch.equal(entropy(logits, torch.tensor(0.5, device=device)), expected)
+
+
+def test_compile_fullgraph_with_cutoff(backend, device):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def prob(logits):
+        cutoff = (logits * 2).topk(3).values[..., -1]
+        return dgemma_accel.row_stats(logits * 2, cutoff=cutoff, seed=1, backend=backend).top1_prob + 1
+
+    logits = make_logits(6, 60, device=device).view(2, 3, 60)
+    for some in (logits, logits[:1]):
+        cutoff = largest(some * 2, 3)
+        expected = dgemma_accel.row_stats(some * 2, cutoff=cutoff, seed=1, backend=backend).top1_prob + 1
+        assert torch.equal(prob(some), expected)
 
 
 def test_environment_names_the_backend(monkeypatch):

@@ -152,8 +152,28 @@ def row_pointers(logits, o_r, inner_rows, stride_outer, stride_inner, FLAT: tl.c
 
 
 @triton.jit
-def add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES: tl.constexpr):
-    """The sums with the powers of one more piece's exponents added."""
+def cutoffs(cutoff, o_r, m_r, CUTOFF: tl.constexpr, ROWS: tl.constexpr):
+    """Those of the rows, [ROWS] fp32."""
+    b_cutoff = tl.zeros([ROWS], tl.float32)
+    if CUTOFF:
+        b_cutoff += tl.load(cutoff + o_r, mask=m_r, other=0.0)
+    return b_cutoff
+
+
+@triton.jit
+def keep(values, b_x, b_cutoff, otherwise, CUTOFF: tl.constexpr):
+    """`values` but for raw logits `b_x` below the cutoff, which NaN are not."""
+    if CUTOFF:
+        values = tl.where(b_x < b_cutoff, otherwise, values)
+    return values
+
+
+@triton.jit
+def add_powers(
+    b_z, b_s, b_zt, b_d, b_x, b_cutoff, b_ratio, TWO_TEMPERATURES: tl.constexpr, CUTOFF: tl.constexpr
+):
+    """The sums with the powers of one more piece's exponents added, but for logits `b_x` below the cutoff."""
+    b_d = keep(b_d, b_x, b_cutoff, LOWEST_EXPONENT, CUTOFF)
     b_e = exp2_flushed(b_d)
     b_z += b_e
     b_s = tl.fma(b_d, b_e, b_s)
@@ -170,20 +190,23 @@ def sum_polynomial_powers(
     b_z,
     b_s,
     b_zt,
+    b_cutoff,
     b_ratio,
     TERMS: tl.constexpr,
     TWO_TEMPERATURES: tl.constexpr,
+    CUTOFF: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     """The sums with the powers of all pieces added, whose exponents are a polynomial of the logits."""
     b_top = odd_polynomial(b_max[:, None], c, TERMS)
     for i in tl.static_range(PIECES):
-        b_d = difference(odd_polynomial(widened(raw[i]), c, TERMS), b_top)
-        b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+        b_x = widened(raw[i])
+        b_d = difference(odd_polynomial(b_x, c, TERMS), b_top)
+        b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_x, b_cutoff, b_ratio, TWO_TEMPERATURES, CUTOFF)
     return b_z, b_s, b_zt
 
 
-@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows"])
+@triton.jit(do_not_specialize=["temperature", "stats_temperature", "softcap", "rows", "inner_rows", "cutoff"])
 def tile_stats_kernel(
     logits, tile_max, tile_second, tile_z, tile_s, tile_zt, tile_argmax,
     temperature, stats_temperature, softcap,
@@ -191,7 +214,7 @@ def tile_stats_kernel(
     stride_outer: tl.int64, stride_inner: tl.int64, temperature_stride, stats_stride,
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-    FLAT: tl.constexpr,
+    FLAT: tl.constexpr, cutoff=None, CUTOFF: tl.constexpr = False,
 ):  # fmt: skip
     """The statistics of a tile, which is held as PIECES of [ROWS, SPAN / PIECES]: 16 bytes of each by thread."""
     WIDTH: tl.constexpr = SPAN // PIECES
@@ -219,6 +242,7 @@ def tile_stats_kernel(
     )  # fmt: skip
     b_k = rate(b_ts)
     b_ratio = tl.maximum(rate(b_t) / b_k, LOWEST_RATIO)[:, None]
+    b_cutoff = cutoffs(cutoff, o_r, m_r, CUTOFF, ROWS)[:, None]
 
     b_largest = raw[0]
     b_smallest = raw[0]
@@ -227,7 +251,7 @@ def tile_stats_kernel(
         b_smallest = smaller(b_smallest, raw[i])
     b_largest = widened(b_largest)
     b_magnitude = tl.maximum(b_largest, -widened(b_smallest))
-    # [ROWS]
+    # [ROWS]. What lies above a kept logit is kept: the largest is one of them, or else the tile has no mass.
     b_max, b_magnitude = largest_of_two(b_largest, b_magnitude)
     p_tile = o_r.to(tl.int64) * tiles + i_tile
     tl.store(tile_max + p_tile, b_max, mask=m_r)
@@ -247,27 +271,31 @@ def tile_stats_kernel(
         if relative < 0.5:
             c = coefficients_below_half(b_k[:, None], inverse_softcap)
             b_z, b_s, b_zt = sum_polynomial_powers(
-                raw, c, b_max, b_z, b_s, b_zt, b_ratio, 5, TWO_TEMPERATURES, PIECES
+                raw, c, b_max, b_z, b_s, b_zt, b_cutoff, b_ratio, 5, TWO_TEMPERATURES, CUTOFF, PIECES
             )
         elif relative < 1.0:
             c = coefficients_below_1(b_k[:, None], inverse_softcap)
             b_z, b_s, b_zt = sum_polynomial_powers(
-                raw, c, b_max, b_z, b_s, b_zt, b_ratio, 7, TWO_TEMPERATURES, PIECES
+                raw, c, b_max, b_z, b_s, b_zt, b_cutoff, b_ratio, 7, TWO_TEMPERATURES, CUTOFF, PIECES
             )
         else:
             b_scale = scale_at(b_k, softcap)[:, None]
             b_top = scaled_tanh((b_max * inverse_softcap)[:, None], b_scale)
             for i in tl.static_range(PIECES):
-                b_d = difference(scaled_tanh(widened(raw[i]) * inverse_softcap, b_scale), b_top)
+                b_x = widened(raw[i])
+                b_d = difference(scaled_tanh(b_x * inverse_softcap, b_scale), b_top)
                 if not EVEN:
                     b_d = tl.where((o_v + i * WIDTH < vocab)[None, :], b_d, LOWEST_EXPONENT)
-                b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+                b_z, b_s, b_zt = add_powers(
+                    b_z, b_s, b_zt, b_d, b_x, b_cutoff, b_ratio, TWO_TEMPERATURES, CUTOFF
+                )
     else:
         b_top = tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]
         for i in tl.static_range(PIECES):
-            b_d = (widened(raw[i]) - b_top) * b_k[:, None]
+            b_x = widened(raw[i])
+            b_d = (b_x - b_top) * b_k[:, None]
             b_d = tl.maximum(b_d, LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
-            b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_ratio, TWO_TEMPERATURES)
+            b_z, b_s, b_zt = add_powers(b_z, b_s, b_zt, b_d, b_x, b_cutoff, b_ratio, TWO_TEMPERATURES, CUTOFF)
 
     b_z, b_s = sums_of_two(b_z, b_s)
     tl.store(tile_z + p_tile, b_z, mask=m_r)
@@ -293,7 +321,7 @@ def first_beyond(b_mass, b_target, o, NONE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows inner_rows".split(),
+    do_not_specialize="temperature stats_temperature softcap seed_value offset_value rows inner_rows cutoff".split(),
     do_not_specialize_on_alignment=["seed", "offset"],
 )
 def merge_kernel(
@@ -305,7 +333,7 @@ def merge_kernel(
     TEMPERATURE_POINTER: tl.constexpr, STATS_POINTER: tl.constexpr, TWO_TEMPERATURES: tl.constexpr,
     UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    POSITIONS: tl.constexpr = True, FLAT: tl.constexpr = False,
+    POSITIONS: tl.constexpr = True, FLAT: tl.constexpr = False, cutoff=None, CUTOFF: tl.constexpr = False,
 ):  # fmt: skip
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
@@ -315,6 +343,7 @@ def merge_kernel(
     )  # fmt: skip
     b_k = rate(b_ts)
     b_kt = rate(b_t)
+    b_cutoff = cutoffs(cutoff, o_r, m_r, CUTOFF, ROWS)
     inverse_softcap = 1.0 / softcap
 
     o_t = tl.arange(0, TILES)
@@ -369,6 +398,7 @@ def merge_kernel(
     b_top1 = 1.0 / b_z
     b_xsecond = cap(b_second, softcap, inverse_softcap, SOFTCAP)
     b_top2 = tl.where(vocab > 1, tl.exp2(difference(b_xsecond, b_ref) * b_k) / b_z, 0.0)
+    b_top2 = keep(b_top2, b_second, b_cutoff, 0.0, CUTOFF)
 
     b_u = tl.zeros([ROWS], tl.float32)
     if UNIFORM:
@@ -393,8 +423,9 @@ def merge_kernel(
     # Inside the tile: sums of runs of LANES tokens, [ROWS, SPAN / LANES, LANES].
     o_v = b_tile[:, None, None] * SPAN + o_s
     m_v = m_r[:, None, None] & (o_v < vocab)
-    b_x = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-    b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_raw = tl.load(p_row[:, None, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+    b_x = tl.where(m_v, cap(b_raw, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_x = keep(b_x, b_raw, b_cutoff[:, None, None], float("-inf"), CUTOFF)
     b_e = tl.exp2(difference(b_x, b_ref[:, None, None]) * b_kt[:, None, None])
     b_run = tl.where(m_valid[:, None], tl.sum(b_e, 2).to(tl.float64), 0.0)
     b_sub, b_before = first_beyond(b_run, b_target, o_sub, 2147483647)
@@ -403,8 +434,9 @@ def merge_kernel(
     # Inside the run: [ROWS, LANES].
     o_v = (b_tile * SPAN + b_sub * LANES)[:, None] + o_lane[None, :]
     m_v = m_r[:, None] & (o_v < vocab)
-    b_x = tl.load(p_row[:, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-    b_x = tl.where(m_v, cap(b_x, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_raw = tl.load(p_row[:, None] + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+    b_x = tl.where(m_v, cap(b_raw, softcap, inverse_softcap, SOFTCAP), float("-inf"))
+    b_x = keep(b_x, b_raw, b_cutoff[:, None], float("-inf"), CUTOFF)
     b_e = tl.exp2(difference(b_x, b_ref[:, None]) * b_kt[:, None])
     b_e = tl.where(m_valid[:, None], b_e, 0.0)
     b_lane, b_before = first_beyond(b_e.to(tl.float64), b_target, o_lane, 2147483647)
@@ -439,6 +471,7 @@ def row_stats(
     seed: Tensor | None,
     offset: Tensor,
     softcap: float | None,
+    cutoff: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Arguments, results and arithmetic: `reference.row_stats`. Reads the logits once, and one tile per row again."""
     shape, vocab = logits.shape[:-1], logits.shape[-1]
@@ -471,7 +504,7 @@ def row_stats(
             logits, *partials, t, ts, c, *geometry,
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
             SOFTCAP=softcap is not None, EVEN=vocab % span == 0, ROWS=rows_per_program, SPAN=span,
-            PIECES=pieces, FLAT=flat, **FUSED, num_warps=warps,
+            PIECES=pieces, FLAT=flat, cutoff=cutoff, CUTOFF=cutoff is not None, **FUSED, num_warps=warps,
         )  # fmt: skip
         # More rows of fp64 masses than these do not fit the registers.
         merge_rows = min(rows_per_program, MERGE_ROWS)
@@ -481,6 +514,6 @@ def row_stats(
             TEMPERATURE_POINTER=t_pointer, STATS_POINTER=ts_pointer, TWO_TEMPERATURES=two,
             UNIFORM=uniform is not None, SOFTCAP=softcap is not None, ROWS=merge_rows, SPAN=span,
             LANES=min(span, 128), TILES=next_power_of_2(tiles), POSITIONS=False, FLAT=flat,
-            **FUSED, num_warps=config["merge_warps"],
+            cutoff=cutoff, CUTOFF=cutoff is not None, **FUSED, num_warps=config["merge_warps"],
         )  # fmt: skip
     return (*integers, *floats)

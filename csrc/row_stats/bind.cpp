@@ -32,6 +32,7 @@ void register_row_stats(pybind11::module_& m) {
       pointer_field(params, "top2_prob", &P::top2_prob),
       pointer_field(params, "sample_prob", &P::sample_prob),
       pointer_field(params, "workspace", &P::workspace),
+      pointer_field(params, "cutoff", &P::cutoff),
   });
 
   m.def("row_stats_host_workspace", &row_stats_host_workspace, pybind11::arg("params"), "Bytes of workspace.");

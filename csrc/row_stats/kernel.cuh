@@ -50,9 +50,11 @@ struct RowExponents : Exponents {
   float scale;        // the rate, times the softcap if there is one
   float ratio;        // from the stats temperature to the sampling temperature
   float temperature;  // of the statistics
+  float cutoff;       // logits below it are left out; where none are it is a constant, NaN
   bool greedy, two;
 
-  DGEMMA_DEVICE_MEMBER RowExponents(const RowStatsParams& params, int64_t row) {
+  DGEMMA_DEVICE_MEMBER RowExponents(const RowStatsParams& params, int64_t row, bool has_cutoff) {
+    cutoff = has_cutoff ? params.cutoff[row] : NAN;
     const float given = of_row(params.temperature, row);
     greedy = given == 0.0f;
     const float sampling = greedy ? 1.0f : given;
@@ -69,10 +71,13 @@ struct RowExponents : Exponents {
     return max < -kLargestFloat ? -kLargestFloat : max;
   }
 
+  // What lies above a kept logit is kept: a tile's largest logit is one of them, or else it has no mass.
+  DGEMMA_DEVICE_MEMBER bool left_out(float x) const { return x < cutoff; }
+
   // NaN stays NaN: it is how a row without a distribution is known.
   DGEMMA_DEVICE_MEMBER float below(float x, float reference) const {
     const float d = capped() ? scaled_tanh(x * inverse_softcap, scale) - reference : (x - reference) * scale;
-    return d < kLowestDifference ? kLowestDifference : d;
+    return left_out(x) || d < kLowestDifference ? kLowestDifference : d;
   }
 };
 
@@ -155,16 +160,17 @@ DGEMMA_DEVICE Extremes extremes_of_warp(Extremes own) {
 
 // Sums of a lane's logits, two running ones.
 template <class T, bool kTwo, class Exponent>
-DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exponent& exponent, float ratio) {
+DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exponent& exponent,
+                              const RowExponents& exponents) {
   constexpr int kElements = RowVectors<T>::kElements;
   Sums sums[2];
   DGEMMA_UNROLL
   for (int v = 0; v < kLaneVectors; ++v) {
     DGEMMA_UNROLL
     for (int i = 0; i < kElements; ++i) {
-      const float d = exponent(element<T>(words[v], i));
+      const float x = element<T>(words[v], i), d = exponents.left_out(x) ? kLowestDifference : exponent(x);
       sums[i % 2].add(d);
-      if (kTwo) sums[i % 2].mass += hw::exp2_fast(d * ratio);
+      if (kTwo) sums[i % 2].mass += hw::exp2_fast(d * exponents.ratio);
     }
   }
   return {sums[0].z + sums[1].z, sums[0].s + sums[1].s, sums[0].mass + sums[1].mass};
@@ -173,8 +179,8 @@ DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exp
 template <class T, class Exponent>
 DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exponent& exponent,
                               const RowExponents& exponents) {
-  if (exponents.two) return sum_powers<T, true>(words, exponent, exponents.ratio);
-  return sum_powers<T, false>(words, exponent, 1.0f);
+  if (exponents.two) return sum_powers<T, true>(words, exponent, exponents);
+  return sum_powers<T, false>(words, exponent, exponents);
 }
 
 // The same for any logits, which are read once more.
@@ -201,7 +207,7 @@ DGEMMA_DEVICE Sums sum_any_powers(const RowVectors<T>& row, int64_t first, const
 // A warp takes a tile; a lane keeps its logits as they came between finding the largest one and summing powers. Most
 // tiles lie inside their row and hold no logit beyond the softcap: these read memory once and take few instructions a
 // logit.
-template <class T>
+template <class T, bool kCutoff>
 DGEMMA_KERNEL DGEMMA_BOUNDS(kRowStatsTileThreads, kRowStatsTileBlocks)
     row_stats_tile_kernel(RowStatsParams params, int tiles) {
   constexpr int kElements = RowVectors<T>::kElements;
@@ -221,7 +227,7 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kRowStatsTileThreads, kRowStatsTileBlocks)
     for (int v = 0; v < kLaneVectors; ++v)
       words[v] = hw::load_streaming(row.first + (first + v * hw::kWarp) * kElements);
   }
-  const RowExponents exponents(params, row_index);
+  const RowExponents exponents(params, row_index, kCutoff);
   const Extremes extremes = extremes_of_warp(whole ? extremes_of<T>(words) : extremes_of_part(row, first));
 
   const float max = extremes.max, magnitude = extremes.magnitude, relative = magnitude * exponents.inverse_softcap;
@@ -288,8 +294,9 @@ DGEMMA_DEVICE float capped_logit(const RowStatsParams& params, const RowExponent
 DGEMMA_DEVICE RowResult finish_plan(const RowStatsParams& params, const RowExponents& exponents, const RowPlan& plan,
                                     float second) {
   constexpr double kLn2 = 0.69314718055994530942;
-  // A row of one token has no second, which the softcap must not make finite.
-  const float capped_second = params.vocab > 1 ? capped_logit(params, exponents, second) : -INFINITY;
+  // A row of one token has no second, which the softcap must not make finite; nor has one that leaves out all others.
+  const bool some = params.vocab > 1 && !exponents.left_out(second);
+  const float capped_second = some ? capped_logit(params, exponents, second) : -INFINITY;
   return finish_row(capped_logit(params, exponents, plan.max), capped_second, plan.z, plan.s * kLn2,
                     exponents.temperature);
 }
@@ -441,12 +448,12 @@ DGEMMA_DEVICE void write_statistics(const RowStatsParams& params, int64_t row, R
   params.sample_prob[row] = result.top1_prob;
 }
 
-template <class T>
+template <class T, bool kCutoff>
 DGEMMA_KERNEL row_stats_row_kernel(RowStatsParams params, int tiles) {
   constexpr int kElements = RowVectors<T>::kElements;
   const int64_t row_index = hw::block_x();
   const int thread = hw::thread_x(), warp = thread / hw::kWarp, lane = thread % hw::kWarp;
-  const RowExponents exponents(params, row_index);
+  const RowExponents exponents(params, row_index, kCutoff);
   const RowShared shared;
   if (warp == 0) {
     const TileRecord* records = static_cast<const TileRecord*>(params.workspace) + row_index * tiles;

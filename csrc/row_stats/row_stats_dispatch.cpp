@@ -22,24 +22,24 @@ struct InstructionSet {
 const InstructionSet* instruction_sets(int& count) {
 #if defined(__x86_64__)
   static const InstructionSet sets[] = {
-      {"avx512", &row_stats_host_avx512,
+      {"avx512", row_stats_host_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {"avx2", &row_stats_host_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {"plain", &row_stats_host_plain, true},
+      {"avx2", row_stats_host_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"plain", row_stats_host_plain, true},
   };
 #else
-  static const InstructionSet sets[] = {{"plain", &row_stats_host_plain, true}};
+  static const InstructionSet sets[] = {{"plain", row_stats_host_plain, true}};
 #endif
   count = int(sizeof sets / sizeof *sets);
   return sets;
 }
 
-const RowStatsHost& table_of(const std::string& isa) {
+const RowStatsHost& table_of(const std::string& isa, bool cutoff) {
   int count = 0;
   const InstructionSet* sets = instruction_sets(count);
   for (int i = 0; i < count; ++i)
-    if (sets[i].supported && (isa.empty() || isa == sets[i].name)) return *sets[i].table;
+    if (sets[i].supported && (isa.empty() || isa == sets[i].name)) return sets[i].table[cutoff];
   throw std::invalid_argument("row_stats: instruction set '" + isa + "' is not among those of this CPU (" +
                               host_instruction_sets() + ")");
 }
@@ -63,7 +63,7 @@ size_t row_stats_host_workspace(const RowStatsParams& params) {
 }
 
 void row_stats_host(const RowStatsParams& params, int threads, const std::string& isa, bool statistics) {
-  const RowStatsHost& host = table_of(isa);
+  const RowStatsHost& host = table_of(isa, params.cutoff != nullptr);
   const int64_t segments = host_segments(params), rows = params.rows0 * params.rows1;
   // A row is finished by whoever ends its last segment, so the threads meet once.
   std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(rows)]);

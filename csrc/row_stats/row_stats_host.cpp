@@ -18,7 +18,7 @@ namespace {
 
 struct Row {
   const char* logits;
-  float inverse_stats, inverse_sampling, stats_temperature;
+  float inverse_stats, inverse_sampling, stats_temperature, cutoff;
   bool greedy, two_temperatures;
 };
 
@@ -32,13 +32,14 @@ Row row_of(const RowStatsParams& params, int64_t row) {
   result.greedy = temperature == 0.0f;
   const float sampling = result.greedy ? 1.0f : temperature;
   result.stats_temperature = params.has_stats_temperature ? of_row(params.stats_temperature, row) : sampling;
+  result.cutoff = params.cutoff ? params.cutoff[row] : -INFINITY;
   result.inverse_stats = inverse_temperature(result.stats_temperature);
   result.inverse_sampling = inverse_temperature(sampling);
   result.two_temperatures = !result.greedy && sampling != result.stats_temperature;
   return result;
 }
 
-// The logits of a tile after softcap: where they stand, or a copy where they have to be converted.
+// The logits of a tile after softcap, -inf for those that are left out: where they stand, or a copy where they change.
 struct Tile {
   const float* x;
   int64_t full;  // vectors that are all logits
@@ -77,15 +78,18 @@ enum class Reading {
 // at each new page.
 constexpr int64_t kAhead = 4096;
 
-template <class T, bool kSoftcap, Reading kReading>
-void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
+template <class T, bool kSoftcap, bool kCutoff, Reading kReading>
+void read_tile(const T* logits, int64_t count, float softcap, float cutoff, Tile& tile) {
   constexpr bool kOnlyMax = kReading == Reading::kMax;
-  constexpr bool kCopy = !kOnlyMax && (kSoftcap || sizeof(T) != sizeof(float));
+  constexpr bool kCopy = !kOnlyMax && (kSoftcap || kCutoff || sizeof(T) != sizeof(float));
   const float inverse_softcap = 1.0f / softcap;
   Vector max[kChains];
   for (Vector& chain : max) chain = splat(-INFINITY);
   VectorInt ordered[2] = {VectorInt{} - 1, VectorInt{} - 1};
-  const auto capped = [&](Vector x) DGEMMA_INLINE { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; };
+  const auto capped = [&](Vector x) DGEMMA_INLINE {
+    const Vector result = kSoftcap ? tanh(x * inverse_softcap) * softcap : x;
+    return kCutoff ? (x < cutoff ? splat(-INFINITY) : result) : result;
+  };
   const auto take = [&](int64_t i, Vector x, int c) DGEMMA_INLINE {
     x = capped(x);
     if (kOnlyMax) ordered[c % 2] &= x == x;
@@ -127,23 +131,23 @@ void read_tile(const T* logits, int64_t count, float softcap, Tile& tile) {
   if (kOnlyMax) tile.ordered = !any_lane(~(ordered[0] & ordered[1]));
 }
 
-template <Reading kReading, class T>
+template <Reading kReading, bool kCutoff, class T>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   const T* logits = reinterpret_cast<const T*>(row.logits) + index * kHostTile;
   const int64_t left = params.vocab - index * kHostTile;
   const int64_t count = left < kHostTile ? left : kHostTile;
   if (params.softcap > 0)
-    read_tile<T, true, kReading>(logits, count, params.softcap, tile);
+    read_tile<T, true, kCutoff, kReading>(logits, count, params.softcap, row.cutoff, tile);
   else
-    read_tile<T, false, kReading>(logits, count, 1.0f, tile);
+    read_tile<T, false, kCutoff, kReading>(logits, count, 1.0f, row.cutoff, tile);
 }
 
-template <Reading kReading>
+template <Reading kReading, bool kCutoff>
 void read_tile(const RowStatsParams& params, const Row& row, int64_t index, Tile& tile) {
   switch (params.dtype) {
-    case Dtype::kFloat32: return read_tile<kReading, float>(params, row, index, tile);
-    case Dtype::kFloat16: return read_tile<kReading, Float16>(params, row, index, tile);
-    case Dtype::kBFloat16: return read_tile<kReading, Bfloat16>(params, row, index, tile);
+    case Dtype::kFloat32: return read_tile<kReading, kCutoff, float>(params, row, index, tile);
+    case Dtype::kFloat16: return read_tile<kReading, kCutoff, Float16>(params, row, index, tile);
+    case Dtype::kBFloat16: return read_tile<kReading, kCutoff, Bfloat16>(params, row, index, tile);
   }
 }
 
@@ -258,6 +262,7 @@ DGEMMA_HD TileStatistics* tiles_of(const RowStatsParams& params, int64_t row) {
 // that a sum, an entropy or a draw could see.
 constexpr float kNegligible = -60.0f;
 
+template <bool kCutoff>
 void run_segment(const RowStatsParams& params, bool statistics, int64_t row_index, int64_t segment) {
   const Row row = row_of(params, row_index);
   const bool powers = statistics || !row.greedy;
@@ -267,16 +272,17 @@ void run_segment(const RowStatsParams& params, bool statistics, int64_t row_inde
   const float slower = row.inverse_stats < row.inverse_sampling ? row.inverse_stats : row.inverse_sampling;
   float highest = -INFINITY;
   const float stats = power_factor(row.inverse_stats), sampling = power_factor(row.inverse_sampling);
-  // Where a difference of logits that is no normal number makes a power of its own, it must not be flushed.
-  bool bounded = !DGEMMA_HAS_EXP2_OF_ANY || larger(stats, sampling) > 0x1p100f;
+  // Where a difference of logits that is no normal number makes a power of its own, it must not be flushed. What is left
+  // out lies infinitely far below the max.
+  bool bounded = !DGEMMA_HAS_EXP2_OF_ANY || kCutoff || larger(stats, sampling) > 0x1p100f;
   Tile tile;
   for (int64_t index = first; index < end; ++index) {
     TileStatistics& result = tiles_of(params, row_index)[index];
     result = TileStatistics{-INFINITY, -INFINITY, 0, 0, 0};
     if (powers)
-      read_tile<Reading::kPowers>(params, row, index, tile);
+      read_tile<Reading::kPowers, kCutoff>(params, row, index, tile);
     else
-      read_tile<Reading::kMax>(params, row, index, tile);
+      read_tile<Reading::kMax, kCutoff>(params, row, index, tile);
     result.max = tile.max;
     highest = larger(tile.max, highest);
     if (!powers || scaled_difference(tile.max, highest, slower) < kNegligible) {
@@ -357,6 +363,7 @@ int64_t invert_tile(const Tile& tile, float max, float inverse_sampling, double 
   return 0;
 }
 
+template <bool kCutoff>
 void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index) {
   const Row row = row_of(params, row_index);
   const TileStatistics* tiles = tiles_of(params, row_index);
@@ -383,7 +390,7 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
   }
 
   Tile tile;
-  read_tile<Reading::kPlaces>(params, row, argmax_tile, tile);
+  read_tile<Reading::kPlaces, kCutoff>(params, row, argmax_tile, tile);
   const Top top = top_of(tile);
   second = larger(top.second, second);
   if (row.greedy && !statistics) {
@@ -420,7 +427,7 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
     before += own;
     if (before > target) break;
   }
-  if (chosen != argmax_tile) read_tile<Reading::kPlaces>(params, row, chosen, tile);
+  if (chosen != argmax_tile) read_tile<Reading::kPlaces, kCutoff>(params, row, chosen, tile);
   const int64_t index = invert_tile(tile, max, row.inverse_sampling, target - chosen_before);
   const float d = scaled_difference(tile.at(index / DGEMMA_LANES)[index % DGEMMA_LANES], max, row.inverse_stats);
   params.sample[row_index] = chosen * kHostTile + index;
@@ -429,6 +436,6 @@ void run_finish(const RowStatsParams& params, bool statistics, int64_t row_index
 
 }  // namespace
 
-const RowStatsHost DGEMMA_TABLE = {run_segment, run_finish};
+const RowStatsHost DGEMMA_TABLE[] = {{run_segment<false>, run_finish<false>}, {run_segment<true>, run_finish<true>}};
 
 }  // namespace dgemma

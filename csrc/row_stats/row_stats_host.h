@@ -24,10 +24,11 @@ inline int64_t host_segments(const RowStatsParams& params) {
   return (host_tiles(params) + kHostSegment - 1) / kHostSegment;
 }
 
-extern const RowStatsHost row_stats_host_plain;
+// Of an instruction set: without a cutoff, and with one.
+extern const RowStatsHost row_stats_host_plain[2];
 #if defined(__x86_64__)
-extern const RowStatsHost row_stats_host_avx2;
-extern const RowStatsHost row_stats_host_avx512;
+extern const RowStatsHost row_stats_host_avx2[2];
+extern const RowStatsHost row_stats_host_avx512[2];
 #endif
 
 }  // namespace dgemma

@@ -27,13 +27,16 @@ def row_stats(
     offset: Tensor,
     softcap: float | None,
     statistics: bool = True,
+    cutoff: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As `reference.row_stats`, without a copy of the logits: extra memory is 20 bytes per 4096 of them."""
     out = outputs(logits)
     if out[0].numel() == 0:
         return out
     native = extension()
-    params = row_stats_params(logits, temperature, stats_temperature, uniform, seed, offset, softcap, out)
+    params = row_stats_params(
+        logits, temperature, stats_temperature, uniform, seed, offset, softcap, out, cutoff
+    )
     workspace = torch.empty(native.row_stats_host_workspace(params), dtype=torch.uint8, device="cpu")
     params.workspace = workspace.data_ptr()
     native.row_stats_host(params, torch.get_num_threads(), os.environ.get(ISA_VARIABLE, ""), statistics)

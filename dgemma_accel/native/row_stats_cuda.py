@@ -26,6 +26,7 @@ def row_stats(
     seed: Tensor | None,
     offset: Tensor,
     softcap: float | None,
+    cutoff: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As `reference.row_stats`, on the current stream of the logits' device; waits for nothing."""
     with torch.cuda.device(logits.device):
@@ -33,7 +34,9 @@ def row_stats(
         if out[0].numel() == 0:
             return out
         native = extension()
-        params = row_stats_params(logits, temperature, stats_temperature, uniform, seed, offset, softcap, out)
+        params = row_stats_params(
+            logits, temperature, stats_temperature, uniform, seed, offset, softcap, out, cutoff
+        )
         size = native.row_stats_cuda_workspace(params)
         workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
         params.workspace = workspace.data_ptr()

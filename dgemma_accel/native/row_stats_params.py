@@ -24,6 +24,7 @@ def row_stats_params(
     offset: Tensor,
     softcap: float | None,
     out: tuple[Tensor, ...],
+    cutoff: Tensor | None = None,
 ):
     """The struct for these arguments, which have to stay alive while it is used."""
     device = logits.device
@@ -35,5 +36,5 @@ def row_stats_params(
     return extension().RowStatsParams(
         logits, DTYPES[logits.dtype], rows0, rows1, vocab, stride0, stride1, row_parameter(temperature, device),
         row_parameter(stats_temperature, device), stats_temperature is not None, 0.0 if softcap is None else softcap,
-        uniform, row_parameter(seed, device), row_parameter(offset, device), *out, None,
+        uniform, row_parameter(seed, device), row_parameter(offset, device), *out, None, cutoff,
     )  # fmt: skip

@@ -60,6 +60,15 @@ def on_device(name: str, tensor: Tensor, device: torch.device, of: str) -> None:
         raise ValueError(f"{name}: must be on {device} like {of}, got {tensor.device}")
 
 
+def floats_of_rows(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An fp32 tensor with one value per row, flat."""
+    is_tensor(name, value)
+    has_dtype(name, value, (torch.float32,))
+    has_shape(name, value, shape, "one value per row")
+    on_device(name, value, device, "the input")
+    return value.reshape(-1).contiguous()
+
+
 def interval(low: float, high: float, *, low_open: bool = False, high_open: bool | None = None) -> str:
     """How an error writes a range; open at infinity unless said otherwise."""
     if high_open is None:
@@ -224,11 +233,7 @@ def uniform_or_seed(
     """The uniforms given, flat; or seed and offset to draw them from. keep: as in `number_or_rows`."""
     if uniform is None:
         return (None, *seed_and_offset(seed, offset, device, keep=keep))
-    is_tensor("uniform", uniform)
-    has_dtype("uniform", uniform, (torch.float32,))
-    has_shape("uniform", uniform, shape, "one value per row")
-    on_device("uniform", uniform, device, "the input")
-    return uniform.reshape(-1).contiguous(), None, _number(0, torch.int64, device, keep)
+    return floats_of_rows("uniform", uniform, shape, device), None, _number(0, torch.int64, device, keep)
 
 
 def _int64_scalar(name: str, value: int | Tensor, device: torch.device, keep: bool) -> Tensor:

@@ -44,6 +44,7 @@ def _row_stats(
     check: bool,
     backend: str,
     statistics: bool = True,
+    cutoff: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.values_in("temperature", temperature, 0.0, math.inf, high_open=True, force=check)
     checks.values_in(
@@ -52,9 +53,10 @@ def _row_stats(
     checks.values_in("uniform", uniform, 0.0, 1.0, high_open=True, force=check)
     run = pick("row_stats", backend, requirements(logits, dtype=logits.dtype, vocab=logits.shape[-1]))
     arguments = (logits, temperature, stats_temperature, uniform, seed, offset, softcap)
-    if statistics or not _may_leave_out_statistics(run):
-        return run(*arguments)
-    return run(*arguments, statistics=False)
+    options = {} if cutoff is None else {"cutoff": cutoff}
+    if not statistics and _may_leave_out_statistics(run):
+        options["statistics"] = False
+    return run(*arguments, **options)
 
 
 @functools.cache
@@ -64,8 +66,9 @@ def _may_leave_out_statistics(run) -> bool:
 
 @_row_stats.register_fake
 def _(
-    logits, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend, statistics=True
-):
+    logits, temperature, stats_temperature, uniform, seed, offset, softcap, check, backend, statistics=True,
+    cutoff=None,
+):  # fmt: skip
     shape = logits.shape[:-1]
     integers = [logits.new_empty(shape, dtype=torch.int64) for _ in range(2)]
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(5)]
@@ -94,12 +97,13 @@ def fields_of_shape(fields: Sequence[Tensor], shape: tuple[int, ...]) -> Sequenc
 
 
 def raise_for_rows_without_a_distribution(stats: RowStats) -> None:
-    """Raise ValueError if a row was all -inf, or had NaN or +inf; waits for the device."""
+    """Raise ValueError if a row was all -inf or left out, or had NaN or +inf; waits for the device."""
     broken = stats.logsumexp.isnan()
     if bool(broken.any()):
         first = tuple(broken.nonzero()[0].tolist())
         raise ValueError(
-            f"logits: {int(broken.sum())} rows have no distribution (all -inf, or NaN or +inf), first at {first}"
+            f"logits: {int(broken.sum())} rows have no distribution (all -inf or left out, or NaN or +inf), "
+            f"first at {first}"
         )
 
 
@@ -113,6 +117,7 @@ def row_stats(
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
     statistics: bool = True,
+    cutoff: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
 ) -> RowStats:
@@ -126,12 +131,12 @@ def row_stats(
       softmax(x / stats_temperature), which defaults to the temperature, or to 1 where that is 0;
     - argmax is the lowest index that holds the maximum; a tie at the top gives top2_prob = top1_prob.
 
-    A row without a distribution (all -inf, or NaN or +inf anywhere) yields argmax = sample = 0, entropy = +inf,
+    A row without a distribution (all -inf or below its cutoff, or NaN or +inf anywhere) yields argmax = sample = 0, entropy = +inf,
     logsumexp = NaN and probabilities 0; no rule of `commit` prefers such a row.
 
     A softcap c makes infinities finite: -inf becomes -c and +inf becomes c, so that only NaN leaves a row without a
     distribution, and a token that logits of -inf were to rule out can be drawn. transformers caps its logits before
-    it rules any out, in the same way; what is ruled out afterwards comes here without softcap.
+    it rules any out, in the same way; what is ruled out afterwards comes here without softcap, or by a cutoff.
 
     Args:
         logits: [..., V] bf16, fp16 or fp32, -inf allowed (but see softcap). Any strides; a last stride other than 1 is
@@ -146,6 +151,9 @@ def row_stats(
         statistics: False where argmax and sample are all that is read: the five other fields then hold NaN, or
             what they are where a backend has them anyway. Entropy is +inf for a row without a distribution, and for
             no other, in any case. On the CPU a greedy row is then one search for its maximum.
+        cutoff: [...] fp32, one per row, or None. Tokens whose logit, before softcap, lies below it are left out of the
+            row: they have probability 0, with a softcap too, and are never drawn, largest or second largest. Logits
+            equal to it stay, and so do NaN; a NaN leaves out nothing.
         check: read values on the device too: raise for a row without a distribution (needs `statistics`) and for
             temperatures or uniforms out of range. Waits for the device.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
@@ -180,10 +188,12 @@ def row_stats(
     if check and not statistics:
         raise ValueError("check: needs statistics=True, since they say which rows have no distribution")
     uniform, seed, offset = checks.uniform_or_seed(uniform, seed, offset, shape, device, keep=keep)
+    if cutoff is not None:
+        cutoff = checks.floats_of_rows("cutoff", cutoff, shape, device)
 
     out = _row_stats(
         rows_view(logits), temperature, stats_temperature, uniform, seed, offset, softcap, check, backend,
-        statistics,
+        statistics, cutoff,
     )  # fmt: skip
     stats = RowStats(*fields_of_shape(out, shape))
     if check:

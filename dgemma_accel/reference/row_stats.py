@@ -19,6 +19,13 @@ def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
+def leave_out(x: Tensor, logits: Tensor, cutoff: Tensor | None) -> Tensor:
+    """`x` [R, V], made of `logits` of R rows, with -inf for the tokens whose logit lies below the row's cutoff [R]."""
+    if cutoff is None:
+        return x
+    return torch.where(logits.reshape(x.shape).to(x.dtype) < cutoff[:, None], float("-inf"), x)
+
+
 def row_uniform(uniform: Tensor | None, seed: Tensor | None, offset: Tensor, rows: int, device) -> Tensor:
     """The uniforms given, or those of Philox(seed, offset, row), as [rows] fp32."""
     if uniform is not None:
@@ -53,6 +60,7 @@ def row_stats(
     offset: Tensor,
     softcap: float | None,
     statistics: bool = True,
+    cutoff: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Argmax, sample, entropy, logsumexp and probabilities of each row.
 
@@ -65,9 +73,11 @@ def row_stats(
       softmax(x / temperature) exceeds the row's uniform; at temperature 0 it is the argmax;
     - sample_prob is p[sample].
 
-    A row that has no distribution (all -inf, or NaN or +inf anywhere) yields argmax = sample = 0,
+    Tokens whose logit lies below the row's cutoff have x = -inf, whatever the softcap.
+
+    A row that has no distribution (all x -inf, or NaN or +inf anywhere) yields argmax = sample = 0,
     entropy = +inf, logsumexp = NaN and probabilities 0, so that no rule prefers it. With a softcap c infinite
-    logits are c and -c, and only NaN leaves a row without one.
+    logits are c and -c, and only NaN and a cutoff leave a row without one.
 
     Args:
         logits: [N0, N1, V] bf16, fp16, fp32 or fp64. -inf is allowed.
@@ -78,6 +88,7 @@ def row_stats(
         offset: 0-d int64.
         softcap: c > 0, or None.
         statistics: False leaves NaN in the fp32 results, except that entropy is +inf for a row without a distribution.
+        cutoff: [N0 * N1] fp32, or None. A NaN leaves out nothing.
 
     Returns:
         (argmax, sample) int64 and (entropy, logsumexp, top1_prob, top2_prob, sample_prob) fp32,
@@ -87,7 +98,7 @@ def row_stats(
     DiffusionGemmaForBlockDiffusion.forward); confidence as in LLaDA's generate.py.
     """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
-    x = apply_softcap(logits, softcap).reshape(-1, vocab)
+    x = leave_out(apply_softcap(logits, softcap).reshape(-1, vocab), logits, cutoff)
     rows = x.shape[0]
     temperature = temperature.to(x.device, x.dtype).expand(rows)
     greedy = temperature == 0

@@ -5,13 +5,22 @@
 namespace dgemma {
 namespace {
 
-template <class T>
+template <class T, bool kCutoff>
 void run(const RowStatsParams& params) {
   const int64_t tiles = row_stats_tiles(params), rows = params.rows0 * params.rows1;
   emulation::run({row_stats_tile_blocks(params), 1, 1}, kRowStatsTileThreads, 0,
-                 [&] { row_stats_tile_kernel<T>(params, int(tiles)); });
+                 [&] { row_stats_tile_kernel<T, kCutoff>(params, int(tiles)); });
   emulation::run({rows, 1, 1}, kRowStatsThreads, kRowStatsRowSharedBytes,
-                 [&] { row_stats_row_kernel<T>(params, int(tiles)); });
+                 [&] { row_stats_row_kernel<T, kCutoff>(params, int(tiles)); });
+}
+
+template <bool kCutoff>
+void run_of_dtype(const RowStatsParams& params) {
+  switch (params.dtype) {
+    case Dtype::kFloat32: return run<float, kCutoff>(params);
+    case Dtype::kFloat16: return run<Float16, kCutoff>(params);
+    case Dtype::kBFloat16: return run<Bfloat16, kCutoff>(params);
+  }
 }
 
 void run_case(const char* folder) {
@@ -43,11 +52,8 @@ void run_case(const char* folder) {
   p.top2_prob = c.output<float>("top2_prob", rows);
   p.sample_prob = c.output<float>("sample_prob", rows);
   p.workspace = c.output<char>("workspace", rows * row_stats_tiles(p) * int64_t(sizeof(TileRecord)));
-  switch (p.dtype) {
-    case Dtype::kFloat32: run<float>(p); break;
-    case Dtype::kFloat16: run<Float16>(p); break;
-    case Dtype::kBFloat16: run<Bfloat16>(p); break;
-  }
+  p.cutoff = c.tensor<float>("cutoff");
+  p.cutoff ? run_of_dtype<true>(p) : run_of_dtype<false>(p);
   c.save();
 }
 
