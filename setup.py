@@ -31,7 +31,7 @@ WHEEL_ARCHS = ("80", "86", "89", "90a", "100+PTX", "120", "121+PTX")
 EDITABLE_ARCHS = ("80", "89", "90a", "100+PTX", "120+PTX")
 
 # Files compiled once per instruction set, and the flags of each set.
-PER_ISA_SOURCES = ("csrc/row_stats/row_stats_host.cpp",)
+PER_ISA_SOURCES = ("csrc/row_stats/row_stats_host.cpp", "csrc/top_k_top_p/top_k_top_p_host.cpp")
 ISA_FLAGS = {"plain": ["-DDGEMMA_ISA_PLAIN"]}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-DDGEMMA_ISA_AVX2", "-mavx2", "-mfma"]

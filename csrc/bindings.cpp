@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   dgemma::register_random(m);
   dgemma::register_row_stats(m);
+  dgemma::register_top_k_top_p(m);
   dgemma::register_commit(m);
   dgemma::register_progress(m);
   dgemma::register_block_attention(m);

@@ -7,6 +7,7 @@ namespace dgemma {
 
 void register_random(pybind11::module_& m);
 void register_row_stats(pybind11::module_& m);
+void register_top_k_top_p(pybind11::module_& m);
 void register_commit(pybind11::module_& m);
 void register_progress(pybind11::module_& m);
 void register_block_attention(pybind11::module_& m);

@@ -47,6 +47,19 @@ struct RowStatsParams {
   const float* cutoff = nullptr;             // [rows0 * rows1], logits below it are left out; nullptr: none are
 };
 
+struct TopKTopPParams {
+  const void* logits = nullptr;  // [rows0, rows1, vocab], last stride 1
+  Dtype dtype = Dtype::kFloat32;
+  int64_t rows0 = 0, rows1 = 0, vocab = 0;
+  int64_t stride0 = 0, stride1 = 0;  // elements
+  RowParameter<float> temperature;   // [rows0 * rows1], >= 0; 0 counts as 1
+  int64_t top_k = 0;                 // 0: none
+  float top_p = 1;                   // 1: none
+  bool top_k_first = false;
+  float softcap = 0;                 // logit units; 0: none
+  float* cutoff = nullptr;           // [rows0 * rows1]
+};
+
 // The values of `samplers.encoding`: Measure, Select, Flag, Write.
 enum class Measure : int32_t { kSampleProb = 0, kTop1Prob, kEntropy, kMargin, kRandom, kPosition };
 enum class Select : int32_t { kTopK = 0, kThreshold, kFactor, kEntropyBound, kBernoulli, kHierarchy, kEdit };

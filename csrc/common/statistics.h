@@ -27,6 +27,12 @@ DGEMMA_HD float inverse_temperature(float temperature) {
   return inverse > kLargestFloat ? kLargestFloat : inverse;
 }
 
+// Powers of two: e^(difference / temperature) = 2^(difference * factor).
+DGEMMA_HD float power_factor(float inverse) {
+  const float factor = inverse * 1.44269504089f;
+  return factor > kLargestFloat ? kLargestFloat : factor;
+}
+
 // (x - max) / temperature, for x <= max. A max of -inf (nothing there) gives the lowest value, NaN stays NaN.
 DGEMMA_HD float scaled_difference(float x, float max, float inverse) {
   const float reference = max < -kLargestFloat ? -kLargestFloat : max;

@@ -109,6 +109,42 @@ DGEMMA_HD bool any_lane(VectorInt mask) {
 #endif
 }
 
+// The lanes for which a comparison holds, in whatever form the instruction set has them.
+#if defined(DGEMMA_ISA_AVX512)
+typedef __mmask16 Lanes;
+DGEMMA_HD Lanes at_least_lanes(Vector a, Vector b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+// Where either is NaN.
+DGEMMA_HD Lanes unordered_lanes(Vector a, Vector b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q); }
+DGEMMA_HD Lanes lanes_of_first_only(Lanes a, Lanes b) { return Lanes(a & ~b); }
+DGEMMA_HD bool any_of(Lanes lanes) { return lanes != 0; }
+DGEMMA_HD Vector add_where(Lanes lanes, Vector sum, Vector value) {
+  return (Vector)_mm512_mask_add_ps((__m512)sum, lanes, (__m512)sum, (__m512)value);
+}
+#else
+typedef VectorInt Lanes;
+DGEMMA_HD Lanes at_least_lanes(Vector a, Vector b) { return a >= b; }
+DGEMMA_HD Lanes unordered_lanes(Vector a, Vector b) { return (a != a) | (b != b); }
+DGEMMA_HD Lanes lanes_of_first_only(Lanes a, Lanes b) { return a & ~b; }
+DGEMMA_HD bool any_of(Lanes lanes) { return any_lane(lanes); }
+DGEMMA_HD Vector add_where(Lanes lanes, Vector sum, Vector value) { return sum + (Vector)((VectorInt)value & lanes); }
+#endif
+
+// Writes those lanes of a vector one after the other; returns how many. May write a whole vector.
+DGEMMA_HD int64_t store_lanes(float* pointer, Vector value, Lanes lanes) {
+#if defined(DGEMMA_ISA_AVX512)
+  store(pointer, (Vector)_mm512_maskz_compress_ps(lanes, (__m512)value));
+  return __builtin_popcount(lanes);
+#else
+  if (!any_lane(lanes)) return 0;
+  int64_t count = 0;
+  for (int lane = 0; lane < DGEMMA_LANES; ++lane) {
+    pointer[count] = value[lane];
+    count -= lanes[lane];
+  }
+  return count;
+#endif
+}
+
 // The largest lane.
 DGEMMA_HD float largest_lane(Vector value) {
   float result = -INFINITY;

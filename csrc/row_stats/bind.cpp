@@ -1,6 +1,7 @@
 #include "../bindings.h"
 #include "../common/bind_kernels.h"
 #include "../common/bind_params.h"
+#include "../common/instruction_sets.h"
 #include "config.h"
 #include "row_stats.h"
 

@@ -12,9 +12,6 @@ size_t row_stats_host_workspace(const RowStatsParams& params);
 // `statistics` false: argmax and sample alone, NaN in the other outputs; a greedy row then needs no powers.
 void row_stats_host(const RowStatsParams& params, int threads, const std::string& isa, bool statistics);
 
-// The instruction sets that this CPU can run, best first.
-std::string host_instruction_sets();
-
 #if defined(DGEMMA_WITH_CUDA)
 size_t row_stats_cuda_workspace(const RowStatsParams& params);
 void row_stats_cuda(const RowStatsParams& params, void* stream);

@@ -161,12 +161,6 @@ bool is_ordered(const Tile& tile) {
   return !any_lane(~ordered);
 }
 
-// Powers of two: e^(difference / temperature) = 2^(difference * factor).
-DGEMMA_HD float power_factor(float inverse) {
-  const float factor = inverse * 1.44269504089f;
-  return factor > kLargestFloat ? kLargestFloat : factor;
-}
-
 struct Power {
   Vector t, e;  // the exponent, and 2 to it
 };
