@@ -19,7 +19,7 @@ from dgemma_accel.native import params as native_params
 from dgemma_accel.native import row_stats_cpp
 from dgemma_accel.native.params import BuiltCapability, extension, missing_extension, row_parameter
 from dgemma_accel.native.row_stats_params import outputs, row_stats_params
-from dgemma_accel.reference.budget import check_row_stats
+from dgemma_accel.reference.budget import check_row_stats, check_top_k_top_p
 from dgemma_accel.reference.commit import CommitCall
 from dgemma_accel.samplers import Keep, TopK
 
@@ -112,6 +112,40 @@ def test_each_instruction_set_is_within_budget_with_a_cutoff(monkeypatch, isa, d
         assert bool(above.entropy.isinf().all()) and not above.argmax.any()
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 17, 255, 257, 9_011])
+def test_each_instruction_set_finds_the_cutoffs(monkeypatch, isa, dtype, vocab):
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    # From rows whose tokens weigh nearly the same, of which many are candidates, to rows with one.
+    for scale in (0.0, 1e-2, 2.0, 60.0):
+        logits = (torch.randn(4, vocab) * scale).to(dtype)
+        logits[1, vocab // 2] += 8.0
+        logits[2, vocab // 3 :] = float("-inf") if vocab > 2 else 1.0
+        logits[3] = (logits[3].float() / 2).round().to(dtype)
+        for more in ({"temperature": 0.7}, {"temperature": 1.5, "softcap": 20.0}):
+            for k, p, first in ((0, 0.95, False), (5, 1.0, False), (vocab // 2, 0.5, True), (50, 0.9, False)):
+                call = {"top_k": k, "top_p": p, "top_k_first": first, **more}
+                cutoff = dgemma_accel.top_k_top_p(logits, backend="cpp", **call)
+                options = {"softcap": None, **call}
+                assert not check_top_k_top_p(cutoff, logits, **options), (scale, call)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_mass_of_nearly_constant_rows_does_not_add_up_its_roundings(monkeypatch, isa):
+    """100 000 equal tokens, and one by which a share is just reached or just not."""
+    monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, isa)
+    count = 100_000
+    for level in torch.linspace(-3, -0.01, 12).tolist():
+        logits = torch.full((1, count + 1), level)
+        logits[0, 7] = 0.0
+        logits[0, count // 2 :] -= 1e-3
+        x = logits[0].double()
+        share = x[: count // 2].exp().sum() / x.exp().sum()
+        for p, expected in ((share - 1e-6, x[0]), (share + 1e-6, x[-1])):
+            assert dgemma_accel.top_k_top_p(logits, top_p=float(p), backend="cpp") == expected.float()
+
+
 def test_the_best_instruction_set_is_the_default(monkeypatch):
     logits = torch.randn(4, 9000)
     best = dgemma_accel.row_stats(logits, seed=1, backend="cpp")
@@ -124,6 +158,8 @@ def test_unknown_instruction_set_names_those_there_are(monkeypatch):
     monkeypatch.setenv(row_stats_cpp.ISA_VARIABLE, "mmx")
     with pytest.raises(ValueError, match=r"'mmx'.*plain"):
         dgemma_accel.row_stats(torch.randn(1, 8), backend="cpp")
+    with pytest.raises(ValueError, match=r"top_k_top_p: .*'mmx'"):
+        dgemma_accel.top_k_top_p(torch.randn(1, 8), top_k=2, backend="cpp")
 
 
 def test_every_half_precision_number_is_read_exactly(monkeypatch):
@@ -154,7 +190,8 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         stats = dgemma_accel.row_stats(logits, seed=5, softcap=30.0, backend="cpp")
         wide = type(stats)(*(field[:, None].expand(37, 300).contiguous() for field in stats))
         committed = dgemma_accel.commit(tokens, wide, TopK(5), Keep(), backend="cpp")
-        results.append((*stats, committed.tokens, committed.committed))
+        cutoff = dgemma_accel.top_k_top_p(logits, top_k=9000, top_p=0.9, backend="cpp")
+        results.append((*stats, committed.tokens, committed.committed, cutoff))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -162,12 +199,17 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 def test_python_threads_may_call_at_once(threads):
     threads(2)
     logits = torch.randn(8, 30_000)
-    expected = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+
+    def results():
+        cutoff = dgemma_accel.top_k_top_p(logits, top_p=0.9, backend="cpp")
+        return *dgemma_accel.row_stats(logits, seed=5, backend="cpp"), cutoff
+
+    expected = results()
     wrong = []
 
     def call():
         for _ in range(5):
-            stats = dgemma_accel.row_stats(logits, seed=5, backend="cpp")
+            stats = results()
             if not all(torch.equal(a, b) for a, b in zip(expected, stats)):
                 wrong.append(stats)
 

@@ -129,11 +129,29 @@ DGEMMA_HD bool any_of(Lanes lanes) { return any_lane(lanes); }
 DGEMMA_HD Vector add_where(Lanes lanes, Vector sum, Vector value) { return sum + (Vector)((VectorInt)value & lanes); }
 #endif
 
+#if defined(DGEMMA_ISA_AVX2)
+// For each set of eight lanes their numbers, a byte each, from the lowest byte on.
+struct LaneNumbers {
+  uint64_t of[256];
+  constexpr LaneNumbers() : of{} {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 7; lane >= 0; --lane)
+        if (set >> lane & 1) of[set] = of[set] << 8 | uint64_t(lane);
+  }
+};
+constexpr LaneNumbers kLaneNumbers;
+#endif
+
 // Writes those lanes of a vector one after the other; returns how many. May write a whole vector.
 DGEMMA_HD int64_t store_lanes(float* pointer, Vector value, Lanes lanes) {
 #if defined(DGEMMA_ISA_AVX512)
   store(pointer, (Vector)_mm512_maskz_compress_ps(lanes, (__m512)value));
   return __builtin_popcount(lanes);
+#elif defined(DGEMMA_ISA_AVX2)
+  const unsigned set = unsigned(_mm256_movemask_ps((__m256)lanes));
+  const __m256i numbers = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLaneNumbers.of[set])));
+  store(pointer, (Vector)_mm256_permutevar8x32_ps((__m256)value, numbers));
+  return __builtin_popcount(set);
 #else
   if (!any_lane(lanes)) return 0;
   int64_t count = 0;

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kTile = kHostTileVectors * DGEMMA_LANES;
 // S is taken at so many places at a time.
-constexpr int kPivots = 8;
+constexpr int kPivots = 4;
 // So many candidates are put in order.
 constexpr int64_t kFew = 32;
 // Powers of e below the largest at which a group no longer counts: 2^31 e^-40 < 1e-8.

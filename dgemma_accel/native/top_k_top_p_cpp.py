@@ -24,7 +24,7 @@ def top_k_top_p(
     top_k_first: bool,
     softcap: float | None,
 ) -> Tensor:
-    """As `reference.top_k_top_p`; extra memory is at most 5 bytes per logit of one row and thread, and less for most."""
+    """As `reference.top_k_top_p`; extra memory is at most 5 bytes per logit of a row, for each thread."""
     cutoff = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     if cutoff.numel() == 0:
         return cutoff
