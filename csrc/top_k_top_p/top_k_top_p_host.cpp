@@ -40,18 +40,21 @@ DGEMMA_HD double sum_of(const VectorDouble& value) {
 
 // Weights of logits. A NaN stands for a place without a logit; its weight may be anything.
 struct Ones {
-  DGEMMA_MEMBER Vector at(Vector) const { return splat(1.0f); }
+  static constexpr bool kCapped = false;
+  DGEMMA_MEMBER Vector capped(Vector x) const { return x; }
+  DGEMMA_MEMBER Vector of_capped(Vector) const { return splat(1.0f); }
   DGEMMA_MEMBER float logit_of(float) const { return -INFINITY; }
 };
 
 template <bool kSoftcap>
 struct Powers {
+  static constexpr bool kCapped = kSoftcap;
   float softcap, inverse_softcap, max, factor;  // max after softcap
 
   DGEMMA_MEMBER Vector capped(Vector x) const { return kSoftcap ? tanh(x * inverse_softcap) * softcap : x; }
   // tanh does not rise everywhere by its last bit, and what is above the max would be without bound at low temperatures.
-  DGEMMA_MEMBER Vector at(Vector x) const {
-    const Vector t = (capped(x) - max) * factor;
+  DGEMMA_MEMBER Vector of_capped(Vector x) const {
+    const Vector t = (x - max) * factor;
     return exp2_of_difference(at_least(kSoftcap ? at_most(t, 0.0f) : t, kLowestPower));
   }
   // About where the weight is so large; -inf where that says nothing.
@@ -61,6 +64,30 @@ struct Powers {
     return fabsf(x) < softcap ? atanhf(x * inverse_softcap) * softcap : -INFINITY;
   }
 };
+
+template <class W>
+DGEMMA_HD Vector weight_of(const W& weights, Vector x) {
+  return weights.of_capped(weights.capped(x));
+}
+
+// Some vectors, an even number up to those of a tile, two at a time: take(one, other, weight, other_weight). A softcap has a
+// loop of its own, as both at once need more registers than there are.
+template <class T, class W, class Take>
+DGEMMA_HD void for_weighted(const T* place, int vectors, const W& weights, const Take& take) {
+  Vector capped[kHostTileVectors];
+  for (int v = 0; W::kCapped && v < vectors; v += 2) {
+    Vector one, other;
+    load_two(place + v * DGEMMA_LANES, one, other);
+    capped[v] = weights.capped(one);
+    capped[v + 1] = weights.capped(other);
+  }
+  for (int v = 0; v < vectors; v += 2) {
+    Vector one, other;
+    load_two(place + v * DGEMMA_LANES, one, other);
+    take(one, other, weights.of_capped(W::kCapped ? capped[v] : one),
+         weights.of_capped(W::kCapped ? capped[v + 1] : other));
+  }
+}
 
 // A row in tiles. The last one is a copy with NaN behind the end, so that all are whole.
 template <class T>
@@ -147,16 +174,14 @@ double mass_of(const Tokens<T>& tokens, const Groups& groups, const W& weights, 
   const Vector low = splat(lo), least = splat(kNegligiblePower);
   for (int64_t i = 0; i < tokens.tiles; ++i) {
     const Vector max = load(groups.maxima + i * DGEMMA_LANES);
-    const Lanes seen = at_least_lanes(max, low) & at_least_lanes(weights.at(max), least);
+    const Lanes seen = at_least_lanes(max, low) & at_least_lanes(weight_of(weights, max), least);
     if (!any_of(seen)) continue;
-    const T* place = tokens.tile(i);
     Vector sums[2] = {};
-    for (int v = 0; v < kHostTileVectors; v += 2) {
-      Vector one, other;
-      load_two(place + v * DGEMMA_LANES, one, other);
-      sums[0] = add_where(at_least_lanes(one, low), sums[0], weights.at(one));
-      sums[1] = add_where(at_least_lanes(other, low), sums[1], weights.at(other));
-    }
+    const auto take = [&](Vector one, Vector other, Vector weight, Vector other_weight) DGEMMA_INLINE {
+      sums[0] = add_where(at_least_lanes(one, low), sums[0], weight);
+      sums[1] = add_where(at_least_lanes(other, low), sums[1], other_weight);
+    };
+    for_weighted(tokens.tile(i), kHostTileVectors, weights, take);
     add_to(sum, sums[0] + sums[1]);
   }
   return sum_of(sum);
@@ -177,15 +202,13 @@ struct Sums {
   template <class T, class W>
   DGEMMA_MEMBER void add(const T* place, int vectors, const W& weights) {
     Vector own[kPivots] = {};
-    for (int v = 0; v < vectors; v += 2) {
-      Vector one, other;
-      load_two(place + v * DGEMMA_LANES, one, other);
-      const Vector weight = weights.at(one), other_weight = weights.at(other);
+    const auto take = [&](Vector one, Vector other, Vector weight, Vector other_weight) DGEMMA_INLINE {
       for (int j = 0; j < kPivots; ++j) {
         own[j] = add_where(at_least_lanes(one, pivots[j]), own[j], weight);
         own[j] = add_where(at_least_lanes(other, pivots[j]), own[j], other_weight);
       }
-    }
+    };
+    for_weighted(place, vectors, weights, take);
     for (int j = 0; j < kPivots; ++j) add_to(sums[j], own[j]);
   }
 };
@@ -278,14 +301,14 @@ Found search(float* values, int64_t count, Interval interval, double target, con
     }
     const float max = largest_lane(most), min = -largest_lane(-least);
     if (!(min < max)) {
-      const double all = interval.above + double(count) * double(weights.at(splat(max))[0]);
+      const double all = interval.above + double(count) * double(weight_of(weights, splat(max))[0]);
       return {max, all > target};
     }
     float pivots[kPivots];
     choose_pivots(min, max, pivots);
     Sums sums(pivots);
     for (int64_t v = 0; v < vectors; v += kHostTileVectors) {
-      const int64_t left = vectors - v;
+      const int64_t left = (vectors - v + 1) / 2 * 2;
       sums.add(values + v * DGEMMA_LANES, left < kHostTileVectors ? int(left) : kHostTileVectors, weights);
     }
     interval.lo = min;
@@ -304,7 +327,7 @@ Found search(float* values, int64_t count, Interval interval, double target, con
   Found found{values[0], false};
   double sum = interval.above;
   for (int64_t i = 0; i < count; i += DGEMMA_LANES) {
-    const Vector x = load(values + i), weight = weights.at(x);
+    const Vector x = load(values + i), weight = weight_of(weights, x);
     for (int lane = 0; lane < DGEMMA_LANES && i + lane < count; ++lane) {
       if (x[lane] < found.cutoff) {
         if (sum > target) return {found.cutoff, true};
