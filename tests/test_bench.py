@@ -22,6 +22,7 @@ from bench import (
     bench_ops,
     bench_row_stats,
     bench_soft_embedding,
+    bench_top_k_top_p,
     ceilings,
     environment,
     memory,
@@ -32,7 +33,7 @@ from bench import (
     timing,
 )
 from bench.cases import Case, Sizes, Variant, disagreement
-from bench.peers import liger, sdpa, torch_chain, torch_compile
+from bench.peers import liger, published_samplers, sdpa, torch_chain, torch_compile
 
 pytestmark = pytest.mark.source_tree
 
@@ -494,6 +495,15 @@ def test_chain_peers_agree_with_the_reference(op):
             assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], (
                 variant.name
             )
+
+
+def test_published_filters_keep_what_the_reference_keeps():
+    for case in bench_top_k_top_p.cases(CPU, Sizes(**SMALL))[0]:
+        inputs = case.make(CPU, 0)
+        (variant,) = published_samplers.variants(case, inputs)
+        assert disagreement(variant.outputs(variant.prepare(inputs)()), case.expected(inputs)) == [], (
+            case.label
+        )
 
 
 @pytest.mark.parametrize("op", ["row_stats", "head_stats"])

@@ -74,7 +74,7 @@ def arguments_of(op, device, lay=as_it_is, by=None):
         width, dtype = (64, torch.bfloat16) if by == "cuda" else (16, torch.float32)
         sizes = ((4, 8), (2, 8), (2, 8), (2, 5), (2, 5))
         return tuple(lay(real(2, heads, length, width).to(dtype)) for heads, length in sizes)
-    if op == "quantize_rows":
+    if op in ("quantize_rows", "top_k_top_p"):
         return (real(2, 3, VOCAB),)
     # Nor have the CUDA kernels of experts fp32 or these sizes.
     side, dtype = (32, torch.bfloat16) if by == "cuda" else (16, torch.float32)
@@ -129,6 +129,8 @@ def run(op, backend, given):
         return feed_forward(FeedForwardCall(*given, 2, "gelu_tanh"), backend)
     if op == "quantize_rows":
         return quantize_rows(*given, backend)
+    if op == "top_k_top_p":
+        return (dgemma_accel.top_k_top_p(*given, top_k=5, top_p=0.9, backend=backend),)
     return (dgemma_accel.experts(*given, backend=backend),)
 
 

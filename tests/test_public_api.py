@@ -15,7 +15,7 @@ import dgemma_accel
 from dgemma_accel import backends
 from dgemma_accel.__main__ import main
 
-OPS = ("block_attention", "row_stats", "commit", "head_stats", "soft_embedding", "experts")
+OPS = ("block_attention", "row_stats", "top_k_top_p", "commit", "head_stats", "soft_embedding", "experts")
 
 
 def python(code, **environment):
@@ -47,6 +47,7 @@ def test_all_names_exist_and_are_documented():
             "query key value prefix_key prefix_value prefix_start prefix_end scale softcap causal return_lse backend",
         ),
         ("row_stats", "logits temperature stats_temperature softcap uniform seed offset backend"),
+        ("top_k_top_p", "logits top_k top_p top_k_first temperature softcap backend"),
         ("commit", "tokens stats rule write candidates seed offset backend"),
         ("head_stats", "hidden weight softcap temperature uniform backend"),
         ("soft_embedding", "logits stats weight softcap temperature tolerance backend"),

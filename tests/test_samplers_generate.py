@@ -23,7 +23,6 @@ from dgemma_accel.samplers import (
     LowConfidence,
     MaskedDiffusionSampler,
     PrefixCache,
-    Proposal,
     Random,
     Threshold,
 )
@@ -160,29 +159,6 @@ def test_a_stuck_row_does_not_stop_the_others():
     assert result.stuck.tolist() == [True, False]
     assert result.new_tokens.tolist() == [[MASK] * 8, [5] * 8]
     assert result.nfe.tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 20}], ids=str)
-def test_a_row_that_is_done_is_not_filtered_whole(filters, monkeypatch):
-    """What stands for the logits of a row that is not fed keeps all of the vocabulary."""
-    whole, original = [], Proposal.filtered_chunks
-
-    def noted(self, logits, rows=None):
-        whole.append(rows)
-        return original(self, logits, rows)
-
-    def model(tokens):
-        logits = torch.randn(*tokens.shape, 6000, generator=torch.Generator().manual_seed(0))
-        logits[..., 7:9] += 20
-        # A prompt that begins with 1 is followed by what is sure at once.
-        logits[tokens[:, 0] == 1, :, 7] += 20
-        return logits
-
-    monkeypatch.setattr(Proposal, "filtered_chunks", noted)
-    sampler = MaskedDiffusionSampler(Threshold(0.9), mask_id=MASK, block_length=8, temperature=1.0, **filters)
-    result = sampler.generate(model, [[1], [2]], 8, seed=0)
-    assert result.nfe[0] == 1 and result.nfe[1] > 4 and result.rows_fed == result.nfe.sum()
-    assert whole == []
 
 
 class Recorder:

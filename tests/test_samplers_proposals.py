@@ -1,7 +1,6 @@
-"""Top-k and top-p proposals: thresholds against a sort, draws against fp64, and no sort of the vocabulary."""
+"""Top-k and top-p proposals: draws against fp64 and published filters, and no sort of the vocabulary."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import samplers_literal as literal
@@ -12,14 +11,12 @@ from dgemma_accel.backends import BackendError
 from dgemma_accel.reference.philox import WORD_SAMPLE, random_words, uniform_from_word
 from dgemma_accel.samplers import (
     Entropy,
-    JointThresholdEdit,
     LowConfidence,
     MaskedDiffusionSampler,
     Proposal,
     Threshold,
     proposals,
 )
-from dgemma_accel.samplers.proposals import kth_largest, top_p_threshold
 
 SEED = torch.tensor(11)
 
@@ -38,55 +35,16 @@ def rows_of(vocab, kind, rows=6):
     return x
 
 
-@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
-@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1001, 20_011])
-def test_kth_largest(vocab, kind):
-    x = rows_of(vocab, kind)
-    ordered = x.sort(-1, descending=True).values
-    for k in {1, 2, 5, 50, vocab // 2, vocab - 1, vocab}:
-        if 1 <= k <= vocab:
-            assert torch.equal(kth_largest(x, k), ordered[:, k - 1]), k
-
-
-def exact_threshold(x, mass):
-    """By definition: the least x before which strictly larger tokens hold at most `mass`."""
-    out = []
-    for row, limit in zip(x.double(), mass):
-        values = row.unique()
-        kept = [v for v in values if torch.where(row > v, row.exp(), 0.0).sum() <= limit]
-        out.append(min(kept))
-    return torch.tensor(out)
-
-
-@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
-@pytest.mark.parametrize("vocab", [1, 7, 300, 1001])
-def test_top_p_threshold(vocab, kind):
-    x = rows_of(vocab, kind, rows=4)
-    x = x - x.amax(-1, keepdim=True)
-    for p in (0.0, 0.1, 0.63, 0.95, 0.9999):
-        mass = p * x.double().exp().sum(-1)
-        assert torch.equal(top_p_threshold(x, mass).double(), exact_threshold(x, mass)), p
-        assert torch.equal(proposals._by_order(x, mass[:, None])[:, 0].double(), exact_threshold(x, mass)), p
-
-
-@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
-def test_top_p_threshold_from_bins_equals_bisection(kind):
-    x = rows_of(20_011, kind)
-    x = x - x.amax(-1, keepdim=True)
-    for p in (0.0, 0.3, 0.9, 0.99):
-        mass = p * x.double().exp().sum(-1)
-        assert torch.equal(top_p_threshold(x, mass), proposals._bisect(x, mass)), p
-
-
 def test_tied_tokens_are_kept_or_dropped_together():
-    x = torch.log(torch.tensor([[0.4, 0.2, 0.2, 0.2]]))
+    x = torch.log(torch.tensor([[[0.4, 0.2, 0.2, 0.2]]]))
+
+    def most_probable(**filters):
+        return float(Proposal(1.0, **filters, confidence="proposal").stats(x, SEED, 0).top1_prob)
+
     # The mass before each of the three is 0.4: all of them from 0.4 on, none below.
-    stays = Proposal(1.0, top_p=0.41, confidence="proposal")._filter_(x.clone())
-    goes = Proposal(1.0, top_p=0.39, confidence="proposal")._filter_(x.clone())
-    assert stays.isfinite().tolist() == [[True] * 4]
-    assert goes.isfinite().tolist() == [[True, False, False, False]]
-    # And the third largest is as large as the second: both stay.
-    assert Proposal(1.0, top_k=2)._filter_(x.clone()).isfinite().tolist() == [[True] * 4]
+    assert most_probable(top_p=0.41) == pytest.approx(0.4) and most_probable(top_p=0.39) == 1.0
+    # And the third largest is as large as the second: all stay.
+    assert most_probable(top_k=2) == pytest.approx(0.4) and most_probable(top_k=1) == 1.0
 
 
 @pytest.mark.parametrize("confidence", ["proposal", "untempered"])
@@ -107,41 +65,6 @@ def test_draws_equal_the_published_filters(k, p, k_first, confidence):
         q = plain[row] if confidence == "untempered" else torch.softmax(cut, -1)
         assert float(stats.sample_prob.flatten()[row]) == pytest.approx(float(q[token]), rel=1e-5)
         assert float(stats.top1_prob.flatten()[row]) == pytest.approx(float(q.max()), rel=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.7, torch.tensor([0.0, 0.7])])
-@pytest.mark.parametrize("kind", ["normal", "peaky", "flat", "ties", "banned"])
-@pytest.mark.parametrize(("k", "p"), [(20, None), (None, 0.9), (20, 0.6)])
-def test_tiles_give_what_the_whole_row_gives(kind, k, p, temperature, monkeypatch):
-    vocab = 20_011
-    logits = rows_of(vocab, kind, rows=10).reshape(2, 5, vocab)
-    for k_first in (False, True):
-        proposal = Proposal(temperature, k, p, k_first, confidence="proposal")
-        settled = []
-        original = Proposal._settle
-
-        def noted(self, *args, original=original, settled=settled):
-            found = original(self, *args)
-            settled.append(int(found[2].sum()))
-            return found
-
-        def none(self, *args, original=original):
-            cut, tokens, whole = original(self, *args)
-            return cut, tokens, torch.zeros_like(whole)
-
-        monkeypatch.setattr(Proposal, "_settle", noted)
-        ours = proposal.stats(logits, SEED, 1)
-        monkeypatch.setattr(Proposal, "_settle", none)
-        whole = proposal.stats(logits, SEED, 1)
-        monkeypatch.setattr(Proposal, "_settle", original)
-        assert torch.equal(ours.sample, whole.sample) and torch.equal(ours.argmax, whole.argmax)
-        for a, b in zip(ours[2:], whole[2:]):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        assert (
-            sum(settled) == 10
-            or (kind, k) in {("normal", None), ("flat", None), ("ties", None), ("ties", 20)}
-            or (kind == "banned" and k is None)
-        )
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.9])
@@ -188,26 +111,21 @@ def test_softcap():
         torch.testing.assert_close(ours.sample_prob, by_hand.sample_prob)
 
 
-def test_chunks_and_strides_change_nothing(monkeypatch):
-    whole = torch.randn(3, 20, 61)
-    block = whole[:, 5:12]
-    proposal = Proposal(0.7, 9, 0.9, confidence="proposal")
-    expected = proposal.stats(block.contiguous(), SEED, 2)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, torch.tensor([0.0, 0.7, 1.3])], ids=str)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9}, {"top_k": 9, "top_p": 0.9}], ids=str)
+def test_chunks_hold_what_the_filters_keep(filters, temperature, monkeypatch):
+    """Of a block that is a view, a few rows at a time, as the statistics have it."""
+    block = (torch.randn(3, 20, 61) * 3)[:, 5:12]
+    proposal = Proposal(temperature, **filters, confidence="proposal", softcap=8.0)
     monkeypatch.setattr(proposals, "CHUNK_ELEMENTS", 200)
-    monkeypatch.setattr(proposals, "BINS", 16)
-    for a, b in zip(proposal.stats(block, SEED, 2), expected):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("elements", [1, 10_000, 40_000])
-@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.0, 0.7, 1.3])], ids=["number", "by row"])
-def test_parts_of_a_block_and_of_a_batch_are_settled_alike(elements, temperature, monkeypatch):
-    logits = rows_of(20_011, "peaky", rows=21).reshape(3, 7, -1)[:, 1:6]
-    proposal = Proposal(temperature, 20, 0.9, confidence="proposal")
-    expected = proposal.stats(logits, SEED, 2)
-    monkeypatch.setattr(proposals, "CHUNK_ELEMENTS", elements)
-    for a, b in zip(proposal.stats(logits, SEED, 2), expected):
-        assert torch.equal(a, b)
+    parts = list(proposal.filtered_chunks(block))
+    assert [rows.start for rows, _ in parts] == list(range(0, 21, 3))
+    p = torch.softmax(torch.cat([x for _, x in parts]).double(), -1)
+    stats = proposal.stats(block, SEED, 2)
+    torch.testing.assert_close(
+        stats.entropy.flatten().double(), torch.special.entr(p).sum(-1), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(stats.top1_prob.flatten().double(), p.amax(-1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("vocab", [61, 20_011])
@@ -261,33 +179,20 @@ def test_the_vocabulary_is_never_sorted(kind):
             sampler.step(logits, torch.zeros(1, 4, dtype=torch.int64))
         except BackendError as error:
             pytest.skip(f"the host kernels are not built: {error}")
-    assert 0 < sorts.longest < vocab / 10
+    assert sorts.longest <= 4
 
 
-@pytest.mark.parametrize(
-    "strategy, temperature",
-    [(LowConfidence(), 1.0), (Entropy(epsilon=1e-10), 1.0), (JointThresholdEdit(), 0.0)],
-    ids=lambda value: type(value).__name__ if not isinstance(value, float) else f"T = {value}",
-)
-def test_rows_without_a_decision_are_not_filtered_whole(strategy, temperature, monkeypatch):
-    vocab, asked = 20_011, []
-    logits = torch.stack([rows_of(vocab, kind, rows=5) for kind in ("flat", "normal", "flat")])
-    original = Proposal.filtered_chunks
-
-    def noted(self, logits, rows=None):
-        asked.extend(range(logits.shape[:-1].numel()) if rows is None else rows.tolist())
-        return original(self, logits, rows)
-
-    monkeypatch.setattr(Proposal, "filtered_chunks", noted)
+@pytest.mark.parametrize("strategy", [LowConfidence(), Entropy(epsilon=1e-10)], ids=str)
+def test_rows_that_are_decided_are_what_they_are_alone(strategy):
+    """Their draws are numbered by row, whatever stands in the rows without a decision."""
+    logits = torch.stack([rows_of(20_011, kind, rows=5) for kind in ("flat", "normal", "flat")])
     tokens = torch.full((3, 5), 3)
     tokens[1] = 0
     sampler = MaskedDiffusionSampler(
-        strategy, 0, 5, steps=5, temperature=temperature, top_p=0.9, confidence="proposal"
+        strategy, 0, 5, steps=5, temperature=1.0, top_p=0.9, confidence="proposal"
     )
     state = sampler.start(tokens, seed=0)
     new_tokens = sampler.step(logits, tokens, state)
-    assert set(asked) == set(range(5, 10))
-    # And the rows that are decided are what they are alone, their draws being numbered by row.
     alone = sampler.start(tokens[:2], seed=0)
     assert torch.equal(sampler.step(logits[:2], tokens[:2], alone), new_tokens[:2])
     assert torch.equal(new_tokens[2], tokens[2]) and state.nfe.tolist() == [0, 1, 0]
@@ -306,24 +211,19 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "options, most", [({"top_p": 0.9}, 95), ({"top_k": 20}, 60), ({"top_k": 20, "top_p": 0.9}, 105)], ids=str
-)
-def test_few_operators_and_one_wait(options, most):
+@pytest.mark.parametrize("kind", ["peaky", "flat"])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_few_operators_and_no_wait(options, kind):
     """On a GPU each costs the host more than the kernel takes."""
-    logits = rows_of(20_011, "peaky", rows=8).reshape(2, 4, -1)
-    proposal = Proposal(0.2, **options, confidence="proposal")
+    logits = rows_of(20_011, kind, rows=8).reshape(2, 4, -1)
+    proposal = Proposal(0.2, **options, confidence="proposal", backend="cpp")
     before = torch.get_rng_state()
-    expected = proposal.stats(logits, SEED, 1)
     with Counts() as counts:
-        proposal.stats(logits, SEED, 1)
-    assert 20 < counts.operators <= most and counts.waits == 1
-    # Told instead of asked.
-    unsettled = torch.tensor(False)
-    with Counts() as counts:
-        told = replace(proposal, unsettled=unsettled).stats(logits, SEED, 1)
-    assert counts.waits == 0 and not unsettled
-    assert all(torch.equal(a, b) for a, b in zip(told, expected))
+        try:
+            proposal.stats(logits, SEED, 1)
+        except BackendError as error:
+            pytest.skip(f"the host kernels are not built: {error}")
+    assert counts.operators <= 6 and counts.waits == 0
     assert torch.equal(torch.get_rng_state(), before)
 
 

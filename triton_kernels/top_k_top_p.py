@@ -58,8 +58,8 @@ def narrowed(low, high, least, pivot, b_above, target):
 
 @triton.jit
 def place(low, high, share, below, number):
-    """Where pass `number` asks for W: first a few nats below the largest logit, then by turns evenly by value and evenly
-    among the fp32 numbers of the interval. The one is quick, the other ends whatever the values are."""
+    """Where pass `number` asks for W: first a few nats below the largest logit, then by turns evenly by value and
+    evenly among the fp32 numbers of the interval. The one is quick, the other ends whatever the values are."""
     # Under a softcap the largest may be infinite.
     even = low * (1.0 - share) + tl.minimum(high, LARGEST_FLOAT) * share
     key_low = ordered(low).to(tl.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -339,18 +339,15 @@ class MaskedDiffusionSampler(SpecialTokens):
         state: BlockState,
         *,
         last: bool,
-        unsettled: Tensor | None = None,
     ) -> Tensor:
         """`step` launch by launch, of arguments that were checked.
 
-        last: the block ends with it in any case. unsettled: as in `Proposal`.
+        last: the block ends with it in any case.
         """
         decider = self.decider
         owned = state.open & state.active[:, None]
         masked = (tokens == self.mask_id) & owned
         proposal = self._proposal(state.step, tokens.shape[1])
-        if proposal.filters:
-            proposal = replace(proposal, unsettled=unsettled, active=state.active)
         state.tokens = tokens
         stats = decider.propose(logits, state, masked, proposal)
         # Where there is no distribution, and only there, `row_stats` says +inf, also when it leaves statistics out.

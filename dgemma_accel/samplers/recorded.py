@@ -164,10 +164,6 @@ def recorded_step(sampler, logits: Tensor, tokens: Tensor, state: BlockState) ->
     # What ends a block for good is known on the host: the last step that it may have is none of the recorded ones.
     if state.step + 1 >= state.most_steps or not 0 < logits.nbytes <= LARGEST:
         return None
-    proposal = sampler.kind[1]
-    if proposal.filters and not proposal.has_tiles(logits.shape[-1]):
-        # Filtered whole, which asks the device as often as it takes.
-        return None
     if is_recorded(device) or (logits.requires_grad and torch.is_grad_enabled()):
         return None
     backend = backends.requested(sampler.backend)
@@ -229,25 +225,19 @@ class RecordedStep:
                 offset=torch.zeros((), dtype=torch.int64, device=device),
                 step=torch.zeros((), dtype=torch.int64, device=device),
             )
-            self.unsettled = None
-            if sampler.kind[1].filters:
-                self.unsettled = torch.zeros((), dtype=torch.bool, device=device)
             self.held, self.left = _tensors(own, READ), _tensors(own, LEFT)
             self._forget()
             self._load(logits, tokens, state)
 
         # Names of its own: a function that a recording keeps does not keep this object.
         own_logits, own_tokens, new_tokens, left = self.logits, self.tokens, self.new_tokens, self.left
-        unsettled = self.unsettled
         memories = {tensor.untyped_storage()._cdata for tensor in self.held.values()}
 
         def advance() -> None:
             after = copy.copy(own)
             after.memory = dict(own.memory)
-            if unsettled is not None:
-                unsettled.zero_()
             # `step` and `offset` are tensors here, which count themselves.
-            tokens = sampler.take_step(own_logits, own_tokens, after, last=False, unsettled=unsettled)
+            tokens = sampler.take_step(own_logits, own_tokens, after, last=False)
             new_tokens.copy_(tokens)
             # What the strategy made for itself while it was run to warm up stays as long as the recording.
             own.memory = after.memory | own.memory
@@ -324,8 +314,6 @@ class RecordedStep:
                 for name in self.left:
                     self._known.pop(name, None)
                 self.recording.replay()
-                if self.unsettled is not None and bool(self.unsettled):
-                    return None
                 # The next replay writes its tensors again.
                 new_tokens = self.new_tokens.clone()
                 left = {name: tensor.clone() for name, tensor in self.left.items()}

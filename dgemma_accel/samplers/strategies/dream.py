@@ -137,10 +137,7 @@ class Entropy(_TimedTopK):
 
     epsilon: float = 0.0
     measure = Measure.ENTROPY
-
-    @property
-    def recordable(self) -> bool:
-        return not self.epsilon
+    recordable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,11 +152,7 @@ class Entropy(_TimedTopK):
         if not self.epsilon:
             return stats
         entropy = stats.entropy.clone()
-        decided = None
-        if proposal.filtered:
-            # A row that is done costs the filter nothing, which waits for the device anyway.
-            decided = state.active[:, None].expand_as(masked).flatten().nonzero()[:, 0]
-        for rows, x in proposal.filtered_chunks(step_logits, decided):
+        for rows, x in proposal.filtered_chunks(step_logits):
             p = torch.softmax(x, -1)
             entropy.view(-1)[rows] = -(p * torch.log(p + self.epsilon)).sum(-1)
         return stats._replace(entropy=torch.where(stats.entropy.isinf(), stats.entropy, entropy))
