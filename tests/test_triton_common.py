@@ -208,7 +208,7 @@ def place(i):
     assert numbers[i].data_ptr() % 16 == 8 * (i % 2), "alignment is what differs"
     seed, offset, k = numbers[i], numbers[i + 1], numbers[i : i + 2]
     logits, one = empty(1, 4, 4096, dtype=torch.bfloat16), torch.tensor(1.0)
-    row_stats.row_stats(logits, many[i], many[i + 1], None, seed, offset, 30.0)
+    row_stats.row_stats(logits, many[i], many[i + 1], None, seed, offset, 30.0, cutoff=many[i : i + 4])
     hidden, weight = empty(1, 4, 32, dtype=torch.bfloat16), empty(4096, 32, dtype=torch.bfloat16)
     head_stats.head_stats_without_logits(hidden, weight, many[i], many[i + 1], None, seed, offset, 30.0)
     tokens, field = empty(2, 16, dtype=torch.int64), empty(2, 16)

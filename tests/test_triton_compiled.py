@@ -77,7 +77,7 @@ def statistics():
     row_stats.row_stats(logits, one, None, None, zero, zero, 30.0)
     row_stats.row_stats(logits[:, :2], each[:4], each[:4], None, seed, seed, 30.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        row_stats.row_stats(empty(1, 2, 8192, dtype=dtype), one, None, None, zero, zero, 30.0)
+        row_stats.row_stats(empty(1, 2, 8192, dtype=dtype), one, None, None, zero, zero, 30.0, cutoff=each[:2])
     top_k_top_p.top_k_top_p(logits, each, 5, 0.9, True, 30.0)
     hidden, weight = empty(1, 6, 32, dtype=torch.bfloat16), empty(100, 32, dtype=torch.bfloat16)
     for run in (head_stats.head_stats, head_stats.head_stats_without_logits):
@@ -195,7 +195,9 @@ capability = tuple(int(part) for part in sys.argv[1].split("."))
 t, zero = torch.tensor(0.01), torch.tensor(0)
 hidden, weight = empty(1, 128, 64, dtype=torch.bfloat16), empty(8192, 64, dtype=torch.bfloat16)
 with ahead_of_time.recording(capability) as compiled:
-    row_stats.row_stats(empty(1, 4, 16384, dtype=torch.bfloat16), t, None, None, zero, zero, 30.0)
+    for cutoff in (None, empty(4)):
+        row_stats.row_stats(
+            empty(1, 4, 16384, dtype=torch.bfloat16), t, None, None, zero, zero, 30.0, cutoff=cutoff)
     head_stats.head_stats(hidden, weight, t, None, None, zero, zero, 30.0)
     head_stats.head_stats_without_logits(hidden, weight, t, None, None, zero, zero, 30.0)
 table = collections.defaultdict(lambda: {"exponents": 0, "of differences": 0, "fused": 0})

@@ -68,13 +68,14 @@ def _row_stats_by_device_numbers(when: dict, rows: int, vocab: int) -> Callable[
 
 
 def _row_stats(
-    when: dict, two_temperatures: bool, rows: int = CANVAS, vocab: int = VOCAB
+    when: dict, two_temperatures: bool, rows: int = CANVAS, vocab: int = VOCAB, cutoff: bool = False
 ) -> Callable[[], object]:
     def launch():
         one = torch.tensor(1.0)
         logits = _empty(1, rows, vocab, dtype=DTYPES[when["bytes"]])
         other = one if two_temperatures else None
-        return row_stats(logits, one, other, None, torch.tensor(1), torch.tensor(0), 30.0)
+        seed, least = torch.tensor(1), _empty(rows) if cutoff else None
+        return row_stats(logits, one, other, None, seed, torch.tensor(0), 30.0, cutoff=least)
 
     return launch
 
@@ -259,6 +260,8 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
                 yield label, False, _row_stats(when, False)
                 yield label + " two temperatures", False, _row_stats(when, True)
                 yield label + " short vocabulary", False, _row_stats(when, False, 300, 130)
+                yield label + " cutoff", False, _row_stats(when, False, cutoff=True)
+                yield label + " two temperatures and cutoff", False, _row_stats(when, True, cutoff=True)
                 yield label + " numbers by row", False, _row_stats_by_device_numbers(when, CANVAS, VOCAB)
             elif op == "commit":
                 yield label, False, _commit(when)
@@ -311,7 +314,9 @@ def launches(name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
 
 
 # Calls whose kernel differs from the configuration's own by how its numbers come in, or by a few rows.
-OTHER_NUMBERS = ("two temperatures", "short vocabulary", "numbers by row", "0-d numbers", "fp8 weights")
+OTHER_NUMBERS = (
+    "two temperatures", "short vocabulary", "cutoff", "numbers by row", "0-d numbers", "fp8 weights",
+)  # fmt: skip
 OTHER_CALLS = (
     *OTHER_NUMBERS, "no logits", "unsplit", "prompt", "causal", "causal softcap", "plain gate_up", "scales by row",
 )  # fmt: skip

@@ -131,12 +131,12 @@ def row_stats(
       softmax(x / stats_temperature), which defaults to the temperature, or to 1 where that is 0;
     - argmax is the lowest index that holds the maximum; a tie at the top gives top2_prob = top1_prob.
 
-    A row without a distribution (all -inf or below its cutoff, or NaN or +inf anywhere) yields argmax = sample = 0, entropy = +inf,
-    logsumexp = NaN and probabilities 0; no rule of `commit` prefers such a row.
+    A row without a distribution (all -inf or below its cutoff, or NaN or +inf anywhere) yields argmax = sample = 0,
+    entropy = +inf, logsumexp = NaN and probabilities 0; no rule of `commit` prefers such a row.
 
-    A softcap c makes infinities finite: -inf becomes -c and +inf becomes c, so that only NaN leaves a row without a
-    distribution, and a token that logits of -inf were to rule out can be drawn. transformers caps its logits before
-    it rules any out, in the same way; what is ruled out afterwards comes here without softcap, or by a cutoff.
+    A softcap c makes infinities finite: -inf becomes -c and +inf becomes c, so that only NaN and a cutoff leave a row
+    without a distribution, and a token that logits of -inf were to rule out can be drawn. transformers caps its logits
+    before it rules any out, in the same way; what is ruled out afterwards comes here without softcap, or by a cutoff.
 
     Args:
         logits: [..., V] bf16, fp16 or fp32, -inf allowed (but see softcap). Any strides; a last stride other than 1 is
