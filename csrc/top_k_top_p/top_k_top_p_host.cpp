@@ -359,9 +359,12 @@ struct Row {
       if (found.exceeded) lo = found.cutoff;
       if (lo == max) return max;
     }
-    Interval interval{lo, NAN, 0};
-    // Of many candidates those that are left by a first narrowing are copied.
-    const float from = larger(weights.logit_of(float((all - target) / double(tokens.tiles * kTile))), lo);
+    const Interval whole{lo, NAN, 0};
+    Interval interval = whole;
+    // Of many candidates those that are left by a first narrowing are copied. Tokens that all together weigh less than what
+    // lies beyond the target are none.
+    const double least = (all - target) / double(tokens.tiles * kTile);
+    const float from = larger(weights.logit_of(0.95f * float(least)), lo);
     if (from > -INFINITY && from < max && places > groups.tiles) {
       float pivots[kPivots];
       choose_pivots(from, max, pivots);
@@ -370,11 +373,12 @@ struct Row {
       for (int64_t i = 0; i < tokens.tiles; ++i)
         if (any_of(at_least_lanes(load(groups.maxima + i * DGEMMA_LANES), low)))
           sums.add(tokens.tile(i), kHostTileVectors, weights);
+      if (double(weight_of(weights, splat(from))[0]) < 0.99 * least) interval.lo = from;
       interval.narrow(pivots, sums.sums, target);
-      // No pivot exceeds the target, and perhaps nothing lies below them.
-      if (!(interval.lo > lo)) interval = {lo, NAN, 0};
     }
-    const int64_t count = keep(tokens, groups, interval, candidates);
+    int64_t count = keep(tokens, groups, interval, candidates);
+    // By its roundings a share near 1 may not be exceeded at all.
+    if (count == 0) count = keep(tokens, groups, interval = whole, candidates);
     return search(candidates, count, interval, target, weights).cutoff;
   }
 };
