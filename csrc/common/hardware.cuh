@@ -100,6 +100,17 @@ DGEMMA_DEVICE uint32_t smaller_pair(uint32_t a, uint32_t b) {
   return result;
 }
 
+// The larger of two 16-bit numbers of type T, in both halves; NaN if one is NaN.
+template <class T>
+DGEMMA_DEVICE uint32_t larger_pair_or_nan(uint32_t a, uint32_t b) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 // 2^x within 2 ulp; results below 2^-126 are 0.
 DGEMMA_DEVICE float exp2_fast(float x) {
   float result;
@@ -114,6 +125,13 @@ DGEMMA_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b);
 DGEMMA_DEVICE float smaller_or_nan(float a, float b) {
   float result;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// The larger of two numbers; NaN if one is NaN.
+DGEMMA_DEVICE float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 

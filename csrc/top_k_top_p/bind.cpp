@@ -1,5 +1,7 @@
 #include "../bindings.h"
+#include "../common/bind_kernels.h"
 #include "../common/bind_params.h"
+#include "config.h"
 #include "top_k_top_p.h"
 
 namespace dgemma {
@@ -26,6 +28,14 @@ void register_top_k_top_p(pybind11::module_& m) {
   m.def("top_k_top_p_host", &top_k_top_p_host, pybind11::arg("params"), pybind11::arg("threads"),
         pybind11::arg("isa") = "", pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Runs on the host; `isa` names an instruction set, or is empty for the best.");
+#if defined(DGEMMA_WITH_CUDA)
+  m.def(
+      "top_k_top_p_cuda",
+      [](const P& p, uintptr_t stream) { top_k_top_p_cuda(p, reinterpret_cast<void*>(stream)); },
+      pybind11::arg("params"), pybind11::arg("stream"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Launches on a CUDA stream of the current device.");
+  describe_kernel(m, "top_k_top_p_kernel", kTopKTopPThreads, kTopKTopPSharedBytes);
+#endif
 }
 
 }  // namespace dgemma

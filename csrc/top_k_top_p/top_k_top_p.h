@@ -8,5 +8,8 @@
 namespace dgemma {
 
 void top_k_top_p_host(const TopKTopPParams& params, int threads, const std::string& isa);
+#if defined(DGEMMA_WITH_CUDA)
+void top_k_top_p_cuda(const TopKTopPParams& params, void* stream);
+#endif
 
 }  // namespace dgemma

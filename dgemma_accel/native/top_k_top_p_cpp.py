@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .params import DTYPES, extension, missing_extension
 from .row_stats_cpp import ISA_VARIABLE
-from .top_k_top_p_params import top_k_top_p_params
+from .top_k_top_p_params import output, top_k_top_p_params
 
 FEATURES = {"device": {"cpu"}, "dtype": set(DTYPES)}
 
@@ -25,7 +25,7 @@ def top_k_top_p(
     softcap: float | None,
 ) -> Tensor:
     """As `reference.top_k_top_p`; extra memory is at most 5 bytes per logit of a row, for each thread."""
-    cutoff = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    cutoff = output(logits)
     if cutoff.numel() == 0:
         return cutoff
     params = top_k_top_p_params(logits, temperature, top_k, top_p, top_k_first, softcap, cutoff)

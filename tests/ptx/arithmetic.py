@@ -451,7 +451,9 @@ def function(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...] | str, Callab
             "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c,
             "neg": np.negative, "abs": np.abs, "max": np.fmax, "min": np.fmin,
         }.get(base)  # fmt: skip
-        if operation is None or modifiers - {"rn"}:
+        if "NaN" in modifiers:
+            operation = {"max": np.maximum, "min": np.minimum}.get(base)
+        if operation is None or modifiers - {"rn", "NaN"}:
             raise Unsupported(".".join(parts))
         return kind, kind, _halves(operation, kind)
     if kind in ("f32", "f64"):

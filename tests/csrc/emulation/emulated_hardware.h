@@ -128,17 +128,21 @@ uint32_t choose_pair(uint32_t a, uint32_t b, Choose choose) {
   for (int shift = 0; shift < 32; shift += 16) {
     const T first{uint16_t(a >> shift)}, second{uint16_t(b >> shift)};
     const float x = to_float(first), y = to_float(second);
-    result |= uint32_t((std::isnan(y) || choose(x, y) ? first : second).bits) << shift;
+    result |= uint32_t((choose(x, y) ? first : second).bits) << shift;
   }
   return result;
 }
 template <class T>
 uint32_t larger_pair(uint32_t a, uint32_t b) {
-  return choose_pair<T>(a, b, [](float x, float y) { return x > y; });
+  return choose_pair<T>(a, b, [](float x, float y) { return std::isnan(y) || x > y; });
 }
 template <class T>
 uint32_t smaller_pair(uint32_t a, uint32_t b) {
-  return choose_pair<T>(a, b, [](float x, float y) { return x < y; });
+  return choose_pair<T>(a, b, [](float x, float y) { return std::isnan(y) || x < y; });
+}
+template <class T>
+uint32_t larger_pair_or_nan(uint32_t a, uint32_t b) {
+  return choose_pair<T>(a, b, [](float x, float y) { return std::isnan(x) || x > y; });
 }
 
 inline float exp2_fast(float x) {
@@ -150,6 +154,7 @@ inline float multiply_rounded(float a, float b) {
   return product;
 }
 inline float smaller_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
+inline float larger_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 inline void copy_async_16(uint32_t offset, const void* source, bool valid) {
