@@ -132,4 +132,16 @@ DGEMMA_DEVICE Capped<7> capped_below_1(const Exponents& exponents, float max) {
   return {fit, exponents, max};
 }
 
+// Exponents of any logits under a softcap. The difference is one of capped logits, finite whatever softcap and
+// temperature are, and only then becomes an exponent.
+struct AnyCapped {
+  float inverse_softcap, softcap, rate, reference;
+
+  DGEMMA_DEVICE_MEMBER AnyCapped(const Exponents& exponents, float softcap, float peak)
+      : inverse_softcap(exponents.inverse_softcap), softcap(softcap), rate(exponents.rate), reference(capped(peak)) {}
+
+  DGEMMA_DEVICE_MEMBER float capped(float x) const { return scaled_tanh(x * inverse_softcap, softcap); }
+  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return (capped(x) - reference) * rate; }
+};
+
 }  // namespace dgemma

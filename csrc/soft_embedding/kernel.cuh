@@ -37,18 +37,6 @@ inline int64_t soft_embedding_blocks(const SoftEmbeddingParams& params, int64_t 
   return (params.rows0 * params.rows1 * tiles + kTiles - 1) / kTiles;
 }
 
-// Exponents of any logits under a softcap. The difference is one of capped logits, finite whatever softcap and
-// temperature are, and only then becomes an exponent.
-struct AnyCapped {
-  float inverse_softcap, softcap, rate, reference;
-
-  DGEMMA_DEVICE_MEMBER AnyCapped(const Exponents& exponents, float softcap, float peak)
-      : inverse_softcap(exponents.inverse_softcap), softcap(softcap), rate(exponents.rate), reference(capped(peak)) {}
-
-  DGEMMA_DEVICE_MEMBER float capped(float x) const { return scaled_tanh(x * inverse_softcap, softcap); }
-  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return (capped(x) - reference) * rate; }
-};
-
 // top e^d of a logit. None passes `top`, whichever logit the row's place names and whatever a formula rounds beside it;
 // NaN stays NaN.
 template <class Exponent>

@@ -54,11 +54,29 @@ DGEMMA_DEVICE float smallest_of(const hw::Words4& words) {
   }
 }
 
+// What a thread looks at at a time.
+template <class T>
+struct Vector {
+  static constexpr int kCount = 16 / sizeof(T);
+  hw::Words4 words;
+  DGEMMA_DEVICE_MEMBER float operator[](int i) const { return element<T>(words, i); }
+  DGEMMA_DEVICE_MEMBER float largest() const { return largest_of<T>(words); }
+  DGEMMA_DEVICE_MEMBER float smallest() const { return smallest_of<T>(words); }
+};
+
+struct Single {
+  static constexpr int kCount = 1;
+  float value;
+  DGEMMA_DEVICE_MEMBER float operator[](int) const { return value; }
+  DGEMMA_DEVICE_MEMBER float largest() const { return value; }
+  DGEMMA_DEVICE_MEMBER float smallest() const { return value; }
+};
+
 // A row as the block's threads read it: vectors of 16 bytes from an aligned address on, and by single threads the few
 // logits before the first and behind the last.
 template <class T>
 struct Row {
-  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr int kElements = Vector<T>::kCount;
 
   const T* logits;
   int vocab, head, vectors;
@@ -75,41 +93,23 @@ struct Row {
                            : hw::Words4{{0, 0, 0, 0}};
   }
 
-  // Gives the vectors of this thread to one function, and its single logit to the other.
-  template <class OfVector, class OfLogit>
-  DGEMMA_DEVICE_MEMBER void read(const OfVector& of_vector, const OfLogit& of_logit) const {
+  // Gives this thread's vectors and its single logit to the visitor.
+  template <class Visitor>
+  DGEMMA_DEVICE_MEMBER void read(Visitor& visitor) const {
     const int thread = hw::thread_x();
     hw::Words4 ahead[kTopKTopPAhead];
     DGEMMA_UNROLL
     for (int i = 0; i < kTopKTopPAhead; ++i) ahead[i] = vector(thread + i * kTopKTopPThreads);
     DGEMMA_NO_UNROLL
     for (int index = thread; index < vectors; index += kTopKTopPThreads) {
-      const hw::Words4 words = ahead[0];
+      const Vector<T> next{ahead[0]};
       DGEMMA_UNROLL
       for (int i = 1; i < kTopKTopPAhead; ++i) ahead[i - 1] = ahead[i];
       ahead[kTopKTopPAhead - 1] = vector(index + kTopKTopPAhead * kTopKTopPThreads);
-      of_vector(words);
+      visitor(next);
     }
     const int behind = vectors * kElements;
-    if (thread < vocab - behind) of_logit(to_float(logits[thread < head ? thread : behind + thread]));
-  }
-
-  // Gives the logits of vectors that hold one not below `least` to the function: one walk over the row is then little
-  // more than its loads.
-  template <class Visit>
-  DGEMMA_DEVICE_MEMBER void visit(float least, const Visit& visit) const {
-    read(
-        [&](const hw::Words4& words) DGEMMA_INLINE {
-          if (largest_of<T>(words) < least) return;
-          float x[kElements];
-          DGEMMA_UNROLL
-          for (int i = 0; i < kElements; ++i) x[i] = element<T>(words, i);
-          visit(x);
-        },
-        [&](float logit) DGEMMA_INLINE {
-          const float x[1] = {logit};
-          visit(x);
-        });
+    if (thread < vocab - behind) visitor(Single{to_float(logits[thread < head ? thread : behind + thread])});
   }
 };
 
@@ -117,10 +117,9 @@ struct Row {
 struct OwnLargest {
   float value;
 
-  template <class Visit>
-  DGEMMA_DEVICE_MEMBER void visit(float, const Visit& visit) const {
-    const float x[1] = {value};
-    visit(x);
+  template <class Visitor>
+  DGEMMA_DEVICE_MEMBER void read(Visitor& visitor) const {
+    visitor(Single{value});
   }
 };
 
@@ -129,29 +128,16 @@ struct Count {
   DGEMMA_DEVICE_MEMBER int operator()(float) const { return 1; }
 };
 
-// e^x by that of the row's largest logit. The difference is one of capped logits, finite whatever softcap and temperature
-// are, and only then becomes an exponent.
-template <bool kCapped>
+// e^x by that of the row's largest logit. None passes 1, whatever a formula rounds beside that one.
+template <class Exponent>
 struct Mass {
   using Sum = float;
-  float inverse_softcap, softcap, rate, largest;
+  Exponent exponent;
 
-  DGEMMA_DEVICE_MEMBER Mass(const TopKTopPParams& params, float temperature, float max)
-      : inverse_softcap(1.0f / params.softcap),
-        softcap(params.softcap),
-        rate(exponent_rate(temperature)),
-        largest(capped(max)) {}
-
-  DGEMMA_DEVICE_MEMBER float capped(float x) const {
-    return kCapped ? scaled_tanh(x * inverse_softcap, softcap) : x;
-  }
-  // None passes 1, whatever a formula rounds beside the largest one.
-  DGEMMA_DEVICE_MEMBER float operator()(float x) const {
-    return hw::exp2_fast(fminf((capped(x) - largest) * rate, 0.0f));
-  }
+  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return hw::exp2_fast(fminf(exponent(x), 0.0f)); }
 };
 
-// What a walk finds: by pivot the weight above it, and the ends of what lies in the interval.
+// What a walk finds: weights, and the ends of where it looked.
 template <class Sum>
 struct Tally {
   Sum sums[kPivots];
@@ -163,23 +149,84 @@ struct Tally {
   }
 };
 
-// A vector's own sums come first: a long sum of equal numbers would round each time the same way.
-template <class Weight, int kCount>
-DGEMMA_DEVICE void add(const float (&x)[kCount], const Weight& weight, const float (&pivots)[kPivots], float low,
-                       float high, Tally<typename Weight::Sum>& tally) {
-  typename Weight::Sum sums[kPivots];
-  DGEMMA_UNROLL
-  for (int j = 0; j < kPivots; ++j) sums[j] = 0;
-  DGEMMA_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    const typename Weight::Sum own = weight(x[i]);
-    DGEMMA_UNROLL
-    for (int j = 0; j < kPivots; ++j) sums[j] += x[i] > pivots[j] ? own : 0;
-    tally.least = fminf(tally.least, x[i] > low ? x[i] : INFINITY);
-    tally.most = fmaxf(tally.most, x[i] <= high ? x[i] : -INFINITY);
+// The first walk: the ends of the row.
+struct Ends : Tally<int> {
+  template <class Logits>
+  DGEMMA_DEVICE_MEMBER void operator()(const Logits& logits) {
+    least = fminf(least, logits.smallest());
+    most = hw::larger_or_nan(most, logits.largest());
   }
+};
+
+// The walk that adds up the mass from a logit on.
+template <class Weight>
+struct Whole : Tally<float> {
+  Weight weight;
+  float from;
+
+  DGEMMA_DEVICE_MEMBER Whole(const Weight& weight, float from) : weight(weight), from(from) {}
+
+  template <class Logits>
+  DGEMMA_DEVICE_MEMBER void operator()(const Logits& logits) {
+    if (logits.largest() < from) return;
+    float sum = 0.0f;
+    DGEMMA_UNROLL
+    for (int i = 0; i < Logits::kCount; ++i) sum += logits[i] >= from ? weight(logits[i]) : 0.0f;
+    sums[0] += sum;
+  }
+};
+
+// A walk of the search: the weight above each pivot, and the ends of what lies in (low, high]. Most vectors have nothing
+// above `low` and are passed over.
+template <class Weight>
+struct Walk : Tally<typename Weight::Sum> {
+  using Sum = typename Weight::Sum;
+  Weight weight;
+  float low, high, pivots[kPivots];
+
+  // From the pivot of each lane.
+  DGEMMA_DEVICE_MEMBER Walk(const Weight& weight, float low, float high, float pivot)
+      : weight(weight), low(low), high(high) {
+    DGEMMA_UNROLL
+    for (int i = 0; i < kPivots; ++i) pivots[i] = hw::shuffle(pivot, i);
+  }
+
+  // A vector's own sums come first: a long sum of equal numbers would round each time the same way.
+  template <class Logits>
+  DGEMMA_DEVICE_MEMBER void operator()(const Logits& logits) {
+    if (logits.largest() <= low) return;
+    Sum sums[kPivots];
+    DGEMMA_UNROLL
+    for (int j = 0; j < kPivots; ++j) sums[j] = 0;
+    DGEMMA_UNROLL
+    for (int i = 0; i < Logits::kCount; ++i) {
+      const float x = logits[i];
+      const Sum own = weight(x);
+      DGEMMA_UNROLL
+      for (int j = 0; j < kPivots; ++j) sums[j] = x > pivots[j] ? sums[j] + own : sums[j];
+      this->least = x > low ? fminf(this->least, x) : this->least;
+      this->most = x <= high ? fmaxf(this->most, x) : this->most;
+    }
+    DGEMMA_UNROLL
+    for (int j = 0; j < kPivots; ++j) this->sums[j] += sums[j];
+  }
+};
+
+// Sums over groups of kCount lanes, one in each: half of them go to the other half of the group, again and again.
+template <class Sum, int kCount>
+DGEMMA_DEVICE Sum spread(const Sum (&sums)[kCount]) {
+  constexpr int kHalf = kCount / 2;
+  const bool upper = hw::thread_x() & kHalf;
+  Sum kept[kHalf];
   DGEMMA_UNROLL
-  for (int j = 0; j < kPivots; ++j) tally.sums[j] += sums[j];
+  for (int i = 0; i < kHalf; ++i) {
+    const Sum low = sums[i], high = sums[i + kHalf];
+    kept[i] = (upper ? high : low) + hw::shuffle_xor(upper ? low : high, kHalf);
+  }
+  if constexpr (kHalf == 1)
+    return kept[0];
+  else
+    return spread(kept);
 }
 
 // Of the block, in all its threads: the sum of pivot `lane % kPivots`, and the ends.
@@ -198,20 +245,7 @@ DGEMMA_DEVICE Found<Sum> found_by_block(const Tally<Sum>& tally, int& turn) {
   const hw::Shared<Sum> sums{start + kWarps * 8};
   turn ^= 1;
 
-  // Half of the pivots go to the other lane, three times; then a lane has one.
-  Sum own[kPivots];
-  DGEMMA_UNROLL
-  for (int i = 0; i < kPivots; ++i) own[i] = tally.sums[i];
-  DGEMMA_UNROLL
-  for (int width = kPivots / 2; width > 0; width /= 2) {
-    const bool upper = lane & width;
-    DGEMMA_UNROLL
-    for (int i = 0; i < width; ++i) {
-      const Sum low = own[i], high = own[i + width];
-      own[i] = (upper ? high : low) + hw::shuffle_xor(upper ? low : high, width);
-    }
-  }
-  Sum sum = own[0];
+  Sum sum = spread(tally.sums);
   DGEMMA_UNROLL
   for (int mask = kPivots; mask < hw::kWarp; mask *= 2) sum += hw::shuffle_xor(sum, mask);
   // The order of the largest one by its complement: NaN is 0 there, and stays.
@@ -255,12 +289,9 @@ DGEMMA_DEVICE float least_kept(const Source& source, const Weight& weight, typen
   bool first = true;
   while (true) {
     const float pivot = pivot_of_lane(low, high, first);
-    float pivots[kPivots];
-    DGEMMA_UNROLL
-    for (int i = 0; i < kPivots; ++i) pivots[i] = hw::shuffle(pivot, i);
-    Tally<Sum> tally;
-    source.visit(low, [&](const auto& x) DGEMMA_INLINE { add(x, weight, pivots, low, high, tally); });
-    const Found<Sum> found = found_by_block(tally, turn);
+    Walk<Weight> walk(weight, low, high, pivot);
+    source.read(walk);
+    const Found<Sum> found = found_by_block(walk, turn);
     if (first && hw::shuffle(found.sum, kPivots - 1) <= target) return otherwise;
     first = false;
     if (found.least >= found.most) return found.least;
@@ -282,18 +313,14 @@ DGEMMA_DEVICE float cutoff_of(const Row<T>& row, float largest, const Weight& we
   return least_kept(row, weight, target, below(near), most, floor, turn);
 }
 
-// That of top-p, of the mass of the logits from `least` on.
-template <class T, class Mass>
-DGEMMA_DEVICE float cutoff_of_mass(const Row<T>& row, float largest, const Mass& mass, float share, float least,
-                                   float floor, float most, int& turn) {
-  Tally<float> tally;
-  row.visit(least, [&](const auto& x) DGEMMA_INLINE {
-    float sum = 0.0f;
-    DGEMMA_UNROLL
-    for (float logit : x) sum += logit >= least ? mass(logit) : 0.0f;
-    tally.sums[0] += sum;
-  });
-  const float all = hw::shuffle(found_by_block(tally, turn).sum, 0);
+// That of top-p, of the mass of the logits from `from` on.
+template <class T, class Exponent>
+DGEMMA_DEVICE float cutoff_of_share(const Row<T>& row, float largest, const Exponent& exponent, float share, float from,
+                                    float floor, float most, int& turn) {
+  const Mass<Exponent> mass{exponent};
+  Whole<Mass<Exponent>> whole(mass, from);
+  row.read(whole);
+  const float all = hw::shuffle(found_by_block(whole, turn).sum, 0);
   return cutoff_of(row, largest, mass, share * all, floor, most, turn);
 }
 
@@ -303,32 +330,34 @@ DGEMMA_KERNEL DGEMMA_BOUNDS(kTopKTopPThreads, 1) top_k_top_p_kernel(const TopKTo
   const Row<T> row(params, uint32_t(index));
   int turn = 0;
 
-  Tally<int> own;
-  row.read(
-      [&](const hw::Words4& words) DGEMMA_INLINE {
-        own.least = fminf(own.least, smallest_of<T>(words));
-        own.most = hw::larger_or_nan(own.most, largest_of<T>(words));
-      },
-      [&](float x) DGEMMA_INLINE {
-        own.least = fminf(own.least, x);
-        own.most = hw::larger_or_nan(own.most, x);
-      });
+  Ends own;
+  row.read(own);
   const Found<int> ends = found_by_block(own, turn);
   const float least = ends.least, most = ends.most;
+
   const float given = of_row(params.temperature, index), temperature = given == 0.0f ? 1.0f : given;
-  const Mass<false> mass(params, temperature, most);
-  const Mass<true> capped(params, temperature, most);
-  const float x = (params.softcap > 0 ? capped.largest : most) / temperature;
+  const Exponents exponents{params.softcap > 0 ? 1.0f / params.softcap : 0.0f, exponent_rate(temperature)};
+  const AnyCapped any(exponents, params.softcap, most);
+  const float x = (exponents.capped() ? any.reference : most) / temperature;
   float cutoff = -INFINITY;
   // Not for NaN.
   if (fabsf(x) <= kLargestFloat) {
     float floor = least;
     if (params.top_k > 0 && params.top_k <= params.vocab)
       cutoff = floor = cutoff_of(row, own.most, Count{}, int(params.top_k - 1), least, most, turn);
-    const float from = params.top_k_first ? floor : least;
-    if (params.top_p < 1.0f)
-      cutoff = params.softcap > 0 ? cutoff_of_mass(row, own.most, capped, params.top_p, from, floor, most, turn)
-                                  : cutoff_of_mass(row, own.most, mass, params.top_p, from, floor, most, turn);
+    if (params.top_p < 1.0f) {
+      const auto cutoff_by = [&](const auto& exponent) DGEMMA_INLINE {
+        return cutoff_of_share(row, own.most, exponent, params.top_p, params.top_k_first ? floor : least, floor, most,
+                               turn);
+      };
+      const float relative = fmaxf(fabsf(least), fabsf(most)) * exponents.inverse_softcap;
+      if (!exponents.capped())
+        cutoff = cutoff_by(Uncapped{exponents.rate, most});
+      else if (exponents.polynomial() && relative < 1.0f)
+        cutoff = cutoff_by(capped_below_1(exponents, most));
+      else
+        cutoff = cutoff_by(any);
+    }
   }
   if (hw::thread_x() == 0) params.cutoff[index] = cutoff;
 }
