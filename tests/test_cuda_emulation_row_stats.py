@@ -314,7 +314,7 @@ BUGS = {
 
 
 CUTOFF_BUGS = {
-    "powers of what is left out": ("exponents.left_out(x) ? kLowestDifference : exponent(x)", "exponent(x)"),
+    "powers of what is left out": ("exponents.left_out(x) ? kLowestDifference : below", "below"),
     "draws of what is left out": ("return left_out(x) || d <", "return d <"),
     "the second of one": ("params.vocab > 1 && !exponents.left_out(second)", "params.vocab > 1"),
     "ties are left out": ("return x < cutoff;", "return x <= cutoff;"),

@@ -168,7 +168,8 @@ DGEMMA_DEVICE Sums sum_powers(const hw::Words4 (&words)[kLaneVectors], const Exp
   for (int v = 0; v < kLaneVectors; ++v) {
     DGEMMA_UNROLL
     for (int i = 0; i < kElements; ++i) {
-      const float x = element<T>(words[v], i), d = exponents.left_out(x) ? kLowestDifference : exponent(x);
+      const float x = element<T>(words[v], i), below = exponent(x);
+      const float d = exponents.left_out(x) ? kLowestDifference : below;
       sums[i % 2].add(d);
       if (kTwo) sums[i % 2].mass += hw::exp2_fast(d * exponents.ratio);
     }
