@@ -45,7 +45,7 @@ budgets: prepare
 # What the compilers make of the kernels, carried out on the host: Triton's, and nvcc's where there is one.
 PTX_TESTS ?= tests/test_ptx_traffic.py tests/test_ptx_inductor.py $(filter-out %_compiled.py, $(wildcard tests/test_triton_*.py)) \
 	$(wildcard tests/test_cuda_block_attention*.py) $(patsubst %, tests/test_cuda_%.py, experts soft_embedding generate) \
-	$(patsubst %, tests/test_%.py, row_stats commit progress block_attention head_stats soft_embedding experts experts_nvfp4 feed_forward quantize_rows)
+	$(patsubst %, tests/test_%.py, row_stats top_k_top_p commit progress block_attention head_stats soft_embedding experts experts_nvfp4 feed_forward quantize_rows)
 PTX_KEYS ?= triton or cuda or traffic or inductor
 
 ptx-tests: prepare

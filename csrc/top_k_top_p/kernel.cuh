@@ -134,7 +134,10 @@ struct Mass {
   using Sum = float;
   Exponent exponent;
 
-  DGEMMA_DEVICE_MEMBER float operator()(float x) const { return hw::exp2_fast(fminf(exponent(x), 0.0f)); }
+  // 0 for what does not count, by a bound: a choice would be a branch around the exponent of each logit.
+  DGEMMA_DEVICE_MEMBER float operator()(float x, bool counts = true) const {
+    return hw::exp2_fast(fminf(exponent(x), counts ? 0.0f : -300.0f));
+  }
 };
 
 // What a walk finds: weights, and the ends of where it looked.
@@ -171,7 +174,7 @@ struct Whole : Tally<float> {
     if (logits.largest() < from) return;
     float sum = 0.0f;
     DGEMMA_UNROLL
-    for (int i = 0; i < Logits::kCount; ++i) sum += logits[i] >= from ? weight(logits[i]) : 0.0f;
+    for (int i = 0; i < Logits::kCount; ++i) sum += weight(logits[i], logits[i] >= from);
     sums[0] += sum;
   }
 };
