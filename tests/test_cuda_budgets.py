@@ -30,7 +30,7 @@ REGISTERS = 65_536
 REQUIRED = {
     "row_stats_tile_kernel": {r"LDG\.E\S*\.128": 8, r"MUFU\.EX2": 32, r"SHFL": 25},
     "row_stats_row_kernel": {r"LDG\.E\S*\.128": 1, r"SHFL": 10},
-    # Eight walks over a row, each with three vectors under way; a number of e^x by logit of two walks, of three formulas.
+    # Eight walks over a row, each with three vectors under way; e^x by logit of two of them, in three formulas.
     "top_k_top_p_kernel": {r"LDG\.E\S*\.128": 32, r"MUFU\.EX2": 3 * 2 * 4, r"C?REDUX": 16, r"SHFL": 100},
     "commit_kernel": {r"SHFL": 10, r"BAR": 4, r"MATCH": 1, r"LDS\.128": 8},
     "progress_kernel": {r"SHFL": 5},

@@ -340,6 +340,17 @@ def test_two_halves_at_once(kind, dtype):
     exact = a.double() * b.double() + c.double()
     spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=2.0**-14)
     assert ((result.double() - exact).abs() <= 0.5 * spacing).all()
+    a[::5] = math.nan
+    words[0] = [int(x) % (1 << 32) for x in a.view(torch.int32)]
+    for name, of in (
+        ("max", torch.fmax),
+        ("max.NaN", torch.maximum),
+        ("min", torch.fmin),
+        ("min.NaN", torch.minimum),
+    ):
+        found = of_each(f"{name}.{kind} {{d}}, {{0}}, {{1}}", *words[:2])
+        result = torch.tensor([signed(x) for x in found], dtype=torch.int32).view(dtype)
+        torch.testing.assert_close(result, of(a, b), rtol=0, atol=0, equal_nan=True)
 
 
 def test_approximations_are_off_but_not_by_much():

@@ -2,8 +2,8 @@
 //
 // With W(v) the weight of the logits above v, a filter keeps the logits v with W(v) <= target. For top-k a logit weighs
 // 1 and the target is k - 1, for top-p it weighs e^x and the target is the share p of all. W falls as v rises, so the
-// cutoff lies where it crosses the target, and each walk over the row finds W at several places at once. Sums are made in
-// one order, in which adding a logit never lowers one: W falls in fp32, too.
+// cutoff lies where it crosses the target, and each walk over the row finds W at several places at once. Sums are made
+// in one order, in which adding a logit never lowers one: W falls in fp32, too.
 #pragma once
 
 #include <type_traits>
@@ -179,8 +179,8 @@ struct Whole : Tally<float> {
   }
 };
 
-// A walk of the search: the weight above each pivot, and the ends of what lies in (low, high]. Most vectors have nothing
-// above `low` and are passed over.
+// A walk of the search: the weight above each pivot, and the ends of what lies in (low, high]. Most vectors have
+// nothing above `low` and are passed over.
 template <class Weight>
 struct Walk : Tally<typename Weight::Sum> {
   using Sum = typename Weight::Sum;
@@ -306,9 +306,9 @@ DGEMMA_DEVICE float least_kept(const Source& source, const Weight& weight, typen
   }
 }
 
-// The cutoff of a filter, at least `floor`, a logit of the row, which has none above `most`. That of the threads' largest
-// logits alone is not above it: what they weigh is part of what the row weighs. It takes no memory, and most rows have
-// few logits above it.
+// The cutoff of a filter, at least `floor`, a logit of the row, which has none above `most`. That of the threads'
+// largest logits alone is not above it: what they weigh is part of what the row weighs. It takes no memory, and most
+// rows have few logits above it.
 template <class Weight, class T>
 DGEMMA_DEVICE float cutoff_of(const Row<T>& row, float largest, const Weight& weight, typename Weight::Sum target,
                               float floor, float most, int& turn) {
@@ -318,8 +318,8 @@ DGEMMA_DEVICE float cutoff_of(const Row<T>& row, float largest, const Weight& we
 
 // That of top-p, of the mass of the logits from `from` on.
 template <class T, class Exponent>
-DGEMMA_DEVICE float cutoff_of_share(const Row<T>& row, float largest, const Exponent& exponent, float share, float from,
-                                    float floor, float most, int& turn) {
+DGEMMA_DEVICE float cutoff_of_share(const Row<T>& row, float largest, const Exponent& exponent, float share,
+                                    float from, float floor, float most, int& turn) {
   const Mass<Exponent> mass{exponent};
   Whole<Mass<Exponent>> whole(mass, from);
   row.read(whole);
