@@ -1,4 +1,4 @@
-"""The CUDA kernels of row_stats and commit on a GPU: graphs, streams, repeatability, errors that leave it usable."""
+"""The CUDA kernels of row_stats, top_k_top_p and commit on a GPU: graphs, streams, repeatability, errors that leave it usable."""
 
 import pytest
 import torch
@@ -16,11 +16,14 @@ pytestmark = [
 
 
 def step(logits, tokens, seed):
-    stats = dgemma_accel.row_stats(logits, temperature=0.7, softcap=30.0, seed=seed, backend="cuda")
+    shared = {"temperature": 0.7, "softcap": 30.0, "backend": "cuda"}
+    stats = dgemma_accel.row_stats(logits, seed=seed, **shared)
+    cutoff = dgemma_accel.top_k_top_p(logits, top_k=400, top_p=0.9, **shared)
+    filtered = dgemma_accel.row_stats(logits, seed=seed, cutoff=cutoff, **shared)
     committed = dgemma_accel.commit(
         tokens, stats, EntropyBound(2.0), Renoise(1000), seed=seed, backend="cuda"
     )
-    return (*stats, committed.tokens, committed.committed, committed.num_committed)
+    return (*stats, cutoff, *filtered, committed.tokens, committed.committed, committed.num_committed)
 
 
 def same(left, right):
