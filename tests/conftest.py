@@ -90,7 +90,7 @@ LONG = {
     for name in (
         "triton_generate", "triton_head", "triton_experts_nvfp4", "triton_experts", "hf_quantize", "hf_overrides",
         "hf_tiny", "hf_parts", "hf_graph", "row_stats", "demo", "bench_step", "experts_nvfp4",
-        "step_launches",
+        "step_launches", "cuda_emulation_top_k_top_p",
     )
 }  # fmt: skip
 

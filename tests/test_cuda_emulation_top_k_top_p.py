@@ -63,34 +63,34 @@ BOTH = {"top_k": 40, "top_p": 0.8}
 
 def cases():
     """(logits, settings): rows of one logit and of many, that begin and end anywhere, flat, peaked, of few values."""
+    # k is all of the row, and more.
+    for k in (999, 1000, 1001):
+        yield at(0, 1000, 1, 1000, torch.float32), {"top_k": k}
     for dtype, (vocab, offset, stride) in itertools.product(
-        DTYPES, ((1, 0, 1), (7, 3, 11), (40, 1, 41), (9001, 5, 9003), (3 * 4096 + 16, 0, 13000))
+        DTYPES, ((1, 0, 1), (7, 3, 11), (40, 1, 41), (2501, 5, 2503), (3 * 4096 + 16, 0, 13000))
     ):
         logits = at(offset, stride, 2, vocab, dtype)
         yield logits, {**BOTH, "top_k_first": True, "temperature": torch.tensor([0.0, 0.7])}
         if vocab > 100:
             yield logits[:, 1:], {"top_p": 0.9, "softcap": 5.0}
             yield logits[:, 1:], {"top_p": 0.9, "softcap": 40.0}
-    flat, peaked = torch.randn(1, 6000) * 0.1, torch.randn(1, 6000)
-    peaked[0, 3000], peaked[0, -1] = 25.0, 24.0
-    masked, few = torch.randn(1, 6000), torch.randint(0, 9, (1, 6000)) - 4.0
-    masked[:, torch.rand(6000) < 0.3] = -math.inf
+    flat, peaked = torch.randn(1, 4100) * 0.1, torch.randn(1, 4100)
+    peaked[0, 2050], peaked[0, -1] = 25.0, 24.0
+    masked, few = torch.randn(1, 4100), torch.randint(0, 9, (1, 4100)) - 4.0
+    masked[:, torch.rand(4100) < 0.3] = -math.inf
     for values in (flat, peaked, masked, few):
-        logits = at(2, 6001, 1, 6000, torch.float32, values)
+        logits = at(2, 4101, 1, 4100, torch.float32, values)
         for settings in (
             {"top_k": 1}, {"top_k": 2}, {"top_k": 800}, {"top_p": 0.0}, {"top_p": 0.999, "softcap": 30.0},
             {"top_p": 0.8, "top_k": 2000}, {"top_p": 0.8, "top_k": 2000, "top_k_first": True},
         ):  # fmt: skip
             yield logits, settings
     # The largest logit in each of the places that only some threads look at.
-    for place in (0, 1, 2, 3, 510, 2043, 2048, 5998, 5999):
-        values = torch.zeros(1, 6000)
+    for place in (0, 1, 2, 3, 510, 2043, 2048, 4098, 4099):
+        values = torch.zeros(1, 4100)
         values[0, place] = 3.0
-        yield at(2, 6000, 1, 6000, torch.float32, values), {"top_k": 1}
-    yield at(0, 6000, 1, 6000, torch.float32, flat * 0 - 1.5), {**BOTH}
-    # k is all of the row, and more.
-    for k in (999, 1000, 1001):
-        yield at(0, 1000, 1, 1000, torch.float32), {"top_k": k}
+        yield at(2, 4100, 1, 4100, torch.float32, values), {"top_k": 1}
+    yield at(0, 4100, 1, 4100, torch.float32, flat * 0 - 1.5), {**BOTH}
     # A few finite logits, of which all are kept only if the count is right.
     sparse = torch.full((1, 900), -math.inf)
     sparse[0, ::100] = torch.arange(9.0) / 2

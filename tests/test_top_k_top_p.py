@@ -39,7 +39,7 @@ def run(logits, backend, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 33, 1000, 4096, 9001])
+@pytest.mark.parametrize("vocab", [1, 2, 33, 1000, 4096, 4501])
 def test_within_budget(backend, device, dtype, vocab):
     logits = make_logits(6, vocab, dtype, device)
     for number, filters in enumerate(FILTERS):
@@ -54,7 +54,7 @@ def test_within_budget(backend, device, dtype, vocab):
     "kind", ["one value", "two values", "steps", "far below", "both signs", "zeros of both signs"]
 )
 def test_ties_and_odd_rows(backend, device, kind):
-    vocab = 3001
+    vocab = 1501
     x = {
         "one value": lambda: torch.full((vocab,), -1.5),
         "two values": lambda: torch.where(torch.arange(vocab) % 3 == 0, 2.0, 1.0),
@@ -65,7 +65,7 @@ def test_ties_and_odd_rows(backend, device, kind):
     }[kind]()
     logits = torch.stack([x, x.flip(0), x[torch.randperm(vocab)]]).to(device)
     for k, p, first in itertools.product(
-        (0, 1, 5, 1000, vocab, 10_000), (0.0, 0.3, 0.999, 1.0), (False, True)
+        (0, 1, 5, 700, vocab, 10_000), (0.0, 0.3, 0.999, 1.0), (False, True)
     ):
         _, problems = run(logits, backend, top_k=k, top_p=p, top_k_first=first)
         assert not problems, (k, p, first, problems)
