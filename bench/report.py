@@ -25,7 +25,12 @@ HEADLINE = {
     "feed_forward": ("bf16 experts",),
     "linears": ("sliding layer", "global layer", "sliding layer, FP8 weights"),
     "block_attention": ("",),
-    "samplers": ("LLaDA low_confidence", "Fast-dLLM threshold", "Dream entropy"),
+    "samplers": (
+        "LLaDA low_confidence",
+        "Fast-dLLM threshold",
+        "Dream entropy",
+        "Dream entropy, T = 0.2, top-p 0.95",
+    ),
 }
 
 
