@@ -1,4 +1,4 @@
-"""The CUDA kernels of row_stats, top_k_top_p and commit on a GPU: graphs, streams, repeatability, errors that leave it usable."""
+"""row_stats, top_k_top_p and commit by CUDA kernels: graphs, streams, repeatability, errors that leave the GPU usable."""
 
 import pytest
 import torch
