@@ -1,4 +1,4 @@
-"""row_stats, top_k_top_p and commit by CUDA kernels: graphs, streams, repeatability, errors that leave the GPU usable."""
+"""row_stats, top_k_top_p and commit by CUDA kernels: graphs, streams, repeatability, errors that leave it usable."""
 
 import pytest
 import torch
