@@ -133,7 +133,7 @@ def test_within_budget(tmp_path):
         assert not found, (logits.shape, logits.dtype, settings, found)
 
 
-@pytest.mark.skipif(not can_fuse(), reason="this machine has no fused products")
+@pytest.mark.skipif(not can_fuse(), reason="this CPU has no fused products")
 def test_with_fused_products(tmp_path):
     """As nvcc makes them: the largest logit still weighs 1, at any temperature."""
     torch.manual_seed(0)

@@ -235,3 +235,14 @@ def test_bf16_logits_are_read_as_they_are():
             ours, wide = (proposal.stats(x, SEED, 1) for x in (logits, logits.float()))
             assert torch.equal(ours.sample, wide.sample)
             torch.testing.assert_close(ours.sample_prob, wide.sample_prob)
+
+
+@pytest.mark.parametrize("confidence", ["proposal", "untempered"])
+def test_proposals_alone_are_those_with_statistics(confidence):
+    """And say which rows have no distribution."""
+    logits = rows_of(1001, "normal")[None]
+    logits[0, 1, 7] = math.nan
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "confidence": confidence}
+    whole, alone = (Proposal(**options, statistics=on).stats(logits, SEED, 1) for on in (True, False))
+    assert torch.equal(whole.sample, alone.sample) and torch.equal(whole.argmax, alone.argmax)
+    assert torch.equal(whole.entropy.isinf(), alone.entropy.isinf()) and bool(alone.entropy[0, 1].isinf())

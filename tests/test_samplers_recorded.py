@@ -141,13 +141,13 @@ FILTERS = {
 }
 
 
-def wide(tokens, flat=True):
-    """Logits over a vocabulary whose rows have tiles; some rows keep more of it than their tiles hold."""
+def wide(tokens):
+    """Logits over a vocabulary of which most rows keep a few tokens, and some nearly all."""
     noise = torch.Generator().manual_seed(int(tokens.sum()))
     logits = torch.randn(*tokens.shape, WIDE, generator=noise) * 3
     logits[..., :50] += 12
     logits[..., MASK] = -30
-    if flat and int(tokens.sum()) % 3 == 0:
+    if int(tokens.sum()) % 3 == 0:
         logits[0, 0] = torch.randn(WIDE, generator=noise) * 0.01
     return logits
 

@@ -48,6 +48,16 @@ def has_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name}: shape must be {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}")
 
 
+def is_table_of_logits(logits: object) -> None:
+    """Raise unless it is [..., V] in a dtype of logits, V >= 1."""
+    is_tensor("logits", logits)
+    has_dtype("logits", logits, FLOAT_DTYPES)
+    if logits.ndim < 1:
+        raise ValueError("logits: shape must be [..., V], got a 0-d tensor")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"logits: the vocabulary must not be empty, got shape {tuple(logits.shape)}")
+
+
 def fits(value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> bool:
     """Whether a value is a tensor of this dtype, shape and device, without building what an error would say."""
     return (

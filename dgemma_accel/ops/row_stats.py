@@ -167,12 +167,7 @@ def row_stats(
 
     Source: steps 1.c.ii and 1.c.iii of transformers' generation_diffusion_gemma.py.
     """
-    checks.is_tensor("logits", logits)
-    checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
-    if logits.ndim < 1:
-        raise ValueError("logits: shape must be [..., V], got a 0-d tensor")
-    if logits.shape[-1] < 1:
-        raise ValueError(f"logits: the vocabulary must not be empty, got shape {tuple(logits.shape)}")
+    checks.is_table_of_logits(logits)
     shape = tuple(logits.shape[:-1])
     device = logits.device
     keep = checks.may_keep_numbers(logits)

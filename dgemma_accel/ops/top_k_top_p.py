@@ -77,12 +77,7 @@ def top_k_top_p(
     Source: top_p_logits and top_k_logits of Dream's generation_utils.py; top_k_logits and top_p_logits of SDAR's
     generate.py; Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
     """
-    checks.is_tensor("logits", logits)
-    checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
-    if logits.ndim < 1:
-        raise ValueError("logits: shape must be [..., V], got a 0-d tensor")
-    if logits.shape[-1] < 1:
-        raise ValueError(f"logits: the vocabulary must not be empty, got shape {tuple(logits.shape)}")
+    checks.is_table_of_logits(logits)
     k = checks.count_or_none("top_k", top_k)
     p = checks.share_or_none("top_p", top_p)
     checks.is_bool("top_k_first", top_k_first)

@@ -332,14 +332,7 @@ class MaskedDiffusionSampler(SpecialTokens):
             return recorded.take(logits, tokens, state)
         return self.take_step(logits, tokens, state, last=state.step + 1 >= state.most_steps)
 
-    def take_step(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        state: BlockState,
-        *,
-        last: bool,
-    ) -> Tensor:
+    def take_step(self, logits: Tensor, tokens: Tensor, state: BlockState, *, last: bool) -> Tensor:
         """`step` launch by launch, of arguments that were checked.
 
         last: the block ends with it in any case.

@@ -100,7 +100,7 @@ class Proposal:
             cutoff=self._cutoff(logits, temperature),
             **shared,
         )
-        if not untempered:
+        if not (untempered and self.statistics):
             return drawn
         stats = row_stats(logits, temperature=0.0, **shared)
         x = apply_softcap(logits.gather(-1, drawn.sample[..., None])[..., 0], self.softcap)
