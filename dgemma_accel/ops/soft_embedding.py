@@ -78,10 +78,7 @@ def soft_embedding(
 
     Source: the soft_embeddings of DiffusionGemmaDecoderModel.forward in transformers' modeling_diffusion_gemma.py.
     """
-    checks.is_tensor("logits", logits)
-    checks.has_dtype("logits", logits, checks.FLOAT_DTYPES)
-    if logits.ndim < 1:
-        raise ValueError("logits: shape must be [..., V], got a 0-d tensor")
+    checks.is_table_of_logits(logits)
     check_weight(weight, logits, "logits")
     if weight.shape[0] != logits.shape[-1]:
         raise ValueError(
